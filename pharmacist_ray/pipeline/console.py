@@ -9,7 +9,6 @@ import json
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,19 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pharmacist_ray.data.printable import printable
+
 LOG_EVERY_S = 10.0
 
 console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
 """Where the package prints; wide where nobody's window limits it."""
 
 
-def printable(text: object) -> str:
-    """Return text with a mark for every control (newlines too), format (bidirectional marks) and surrogate character."""
-    return "".join(c if unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "�" for c in str(text))
-
-
 def plain(text: object) -> str:
-    """Return `printable` text with rich's markup switched off, for `say`."""
+    """Return `printable` text on one line with rich's markup switched off, for `say`."""
     return escape(printable(text))
 
 
@@ -40,16 +36,16 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[float, float], None]]:
-    """Show progress of one piece of work; yields a function to call with (done, total)."""
+def bar(what: str) -> Iterator[Callable[..., None]]:
+    """Show progress of one piece of work; yields a function to call with (done, total) and perhaps a note of ours."""
     if not console.is_terminal:
         last = [time.monotonic(), -1.0]
 
-        def log(done: float, total: float) -> None:
+        def log(done: float, total: float, note: str = "") -> None:
             now = time.monotonic()
             if done != last[1] and (now - last[0] > LOG_EVERY_S or done >= total):
                 last[:] = [now, done]
-                say(f"  {what}: {done:g} of {total:g}")
+                say(f"  {what}: {done:g} of {total:g}{note}")
 
         yield log
         return
@@ -64,8 +60,8 @@ def bar(what: str) -> Iterator[Callable[[float, float], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(plain(what), total=None)
 
-        def show(done: float, total: float) -> None:
-            progress.update(task, completed=done, total=total)
+        def show(done: float, total: float, note: str = "") -> None:
+            progress.update(task, completed=done, total=total, description=plain(what) + note)
 
         yield show
 
@@ -82,23 +78,28 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
     over = threading.Event()
     total = sum(steps)
 
-    def done() -> float:
-        count = 0.0
+    def done() -> tuple[float, str]:
+        count, latest = 0.0, []
         for folder, number in zip(folders, steps, strict=True):
             if (folder / "result.json").exists():
                 count += number
                 continue
             try:
-                count += json.loads(folder.with_name(f"{folder.name}.progress.json").read_text())["step"]
-            except (OSError, ValueError, KeyError):
+                values = json.loads(folder.with_name(f"{folder.name}.progress.json").read_text())
+                count += values["step"]
+                latest.append(
+                    f"loss {values['loss']:.3g}, gradient {values['grad_norm']:.2g}, {values['tokens_per_s']:.0f} tokens/s"
+                )
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
-        return count
+        return count, f" · {latest[-1]}" if latest else ""
 
     with bar(what) as show:
 
         def follow() -> None:
             while not over.wait(0.5):
-                show(done(), total)
+                count, note = done()
+                show(count, total, note)
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
@@ -107,4 +108,4 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
         finally:
             over.set()
             thread.join()
-            show(done(), total)
+            show(done()[0], total)

@@ -31,19 +31,19 @@ def write_report(evaluation: Path, out: Path, console: Console) -> None:
         console: Where to print.
     """
     rows = json.loads((evaluation / "table.json").read_text())
-    before = {row["selection"]: row for row in rows if row["attack"] is None}
+    before = {(row["selection"], row["defence"]): row for row in rows if row["attack"] is None}
     markdown = []
     for attack in list(dict.fromkeys(row["attack"] for row in rows if row["attack"] is not None)) or [None]:
         title = f"attack: {attack}" if attack else "not attacked"
-        header = ["aligned on", "runs", "rows", "align s", "HS before", *COLUMNS.values()]
-        body = [_cells(row, before[row["selection"]]) for row in rows if row["attack"] == attack]
+        header = ["aligned on", "defence", "runs", "rows", "align s", "HS before", *COLUMNS.values()]
+        body = [_cells(row, before[row["selection"], row["defence"]]) for row in rows if row["attack"] == attack]
         table = Table(title=escape(title), title_justify="left")
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(name, justify="left" if index < 2 else "right")
         for cells in body:
             table.add_row(*map(escape, cells))
         console.print(table)
-        rule = " | ".join(["---"] + ["---:"] * (len(header) - 1))
+        rule = " | ".join(["---"] * 2 + ["---:"] * (len(header) - 2))
         lines = [f"| {' | '.join(header)} |", f"| {rule} |", *(f"| {' | '.join(cells)} |" for cells in body)]
         markdown.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
         for sentence in _gains(rows, attack):
@@ -62,6 +62,7 @@ def _cells(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
     metrics = row["metrics"]
     return [
         row["selection"],
+        row["defence"],
         str(row["runs"]),
         str(row["kept"]),
         f"{row['align_seconds']:.1f}",
@@ -78,7 +79,8 @@ def _gains(rows: list[dict[str, Any]], attack: str | None) -> list[str]:
         for other, differences in row["minus"].items():
             hs, task, helpful = (differences[name] for name in ("harmful_score", "accuracy_correct", "helpfulness"))
             sentences.append(
-                f"{row['selection']} minus {other}: HS {_interval(hs, signed=True)}, task accuracy {_interval(task, signed=True)}, "
+                f"{row['selection']} by {row['defence']} minus {other}: HS {_interval(hs, signed=True)}, "
+                f"task accuracy {_interval(task, signed=True)}, "
                 f"helpful {_interval(helpful, signed=True)}"
             )
     return sentences

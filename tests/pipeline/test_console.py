@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from pharmacist_ray.pipeline import console as module
-from pharmacist_ray.pipeline.console import bar, plain, printable, say, watch_training
+from pharmacist_ray.pipeline.console import bar, plain, say, watch_training
 
 
 @pytest.mark.parametrize(
     "hostile",
     [
         "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "\x9b2J", "over\rwrite", "two\nlines",
-        "\u202egnp.exe\u202c", "\u2066x\u2069", "zero\u200bwidth", "\ud800", "\x7f",
+        "\u202egnp.exe\u202c", "\u2066x\u2069", "zero\u200bwidth", "\ud800", "\x7f", "two\u2028lines",
     ],
 )  # fmt: skip
 def test_nothing_that_steers_a_terminal_is_left(hostile, capsys):
     shown = plain(hostile)
     assert all(char.isprintable() for char in shown)
-    assert "�" in shown
+    assert "⟨U+" in shown
     say(shown)
     out = capsys.readouterr().out
     assert out.endswith("\n")
@@ -41,9 +41,14 @@ def test_a_backslash_at_the_end_of_data_does_not_switch_our_markup_off(capsys):
     assert capsys.readouterr().out == "C:" + chr(92) + "x\n"
 
 
-def test_ordinary_text_stays_and_printable_leaves_brackets_alone():
+def test_ordinary_text_stays_and_what_is_no_text_is_shown_as_such(capsys):
     assert plain("Grüße, 你好 → ok") == "Grüße, 你好 → ok"
-    assert printable(Path("/a  b/[c]")) == "/a  b/[c]"
+    say(plain(Path("/a  b/[c]")))
+    assert capsys.readouterr().out == "/a  b/[c]\n"
+
+
+def test_what_cannot_be_seen_is_written_out():
+    assert plain("\u202egnp.exe\nok") == "⟨U+202E⟩gnp.exe⟨U+000A⟩ok"
 
 
 def test_a_long_line_is_not_broken(capsys):

@@ -1,0 +1,117 @@
+"""The sections on scores: how they are distributed, and rows near the top, the cut and the bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pharmacist_ray.report.blocks import Block, Example, Figure, Note, Plot, SideBySide, Table, brief, cut
+from pharmacist_ray.report.figures import histogram
+from pharmacist_ray.report.run_files import RunFiles, readable
+from pharmacist_ray.report.scores import Histogram, Scores
+
+
+def distributions(run: RunFiles, scores: Scores | None) -> list[Block]:
+    """Return one histogram a score; the first is the one selected by, with what was kept."""
+    if scores is None:
+        return []
+    blocks: list[Block] = []
+    worst = _cut(run) if scores.main else None
+    order = sorted(scores.columns, key=lambda name: name != scores.main)
+    plots = []
+    for name in order:
+        found = scores.columns[name]
+        lower, middle, upper = found.quartiles
+        text = f"{found.rows:,} rows: median {brief(middle)}, middle half from {brief(lower)} to {brief(upper)}"
+        text += f", range from {brief(found.low)} to {brief(found.high)}." if found.rows else "."
+        if found.unscored:
+            text += f" {found.unscored:,} rows have no such score."
+        if found.kept is not None:
+            kept = int(found.kept.sum())
+            text += f" {kept:,} kept, {found.rows - kept:,} dropped; the worst score kept is {brief(worst)}."
+        plots.append(Plot(histogram(name, found, text, worst if name == scores.main else None), text, _bins(name, found)))
+    if scores.main:
+        # One figure for the score that decides, one for the others.
+        blocks.append(Figure(f"{scores.main}, the score that the main selection ranks by", plots[:1]))
+        blocks += _categories(run)
+        plots = plots[1:]
+    else:
+        blocks.append(Note("No selection by these scores is there yet; pharmacist select makes it."))
+    if plots:
+        caption = "The other scores" if scores.main else "The scores"
+        blocks.append(Figure(f"{caption}, one panel each. The end bins also hold what lies beyond them.", plots))
+    return blocks
+
+
+def examples(run: RunFiles, scores: Scores | None) -> list[Block]:
+    """Return a few kept rows beside a few dropped ones."""
+    if scores is None or not scores.main:
+        return []
+    kept, dropped = scores.kept, scores.dropped
+    # A row stands in one group only, also where there are few.
+    near = [row for row in kept.worst if row not in kept.best]
+    low = [row for row in dropped.worst if row not in dropped.best]
+    groups = [_look_up(run, rows, scores.descending) for rows in (kept.best, near, dropped.best, low)]
+    return [
+        Note("Texts come from the data as they are; characters that could not be seen are written out, long texts are cut."),
+        SideBySide(
+            [("Best scores", groups[0]), ("Just kept", groups[1][::-1])],
+            [("Just missed", groups[2]), ("Worst scores", groups[3][::-1])],
+            ("Kept", "Dropped"),
+        ),
+    ]
+
+
+def _categories(run: RunFiles) -> list[Block]:
+    """Return how much of each category the main selection kept: the 30 largest."""
+    found = run.manifest("selections", run.main_arm).get("categories", {}) if run.main_arm else {}
+    largest = sorted(found.items(), key=lambda item: (-item[1]["candidates"], item[0]))
+    rows = [
+        (name or "(none)", f"{one['candidates']:,}", f"{one['kept']:,}", f"{one['kept'] / max(one['candidates'], 1):.0%}")
+        for name, one in largest[:30]
+    ]
+    if len(rows) < 2:
+        return []
+    more = f", the {len(rows)} largest of {len(largest):,}" if len(largest) > len(rows) else ""
+    return [
+        Table(
+            f"Kept by category{more}", ("category", "candidates", "kept", "share"), rows, summary="What was kept of each category"
+        )
+    ]
+
+
+def _cut(run: RunFiles) -> float | None:
+    value = run.manifest("selections", run.main_arm).get("cut") if run.main_arm else None
+    return float(value) if value is not None else None
+
+
+def _bins(name: str, found: Histogram) -> Table:
+    edges = [brief(float(edge)) for edge in found.edges]
+    header = ["from", "to", "rows"] + (["kept"] if found.kept is not None else [])
+    counts = [found.all] if found.kept is None else [found.all, found.kept]
+    rows = [
+        (low, high, *(f"{int(count):,}" for count in numbers))
+        for low, high, *numbers in zip(edges[:-1], edges[1:], *counts, strict=True)
+    ]
+    return Table(f"Rows by {name}", header, rows, words=0, summary=f"Numbers: {name}")
+
+
+def _look_up(run: RunFiles, rows: Sequence[tuple[float, str, str]], descending: bool) -> list[Example]:
+    found: dict[str, dict[str, str]] = {}
+    for shard in sorted({shard for _, _, shard in rows}):
+        wanted = [id for _, id, place in rows if place == shard]
+        file = run.root / "ingest" / "candidates" / "rows" / shard
+        columns = ["id", "prompt", "input", "response", "category", "source"]
+        with readable(file):
+            table = pq.read_table(file, columns=columns, filters=pc.field("id").isin(wanted))
+        found |= {row["id"]: row for row in table.to_pylist()}
+    texts = []
+    for rank, id, _ in rows:
+        if id in found:
+            row = found[id]
+            place = [f"score {brief(rank if descending else -rank)}", cut(row["category"], 60), cut(row["source"], 120)]
+            prompt = row["prompt"] + (f"\n{row['input']}" if row["input"] else "")
+            texts.append(Example(" · ".join(part for part in place if part), cut(prompt), cut(row["response"])))
+    return texts
