@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -95,6 +95,9 @@ class TrainConfig(Section):
 
     steps: Count = 100
     """Optimiser steps."""
+    epochs: Positive | None = None
+    """Passes over the rows, in the place of steps, so that fewer rows take less time; for alignment.train and attacks (replay rows
+    do not count)."""
     batch_size: Count = 10
     """Rows per optimiser step, over all workers and accumulation (git-disl public code: 10)."""
     accumulation: Count = 1
@@ -111,10 +114,22 @@ class TrainConfig(Section):
     """Global gradient norm above which a step is scaled down; 0 turns it off."""
     weights: Literal["lora", "full"] = "lora"
     """Train a fresh adapter, or all weights."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimiser state, 2 shards gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimiser state, 2 shards gradients too, 3 shards the model too, which is then
+    whole on no worker, neither while it loads."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in CPU memory: the optimiser's state (zero_stage 1 to 3), or the sharded model too (zero_stage 3)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    save_every: Annotated[int, Field(ge=0)] = 200
+    """Optimiser steps between two saved states that an interrupted run goes on from; 0 keeps none."""
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> TrainConfig:
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload={self.offload} needs zero_stage {needed} or higher, got zero_stage={self.zero_stage}")
+        return self
 
 
 class SelectorConfig(Section):
@@ -155,6 +170,10 @@ class SelectorConfig(Section):
         if sorted(set(self.checkpoints)) != self.checkpoints or self.checkpoints[-1] > self.warmup.steps:
             raise ValueError(
                 f"selector.checkpoints must rise and end by selector.warmup.steps={self.warmup.steps}, got {self.checkpoints}"
+            )
+        if self.warmup.epochs or (self.reference is not None and self.reference.epochs):
+            raise ValueError(
+                "the selector's trainings are given in steps: selector.warmup.epochs and reference.epochs must be null"
             )
         if self.warmup.weights == "full" or (self.reference is not None and self.reference.weights == "full"):
             raise ValueError("the selector works on an adapter: selector.warmup.weights and reference.weights must be 'lora'")
@@ -206,7 +225,13 @@ class AlignmentConfig(Section):
     """Alignment of the base model on a selection."""
 
     objective: str = "sft"
-    """What a step minimises; `pharmacist doctor` lists all."""
+    """What a step minimises, the defence; `pharmacist doctor` lists all."""
+    parameters: dict[str, dict[str, Any]] = {}
+    """Settings of objectives by name, for example `{vaccine: {rho: 2.0}, booster: {lambda: 5, alpha: 0.1}}`; the defaults are the
+    papers', and `pharmacist doctor` lists them."""
+    harmful: SourceConfig | None = None
+    """Harmful prompt → harmful answer, for objectives that look at harm (T-Vaccine, RepNoise, Booster); default: data.harmful.
+    RepNoise uses those whose prompt is among the alignment rows. Never the attacker's data, never test prompts."""
     train: TrainConfig = TrainConfig(steps=200)
     replay: Annotated[int, Field(ge=0)] = 0
     """Trusted benign rows replayed during alignment, the same ones for every arm; needs data.benign."""
@@ -266,8 +291,19 @@ class ComparisonConfig(Section):
 
     selections: Annotated[list[str], Field(min_length=1)] = ["pharmacist"]
     """`all`, or the name of a scorer; `random` stands for its draws."""
+    defences: list[str] = []
+    """Objectives, each crossed with each selection; default: alignment.objective alone."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     """Alignment seeds; every arm is aligned and attacked once per seed."""
+
+
+class TrackingConfig(Section):
+    """Where training curves go besides the run's own files."""
+
+    to: list[str] = []
+    """Any of tensorboard, wandb, mlflow; the last two must be installed (`pip install 'pharmacist-ray[tracking]'`)."""
+    project: str = "pharmacist"
+    """Project (W&B) or experiment (MLflow)."""
 
 
 class ResourcesConfig(Section):
@@ -293,6 +329,71 @@ class ResourcesConfig(Section):
         return self
 
 
+class RangeConfig(Section):
+    """Numbers between two ends, both included; whole numbers if the ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    """Draw evenly on the logarithmic scale."""
+    step: int | float | None = None
+    """Draw multiples of this only."""
+
+    @model_validator(mode="after")
+    def _can_be_drawn_from(self) -> RangeConfig:
+        if not self.low < self.high:
+            raise ValueError(f"a range needs low < high, got {self.low} and {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a range with log=true needs low above 0 and no step")
+        if self.step is not None and (self.step <= 0 or any(abs(x / self.step - round(x / self.step)) > 1e-9 for x in self.ends)):
+            raise ValueError(f"the ends of a range must be multiples of its step, got {self.low}, {self.high} and {self.step}")
+        return self
+
+    @property
+    def ends(self) -> tuple[int | float, int | float]:
+        """Low and high."""
+        return self.low, self.high
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole numbers are drawn."""
+        return all(isinstance(one, int) for one in (*self.ends, 0 if self.step is None else self.step))
+
+
+class SearchConfig(Section):
+    """Which settings `pharmacist search` tries. A trial is a selection, aligned, attacked by every attack, and evaluated."""
+
+    space: Annotated[dict[str, list[Any] | RangeConfig], Field(min_length=1)]
+    """Dotted key of this file → the values to try, or `{low: 0.1, high: 1.0, log: true}` to draw from (not for grid)."""
+    algorithm: Literal["grid", "random", "tpe", "nsga2"] = "grid"
+    """`grid` tries every combination, `random` draws; `tpe` and `nsga2` are Optuna's, with four objectives: worst harmful score,
+    task accuracy, over-refusal and seconds of alignment."""
+    trials: Count | None = None
+    """How many settings are tried; grid tries all."""
+    concurrent: Count = 1
+    """Trials at the same time; each needs the workers and actors of `resources`."""
+    seed: int = 0
+    """Seed of the draws."""
+    selection: str | None = None
+    """What trials align on: `all`, or the name of a scorer; default: selection.scorer."""
+    tolerance: Share = 0.05
+    """A recommended setting loses at most this much task accuracy to the most accurate trial, and refuses at most this share more
+    of the ordinary prompts than the trial that refuses the fewest (ours)."""
+
+    @model_validator(mode="after")
+    def _space_fits_the_algorithm(self) -> SearchConfig:
+        ranges = [key for key, choice in self.space.items() if isinstance(choice, RangeConfig)]
+        if self.algorithm == "grid" and ranges:
+            raise ValueError(f"search.algorithm=grid needs lists of values, but search.space.{ranges[0]} is a range")
+        if (self.algorithm == "grid") != (self.trials is None):
+            what = "search.trials must be null: a grid tries every combination" if self.trials else "search.trials must be set"
+            raise ValueError(f"with search.algorithm={self.algorithm}, {what}")
+        for key, choice in self.space.items():
+            if isinstance(choice, list) and (not choice or any(one in choice[:place] for place, one in enumerate(choice))):
+                raise ValueError(f"search.space.{key} must be a list of at least one value, all different, got {choice}")
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -311,6 +412,14 @@ class Config(Section):
     """Harmful fine-tunes that every aligned model goes through; none is allowed."""
     evaluation: EvaluationConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    search: SearchConfig | None = None
+    """Settings to try against each other, for example `{space: {selection.ratio: [0.2, 0.4], selector.intensity: [0.05, 0.5]}}`."""
+
+    @property
+    def defences(self) -> list[str]:
+        """The objectives that are compared."""
+        return list(dict.fromkeys(self.comparison.defences)) or [self.alignment.objective]
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
@@ -327,6 +436,9 @@ class Config(Section):
             yield "selector.mode=iterative needs selector.inner_lr above 0: with no inner step no logit ever moves"
         if self.alignment.replay and self.data.benign is None:
             yield "alignment.replay needs data.benign; add it or set alignment.replay=0"
+        share, size = self.alignment.replay_share, self.alignment.train.batch_size
+        if self.alignment.replay and round(share * size) >= size:
+            yield f"alignment.replay_share={share:g} leaves no alignment row in a batch of {size}; lower it"
         for what, given in (
             ("attack names", [attack.name for attack in self.attacks]),
             ("comparison.seeds", self.comparison.seeds),
@@ -344,8 +456,8 @@ class Config(Section):
             share = self.resources.workers * train.accumulation
             if train.batch_size % share:
                 yield f"{where}.batch_size={train.batch_size} must be a multiple of resources.workers × accumulation = {share}"
-            if train.weights == "full" and self.model.dtype != "float32":
-                yield f"{where}.weights=full trains in float32; set model.dtype=float32 or {where}.weights=lora"
+            if train.weights == "full" and self.model.dtype != "float32" and train.zero_stage == 0:
+                yield f"{where}: full weights in {self.model.dtype} need zero_stage 1 or higher, which keeps float32 masters"
 
     def trainings(self) -> dict[str, TrainConfig]:
         """Return every training section by its dotted name."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -87,6 +88,17 @@ def load_model(
     return model.to(device).eval()
 
 
+def empty_model(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the model without weights, on the meta device: its modules and shapes, from its configuration alone.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    config = _get(path, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Any:
     """Return a model with a saved adapter on top, trainable, or merged into its weights.
 
@@ -104,6 +116,8 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Any:
             differing = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
         if differing:
             raise ModelError(f"adapter '{path}' does not fit this model ('{min(differing)}', …); use the base it was made for")
+    if merge and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return _merge_sharded(adapted)
     return adapted.merge_and_unload(safe_merge=True) if merge else adapted
 
 
@@ -172,6 +186,19 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, *, tru
     if out.exists():
         out.rmdir()
     os.replace(partial, out)
+
+
+def _merge_sharded(adapted: PeftModel) -> Any:
+    """Merge an adapter into a base that ZeRO 3 has sharded, gathering one matrix at a time."""
+    from deepspeed.runtime.zero import GatheredParameters  # slow to import, and only training gets here
+
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            with torch.no_grad(), GatheredParameters([base.weight], modifier_rank=0):
+                for name in module.active_adapters:
+                    base.weight.data += module.get_delta_weight(name).to(base.weight)
+    return adapted.unload()
 
 
 def _folder(path: str | Path) -> Path | None:

@@ -1,7 +1,8 @@
-"""Per-sample losses: every weighting and reduction happens outside, where it can be seen."""
+"""Per-sample losses, where every weighting and reduction happens outside and can be seen; and gradients dressed as losses."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,3 +45,21 @@ def token_nll(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     nll = flat.view_as(labels)
     return nll, supervised[:, first:].float()
+
+
+def surrogate(
+    tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], value: float | torch.Tensor = 0.0
+) -> torch.Tensor:
+    """Return a scalar whose gradient with respect to ``tensors`` is ``gradients`` and whose value is ``value``.
+
+    This is how a gradient that is no plain loss's enters an engine, so that accumulation, clipping and ZeRO keep working:
+    Σ⟨x, stop-grad(g)⟩, less its own value.
+
+    Args:
+        tensors: Differentiable tensors x, parameters or activations.
+        gradients: One g per tensor, of its shape; constants.
+        value: What the scalar says, for reports.
+    """
+    terms = [(x.float() * g.detach().float()).sum() for x, g in zip(tensors, gradients, strict=True)]
+    total = torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    return total - total.detach() + torch.as_tensor(value, device=total.device, dtype=total.dtype)

@@ -34,7 +34,7 @@ class BatchOrder:
         main = self._walk(step, self.batch_size - self.replay_per_batch, self.rows, 0)
         return main + [self.rows + row for row in self._walk(step, self.replay_per_batch, self.replay_rows, 1)]
 
-    def micro_batches(self, step: int, *, rank: int, workers: int, accumulation: int) -> list[list[int]]:
+    def micro_batches(self, step: int, *, rank: int, workers: int, accumulation: int, places: bool = False) -> list[list[int]]:
         """Return one worker's micro-batches; over all workers they make up `batch` and all have the same size.
 
         Args:
@@ -42,9 +42,10 @@ class BatchOrder:
             rank: This worker, 0 … ``workers`` − 1.
             workers: Number of data-parallel workers.
             accumulation: Micro-batches per step on each worker; ``workers × accumulation`` divides the batch size.
+            places: Return places in the batch instead of row numbers.
         """
         size = self.batch_size // (workers * accumulation)
-        rows = self.batch(step)
+        rows = list(range(self.batch_size)) if places else self.batch(step)
         return [rows[start : start + size] for start in range(rank * size, self.batch_size, workers * size)]
 
     def _walk(self, step: int, size: int, rows: int, which: int) -> list[int]:

@@ -2,55 +2,120 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from transformers import get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pharmacist_ray.config.schema import TrainConfig
+from pharmacist_ray.models.perturb import perturbed
 from pharmacist_ray.training.ranks import Ranks
 
 deepspeed_logger.setLevel("WARNING")
 
+BUCKET = 50_000_000
+"""Gradients that are reduced together: a buffer of so many numbers on every GPU (DeepSpeed: 5·10⁸, 2 GB, for any adapter)."""
 
-def deepspeed_config(train: TrainConfig, workers: int) -> dict[str, Any]:
+PERSISTENT = 0
+"""At ZeRO 3, parameters of at most so many numbers would stay whole on every worker (DeepSpeed: 10⁵, which is a small model whole)."""
+
+
+def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32") -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run.
 
-    ``gradient_clipping`` is always written, because DeepSpeed's own default is 1.0 and not off.
+    ``gradient_clipping`` is always written, because DeepSpeed's own default is 1.0 and not off; at ZeRO 0 it is off and `build_engine`
+    clips, so that the norm can be reported. Gradients are accumulated until `engine.step` is called: in DeepSpeed's
+    managed mode ZeRO 1 and 2 silently lose all but the last of several backward passes.
 
     Args:
         train: The run's settings.
         workers: Number of data-parallel workers.
+        dtype: Precision of the base weights.
     """
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    if train.zero_stage == 3:
+        zero |= {"stage3_param_persistence_threshold": PERSISTENT, "stage3_gather_16bit_weights_on_model_save": False}
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": train.batch_size // (workers * train.accumulation),
         "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
-        "zero_optimization": {"stage": train.zero_stage},
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if train.zero_stage == 0 else train.clip,
+        "zero_optimization": zero,
+        # Full weights in bfloat16 have float32 masters; adapters are float32 over a bfloat16 base, which this mode would cast down.
+        "bf16": {"enabled": train.weights == "full" and dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own would have to be compiled
         "steps_per_print": 10**9,
     }
 
 
-def build_engine(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> Any:
+@contextmanager
+def sharded_loading(train: TrainConfig, workers: int, dtype: str = "float32") -> Iterator[None]:
+    """Let models that transformers loads inside the block arrive sharded, if the run uses ZeRO 3: no worker ever holds one whole.
+
+    Args:
+        train: The run's settings.
+        workers: Number of data-parallel workers.
+        dtype: Precision of the base weights.
+    """
+    if train.zero_stage < 3:
+        yield
+        return
+    keep_alive = HfDeepSpeedConfig(deepspeed_config(train, workers, dtype))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+def build_engine(
+    model: torch.nn.Module,
+    train: TrainConfig,
+    ranks: Ranks,
+    *,
+    dtype: str = "float32",
+    group: Callable[[str], str] | None = None,
+    done: int = 0,
+) -> Any:
     """Return a DeepSpeed engine with AdamW and the learning-rate schedule around a model's trainable parameters.
 
-    Adapters stay float32 over a bfloat16 base, because DeepSpeed's own bf16 mode would cast them down.
+    Any number of ``engine.backward`` calls may precede an ``engine.step``; each is divided by ``train.accumulation``.
 
     Args:
         model: The model; parameters with ``requires_grad`` are trained.
         train: The run's settings.
         ranks: This worker.
+        dtype: Precision of the base weights.
+        group: Parameter name → name of its optimiser group; default: one group.
+        done: Steps that the schedule has behind it.
     """
     if ranks.device.type == "cpu":
         # The shared-memory collectives of DeepSpeed's CPU backend would be compiled at first use; plain gloo needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    groups: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[group(name) if group else "all"].append(parameter)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=train.lr, weight_decay=train.weight_decay
+        [{"params": parameters, "name": name} for name, parameters in groups.items()],
+        lr=train.lr,
+        weight_decay=train.weight_decay,
     )
     scheduler = get_scheduler(
         {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
@@ -59,29 +124,80 @@ def build_engine(model: torch.nn.Module, train: TrainConfig, ranks: Ranks) -> An
         num_training_steps=train.steps,
     )
     engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device),
+        model=model if train.zero_stage == 3 else model.to(ranks.device),
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_config(train, ranks.workers),
+        config=deepspeed_config(train, ranks.workers, dtype),
         dist_init_required=False,
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that no step of the optimiser came before, which is so on purpose
+        for _ in range(done):
+            engine.lr_scheduler.step()
+    engine.clipped_norm = None
+    if train.zero_stage == 0:
+        trained = [parameter for parameters in groups.values() for parameter in parameters]
+
+        def clip(*_: Any) -> None:
+            engine.clipped_norm = torch.nn.utils.clip_grad_norm_(trained, train.clip or float("inf"))
+
+        optimizer.register_step_pre_hook(clip)
     return engine
 
 
-def step_norm(engine: Any, before: float | None) -> float | None:
+@contextmanager
+def moved(engine: Any, direction: Sequence[torch.Tensor], scale: float) -> Iterator[None]:
+    """Hold the trained parameters at θ + scale · direction inside the block, and exactly at θ again after it.
+
+    At ZeRO 3 the shards are moved; what was gathered from them is dropped on both sides.
+
+    Args:
+        engine: The DeepSpeed engine.
+        direction: One whole tensor per trained parameter, the same on every worker.
+        scale: The length of the step in units of ``direction``.
+    """
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    if engine.zero_optimization_stage() < 3:
+        with perturbed(trained, direction, scale):
+            yield
+        return
+    settle(engine)
+    shards = [parameter.ds_tensor for parameter in trained]
+    pieces = [shard_of(step, shard, dist.get_rank()) for step, shard in zip(direction, shards, strict=True)]
+    with perturbed(shards, pieces, scale):
+        try:
+            yield
+        finally:
+            settle(engine)
+
+
+def settle(engine: Any) -> None:
+    """Drop what ZeRO 3 has gathered: a gradient taken past the engine leaves modules behind that wait for their turn to be freed.
+
+    Args:
+        engine: The DeepSpeed engine.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.empty_partition_cache()
+
+
+def shard_of(whole: torch.Tensor, shard: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the part of a whole tensor that a worker's ZeRO 3 shard holds, zeros where the last shard is padded.
+
+    Args:
+        whole: The tensor.
+        shard: The worker's shard of a tensor of that shape.
+        rank: The worker.
+    """
+    flat = whole.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
+    return torch.nn.functional.pad(flat, (0, shard.numel() - flat.numel()))
+
+
+def step_norm(engine: Any) -> float | None:
     """Return the global gradient norm of the step just taken, before clipping.
 
     Args:
         engine: The DeepSpeed engine.
-        before: `raw_norm` taken just before the step; used where DeepSpeed itself keeps no norm (ZeRO 0 in float32).
     """
-    norm = engine.get_global_grad_norm()
-    return before if norm is None else float(norm)
-
-
-def raw_norm(engine: Any) -> float | None:
-    """Return the norm of the reduced gradients where they are whole on every worker (ZeRO 0), else None."""
-    if engine.zero_optimization_stage() > 0:
-        return None
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    norm = engine.get_global_grad_norm() if engine.clipped_norm is None else engine.clipped_norm
+    return None if norm is None else float(norm)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
-from pharmacist_ray.config.schema import LoraConfig, TrainConfig
-from pharmacist_ray.data.render import Rendered, Renderer, Template
-from pharmacist_ray.data.rows import read_rows, row_at, write_text
-from pharmacist_ray.errors import ConfigError, DataError, TrainingError, one_of
-from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer, save_adapter
+from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
+from pharmacist_ray.data.render import Renderer, Template
+from pharmacist_ray.data.rows import write_text
+from pharmacist_ray.errors import ConfigError, TrainingError
+from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.batches import BatchOrder
-from pharmacist_ray.training.engine import build_engine, raw_norm, step_norm
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
+from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
+from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.ranks import Ranks, current_ranks
+from pharmacist_ray.training.resume import load_state, newest_state, read_values, save_state
+from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream
+from pharmacist_ray.training.tracking import tracked
 
 REPORT_EVERY_S = 1.0
 
@@ -45,6 +47,10 @@ class TrainTask:
     seed: int
     """Seeds the adapter's initialisation, dropout and the order of rows."""
     objective: str = "sft"
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings of objectives by name."""
+    harmful: tuple[str, ...] = ()
+    """Harmful rows, for objectives that look at harm."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     replay: tuple[str, ...] = ()
     """Further rows, of which every batch has the same share."""
@@ -55,88 +61,128 @@ class TrainTask:
     max_length: int = 256
     checkpoints: tuple[int, ...] = ()
     """Steps after which the adapter is kept as ``step-000020/`` as well."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     """Train and publish the result; return the contents of ``result.json``.
 
-    A task whose ``result.json`` is there is not run again, so a restarted worker group only does what is missing.
+    A task whose ``result.json`` is there is not run again, and one that was interrupted goes on from its newest saved state, with
+    any number of workers, so a restarted worker group only does what is missing.
 
     Args:
         task: What to train.
         ranks: This worker; by default found from the process group.
 
     Raises:
-        TrainingError: The loss is not finite; names the step and the rows of this worker's batch.
-        DataError: The training set has fewer rows than a batch.
+        TrainingError: The loss is not finite; names the step and the rows of the micro-batch.
+        DataError: A set has fewer rows than a batch.
+        ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
     """
     ranks = ranks or current_ranks()
     out = Path(task.out)
     if (out / "result.json").exists():
         return dict(json.loads((out / "result.json").read_text()))
-    if task.objective not in OBJECTIVES:
-        raise one_of("objective", task.objective, list(OBJECTIVES))
+    settings = settings_of(task.objective, task.parameters)
+    check_task(task)
+    objective = OBJECTIVES[task.objective]
     draft = out.with_name(f"{out.name}.partial")
     if ranks.first:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        _claim(draft, task)
     ranks.barrier()
+    saved = newest_state(draft)
+    values: dict[str, Any] = read_values(saved) if saved else {"step": 0, "tokens": 0, "seconds": 0.0}
 
     torch.manual_seed(task.seed)
     tokenizer = load_tokenizer(task.model.path, trust_remote_code=task.model.trust_remote_code)
     renderer = Renderer(tokenizer, task.template, task.max_length)
-    samples, ids = _samples(task, renderer)
-    model = _trainable_model(task, ranks)
-    engine = build_engine(model, task.train, ranks)
-    objective = OBJECTIVES[task.objective]
-    collate = renderer.collate
-    order = _order(task, len(ids))
-
+    stream = alignment_stream(task, renderer)
+    harmful = harmful_stream(task, renderer, objective.harmful, stream) if objective.harmful != "none" else None
+    engine = build_engine(
+        _trainable_model(task, ranks), task.train, ranks, dtype=task.model.dtype, group=objective.group, done=values["step"]
+    )
     engine.train()
-    started = reported = time.perf_counter()
-    tokens, values = 0, {}
-    with (draft / "history.jsonl").open("w") if ranks.first else nullcontext() as history:
-        for step in range(task.train.steps):
+    state = load_state(engine, saved, ranks) if saved else {}
+    ranks.barrier()
+
+    with ExitStack() as stack:
+        if ranks.first:
+            _cut_history(draft / "history.jsonl", values["step"])
+            history = stack.enter_context((draft / "history.jsonl").open("a"))
+            log = stack.enter_context(
+                tracked(
+                    task.tracking.to,
+                    run=task.name,
+                    folder=out.with_name(f"{out.name}.tracking"),
+                    project=task.tracking.project,
+                    settings=_described(task),
+                )
+            )
+        started, reported = time.perf_counter() - values["seconds"], 0.0
+        for number in range(values["step"], task.train.steps):
+            batches, positions = stream.step(number, ranks, task.train.accumulation)
+            step = Step(
+                number=number,
+                engine=engine,
+                ranks=ranks,
+                batches=batches,
+                positions=positions,
+                seed=task.seed,
+                settings=settings,
+                harmful=harmful.step(number, ranks, task.train.accumulation)[0] if harmful else (),
+                state=state,
+            )
             losses = []
-            norm = None
-            for rows in order.micro_batches(step, rank=ranks.rank, workers=ranks.workers, accumulation=task.train.accumulation):
-                batch = collate([samples(row) for row in rows]).to(ranks.device)
-                tokens += int(batch.attention_mask.sum()) * ranks.workers
-                loss = objective(engine, batch)
-                losses.append(loss)
-                norm = raw_norm(engine) if engine.is_gradient_accumulation_boundary() else None
-                rate = float(engine.optimizer.param_groups[0]["lr"])
-                engine.step()
+            for loss in objective.run(step):
+                losses.append(loss.detach().float())
+                engine.backward(loss)
             everyone = ranks.gather(torch.stack(losses))
-            _check_finite(task, everyone, order, step, ranks, ids)
-            now = time.perf_counter()
+            _check_finite(task, everyone, stream, number, ranks)
+            rate = max(group["lr"] for group in engine.optimizer.param_groups)
+            for group in engine.optimizer.param_groups:
+                if group["name"] in step.held:
+                    group["lr"] = 0.0  # the schedule sets it anew after the step
+            engine.step()
+            tokens = int(ranks.total(torch.stack([batch.attention_mask.sum() for batch in batches]).sum()))
+            seconds = time.perf_counter() - started
             values = {
-                "step": step + 1,
+                "step": number + 1,
                 "loss": float(everyone.mean()),
-                "grad_norm": step_norm(engine, norm),
-                "lr": rate,
-                "tokens_per_s": tokens / (now - started),
-                "seconds": now - started,
+                "grad_norm": step_norm(engine),
+                "lr": float(rate),
+                "tokens": values["tokens"] + tokens,
+                "tokens_per_s": (values["tokens"] + tokens) / seconds,
+                "passes": step.forwards / len(batches),
+                "seconds": seconds,
+                **step.measured,
             }
-            if step + 1 in task.checkpoints:
-                _save(engine, draft / f"step-{step + 1:06d}", task, ranks)
-            if ranks.first and history is not None:
+            if number + 1 in task.checkpoints:
+                publish_weights(engine, draft / f"step-{number + 1:06d}", task.train.weights, ranks)
+            if ranks.first:
                 history.write(json.dumps(values) + "\n")
-                if now - reported > REPORT_EVERY_S or step + 1 == task.train.steps:
-                    reported = now
-                    _report(out, task, step + 1, values)
-    seconds = time.perf_counter() - started
-    _save(engine, draft / ("adapter" if task.train.weights == "lora" else "model"), task, ranks, tokenizer)
+                log(number + 1, {key: value for key, value in values.items() if key != "step"})
+                if time.perf_counter() - reported > REPORT_EVERY_S or number + 1 == task.train.steps:
+                    reported = time.perf_counter()
+                    write_text(json.dumps({"name": task.name, "total": task.train.steps, **values}), progress_file(out))
+            if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
+                if ranks.first:
+                    history.flush()
+                save_state(engine, draft, values, state, ranks)
+    publish_weights(
+        engine, draft / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, tokenizer
+    )
     result = {
         "name": task.name,
-        "rows": len(ids),
+        "rows": len(stream),
         "steps": task.train.steps,
-        "seconds": seconds,
-        "tokens": tokens,
+        "seconds": values["seconds"],
+        "tokens": values["tokens"],
         "final_loss": values["loss"],
     }
     engine.destroy()
     if ranks.first:
+        for state_folder in draft.glob("state*"):
+            shutil.rmtree(state_folder)
         (draft / "result.json").write_text(json.dumps(result, indent=1))
         shutil.rmtree(out, ignore_errors=True)
         draft.rename(out)
@@ -145,18 +191,22 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     return result
 
 
-def _check_finite(task: TrainTask, losses: torch.Tensor, order: BatchOrder, step: int, ranks: Ranks, ids: list[str]) -> None:
-    """Stop every worker at the same step if any worker's loss is not finite, naming the rows of that micro-batch."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    rank, micro = divmod(bad[0], task.train.accumulation)
-    rows = order.micro_batches(step, rank=rank, workers=ranks.workers, accumulation=task.train.accumulation)[micro]
-    named = ", ".join(ids[row] for row in rows[:4]) + (" …" if len(rows) > 4 else "")
-    raise TrainingError(
-        f"{task.name}: the loss is {float(losses[bad[0]])} at step {step + 1} of {task.train.steps}, rows {named}; "
-        f"lower the learning rate ({task.train.lr:g}) or look at these rows"
-    )
+def check_task(task: TrainTask) -> None:
+    """Find what is wrong with a task without loading anything.
+
+    Raises:
+        ConfigError: The objective does not fit the weights that are trained, or lacks its harmful rows.
+    """
+    objective = OBJECTIVES[task.objective]
+    if task.train.weights == "full" and task.start_adapter:
+        raise ConfigError(f"{task.name}: an adapter cannot go on training with weights=full; use adapter=fresh")
+    if objective.moves_weights and task.train.weights == "full" and task.model.dtype != "float32":
+        raise ConfigError(
+            f"{task.name}: {task.objective} perturbs the weights by less than {task.model.dtype} can hold; set model.dtype=float32 "
+            "or train an adapter"
+        )
+    if objective.harmful != "none" and not task.harmful:
+        raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
 
 
 def progress_file(out: Path) -> Path:
@@ -164,66 +214,60 @@ def progress_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.progress.json")
 
 
-def _report(out: Path, task: TrainTask, step: int, values: dict[str, Any]) -> None:
-    write_text(json.dumps({"name": task.name, "total": task.train.steps, **values}), progress_file(out))
+def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number: int, ranks: Ranks) -> None:
+    """Stop every worker at the same step if any worker's loss is not finite, naming the rows of that micro-batch."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    rank, micro = divmod(bad[0], task.train.accumulation)
+    ids = stream.ids(number, rank, ranks.workers, task.train.accumulation, micro)
+    named = ", ".join(ids[:4]) + (" …" if len(ids) > 4 else "")
+    own = "".join(
+        f", {name}={dict(values)}" for name, values in task.parameters.items() if name in OBJECTIVES[task.objective].settings
+    )
+    raise TrainingError(
+        f"{task.name}: the loss is {float(losses[bad[0]])} at step {number + 1} of {task.train.steps}, rows {named}; "
+        f"lower the learning rate ({task.train.lr:g}) or the perturbation ({task.objective}{own}), or look at these rows"
+    )
 
 
-def _order(task: TrainTask, rows: int) -> BatchOrder:
-    replay = len(read_rows(task.replay)) if task.replay else 0
-    per_batch = round(task.replay_share * task.train.batch_size) if replay else 0
-    if rows - replay < task.train.batch_size - per_batch or per_batch >= task.train.batch_size:
-        raise DataError(
-            f"{task.name}: {rows - replay} training rows are fewer than batch_size={task.train.batch_size}; give more or lower it"
-        )
-    return BatchOrder(rows - replay, task.train.batch_size, task.seed, replay, per_batch)
+def _claim(draft: Path, task: TrainTask) -> None:
+    """Keep what an interrupted attempt at the same task left behind; remove anything else."""
+    identity = hashlib.sha256(json.dumps(_described(task), sort_keys=True, default=str).encode()).hexdigest()
+    marker = draft / "task.sha256"
+    if not marker.exists() or marker.read_text() != identity:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write_text(identity, marker)
 
 
-def _samples(task: TrainTask, renderer: Renderer) -> tuple[Callable[[int], Rendered], list[str]]:
-    table = read_rows(task.rows)
-    if task.replay:
-        table = pa.concat_tables([table, read_rows(task.replay)])
+def _described(task: TrainTask) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(task).items() if key not in ("out", "train", "lora", "tracking", "model")}
+    return {**plain, "train": task.train.model_dump(), "lora": task.lora.model_dump(), "model": asdict(task.model)}
 
-    @lru_cache(maxsize=65536)
-    def sample(index: int) -> Rendered:
-        return renderer.render(row_at(table, index))
 
-    # A row that cannot be rendered must stop every worker at the same point, or the others would wait for it. Small sets, which
-    # may not have come through ingestion, are rendered now by all; large ones have been checked there.
-    for index in range(min(table.num_rows, 65536)):
-        sample(index)
-    return sample, table.column("id").to_pylist()
+def _cut_history(file: Path, steps: int) -> None:
+    """Drop the lines that an interrupted attempt wrote after its last saved state."""
+    lines = file.read_text().splitlines()[:steps] if file.exists() else []
+    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
-    if task.train.weights == "full":
+    with sharded_loading(task.train, ranks.workers, task.model.dtype):
         if task.start_adapter:
-            raise ConfigError(f"{task.name}: an adapter cannot go on training with weights=full; use adapter=fresh")
-        if task.model.dtype != "float32":
-            raise ConfigError(f"{task.name}: full weights are trained in float32; set model.dtype=float32 or train an adapter")
-        model = task.model.load(str(ranks.device))
+            model = load_model(
+                task.model.path,
+                dtype=task.model.dtype,
+                adapter=Path(task.start_adapter),
+                trust_remote_code=task.model.trust_remote_code,
+                device=str(ranks.device),
+            )
+        else:
+            model = task.model.load(str(ranks.device))
+    if task.train.weights == "full":
         model.requires_grad_(True)
-    elif task.start_adapter:
-        model = load_model(
-            task.model.path,
-            dtype=task.model.dtype,
-            adapter=Path(task.start_adapter),
-            trust_remote_code=task.model.trust_remote_code,
-            device=str(ranks.device),
-        )
-    else:
-        model = add_lora(task.model.load(str(ranks.device)), task.lora, seed=task.seed)
+    elif not task.start_adapter:
+        model = add_lora(model, task.lora, seed=task.seed)
     if task.train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def _save(engine: Any, folder: Path, task: TrainTask, ranks: Ranks, tokenizer: Any = None) -> None:
-    """Write the trained weights in the form that PEFT or transformers load without us."""
-    if ranks.first:
-        if task.train.weights == "lora":
-            save_adapter(engine.module, folder)
-        else:
-            engine.module.save_pretrained(folder, safe_serialization=True)
-        if task.train.weights == "full" and tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    ranks.barrier()

@@ -35,6 +35,13 @@ class Ranks:
                 tensor /= self.workers
         return out
 
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the workers."""
+        out = tensor.detach().clone()
+        if self.workers > 1:
+            dist.all_reduce(out)
+        return out
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the workers' tensors of equal shape, concatenated in rank order."""
         if self.workers == 1:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pharmacist_ray.data.render import IGNORE, Batch
-from pharmacist_ray.models.losses import per_sample_nll, token_nll
+from pharmacist_ray.models.losses import per_sample_nll, surrogate, token_nll
 
 
 def rows(batch: Batch, index: torch.Tensor) -> Batch:
@@ -92,3 +92,37 @@ def test_its_gradient_is_that_of_the_mean_over_the_answer(tiny: Any, batch_of: A
     (got,) = torch.autograd.grad(per_sample_nll(model, batch).sum(), weight)
     (want,) = torch.autograd.grad(model(input_ids=batch.input_ids, labels=batch.labels).loss, weight)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5, torch.tensor(-2.0)])
+def test_a_surrogate_has_the_value_and_the_gradients_it_is_given(value: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for shape in ((3,), (2, 4), ())]
+    gradients = [torch.randn(x.shape, generator=generator) for x in tensors]
+    scalar = surrogate(tensors, gradients, value)
+    assert float(scalar.detach()) == float(value)
+    scalar.backward()
+    for x, g in zip(tensors, gradients, strict=True):
+        assert torch.equal(x.grad, g)
+
+
+def test_a_surrogate_passes_its_gradients_on_through_a_graph_and_never_into_them() -> None:
+    weight = torch.tensor([2.0, -1.0], requires_grad=True)
+    gradients = torch.tensor([0.5, 4.0], requires_grad=True)
+    surrogate([weight**3], [gradients * 1.0]).backward()
+    assert torch.equal(weight.grad, torch.tensor([0.5 * 3 * 4.0, 4.0 * 3 * 1.0]))
+    assert gradients.grad is None
+
+
+def test_a_surrogate_is_float32_over_low_precision_and_gives_the_tensors_their_own() -> None:
+    x = torch.ones(4, dtype=torch.bfloat16, requires_grad=True)
+    scalar = surrogate([x], [torch.full((4,), 1.5)])
+    scalar.backward()
+    assert scalar.dtype == torch.float32
+    assert x.grad.dtype == torch.bfloat16
+    assert x.grad.tolist() == [1.5] * 4
+
+
+def test_a_surrogate_needs_one_gradient_per_tensor() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        surrogate([torch.ones(1, requires_grad=True)], [])

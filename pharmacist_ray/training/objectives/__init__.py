@@ -1,22 +1,63 @@
 """What a step minimises. One file each, and one line here.
 
-An objective is a function of the engine and a micro-batch: it leaves the gradient of its objective with the engine, by exactly one
-``engine.backward`` (ZeRO 1 and 2 silently lose all but the last of several), and returns the value to report. The loop owns
-everything else: accumulation, clipping, schedule, metrics.
+An objective is a generator over one optimiser step: it yields one scalar loss per micro-batch, and the loop back-propagates each
+before it asks for the next. The loop owns everything else: accumulation, clipping, schedule, checkpoints, metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from pydantic import ValidationError
 
-from pharmacist_ray.data.render import Batch
+from pharmacist_ray.config.schema import Section
+from pharmacist_ray.errors import ConfigError, one_of
+from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
+from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits
 from pharmacist_ray.training.objectives.sft import sft
-
-Objective = Callable[[Any, Batch], torch.Tensor]
+from pharmacist_ray.training.objectives.step import Objective, Step
+from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings, group_of, t_vaccine, t_vaccine_fits
+from pharmacist_ray.training.objectives.vaccine import VaccineSettings, vaccine, vaccine_fits
 
 OBJECTIVES: dict[str, Objective] = {
-    "sft": sft,
+    "sft": Objective(sft),
+    "vaccine": Objective(vaccine, {"vaccine": VaccineSettings}, fits=vaccine_fits),
+    "t_vaccine": Objective(t_vaccine, {"t_vaccine": TVaccineSettings}, "rows", fits=t_vaccine_fits, group=group_of),
+    "repnoise": Objective(repnoise, {"repnoise": RepNoiseSettings}, "pairs", fits=repnoise_fits),
+    "booster": Objective(booster, {"booster": BoosterSettings}, "rows", moves_weights=True),
+    "booster+vaccine": Objective(
+        booster_vaccine,
+        {"booster": BoosterSettings, "vaccine": VaccineSettings},
+        "rows",
+        fits=vaccine_fits,
+        moves_weights=True,
+    ),
 }
+
+
+def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[type[Section], Section]:
+    """Return an objective's settings, with defaults for what is not given.
+
+    Args:
+        objective: A key of `OBJECTIVES`.
+        parameters: Section → key → value, as in ``alignment.parameters``; sections of other objectives are ignored.
+
+    Raises:
+        ConfigError: The objective is unknown, or one of its settings is unknown or out of range.
+    """
+    if objective not in OBJECTIVES:
+        raise one_of("objective", objective, list(OBJECTIVES))
+    found: dict[type[Section], Section] = {}
+    for name, kind in OBJECTIVES[objective].settings.items():
+        try:
+            found[kind] = kind.model_validate(dict(parameters.get(name, {})))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            known = ", ".join(field.alias or key for key, field in kind.model_fields.items())
+            raise ConfigError(f"alignment.parameters.{name}.{key}: {first['msg']}; {name} has {known}") from error
+    return found
+
+
+__all__ = ["OBJECTIVES", "Objective", "Step", "settings_of"]

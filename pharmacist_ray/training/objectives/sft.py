@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
-from pharmacist_ray.data.render import Batch
-from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.training.objectives.step import Step
 
 
-def sft(engine: Any, batch: Batch) -> torch.Tensor:
-    """Back-propagate f(θ) = mean_i ℓ_i(θ) and return it, detached.
+def sft(step: Step) -> Iterator[torch.Tensor]:
+    """Yield f(θ) = mean_i ℓ_i(θ) for every micro-batch.
+
+    Samples weigh the same whatever their length (ours; a mean over the batch's tokens lets long answers weigh more).
 
     Args:
-        engine: The DeepSpeed engine.
-        batch: One micro-batch.
+        step: The step.
     """
-    loss = per_sample_nll(engine, batch).mean()
-    engine.backward(loss)
-    return loss.detach()
+    for index, batch in enumerate(step.batches):
+        with step.same_dropout("align", index):
+            loss = step.loss(batch)
+        yield loss

@@ -1,0 +1,82 @@
+"""Booster: alignment that leaves little to gain from one harmful step (arXiv 2409.01586)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from pydantic import ConfigDict, Field
+
+from pharmacist_ray.config.schema import Positive, Section
+from pharmacist_ray.models.perturb import global_norm
+from pharmacist_ray.training.engine import moved, settle
+from pharmacist_ray.training.objectives.sft import sft
+from pharmacist_ray.training.objectives.step import Run, Step
+from pharmacist_ray.training.objectives.vaccine import TINY, vaccine
+
+
+class BoosterSettings(Section):
+    """Settings of ``booster``."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Positive = Field(5.0, alias="lambda")
+    """Weight λ of the regulariser (public scripts: 5)."""
+    alpha: Positive = 0.1
+    """Perturbation intensity α, the length of the simulated harmful step (public scripts: 0.1)."""
+
+
+def booster(step: Step, base: Run = sft) -> Iterator[torch.Tensor]:
+    """Yield f(θ) + λ[h(θ) − h(θ − α∇h(θ)/‖∇h(θ)‖)] with the Jacobian of the perturbed point taken as the identity.
+
+    The gradient is ∇f(θ) + λ(∇h(θ) − ∇h(θ')) (arXiv 2409.01586, its first-order update), both harmful gradients over the whole
+    harmful batch of all workers, and ‖·‖ one norm over all trained weights. Three passes. Every worker holds two
+    copies of the trained weights' gradients and its share of the weights once more, at ZeRO 3 too.
+
+    Args:
+        step: The step; gets ``weight_perturbation_norm``, ``harmful_loss`` and ``harmful_drop``.
+        base: The alignment loss to add to.
+    """
+    settings = step.get(BoosterSettings)
+    here, before = _harmful_gradient(step)
+    length = float(global_norm(list(here.values())))
+    with moved(step.engine, list(here.values()), -settings.alpha / (length + TINY)):
+        there, after = _harmful_gradient(step)
+    step.measured |= {
+        "weight_perturbation_norm": settings.alpha * length / (length + TINY),
+        "harmful_loss": before,
+        "harmful_drop": before - after,
+    }
+    # Every micro-batch carries its share, so that the loop's mean over them gives back the whole.
+    correction = {name: (here[name] - there[name]) * (settings.lambda_ / len(step.batches)) for name in here}
+    del here, there
+    for loss in base(step):
+        with step.changed_gradients({name: partial(torch.add, other=term) for name, term in correction.items()}):
+            yield loss + settings.lambda_ * (before - after)
+
+
+def booster_vaccine(step: Step) -> Iterator[torch.Tensor]:
+    """Yield Booster's objective with Vaccine's loss in the place of f (the public code's ``perturb_aware``). Four passes.
+
+    Args:
+        step: The step.
+    """
+    return booster(step, vaccine)
+
+
+def _harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:
+    """Return ∇h by parameter and h over all workers' harmful micro-batches, with the same dropout at every call in a step."""
+    trained = step.trained
+    total: list[torch.Tensor] = []
+    value = torch.zeros((), device=step.ranks.device)
+    for index, batch in enumerate(step.harmful):
+        with step.same_dropout("harmful", index):
+            loss = step.loss(batch, aside=True)
+            gradients = torch.autograd.grad(loss, list(trained.values()))
+        settle(step.engine)
+        value += loss.detach()
+        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+    count = len(step.harmful)
+    *mean, value = step.ranks.mean([*(gradient / count for gradient in total), value / count])
+    return dict(zip(trained, mean, strict=True)), float(value)

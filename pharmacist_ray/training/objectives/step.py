@@ -1,0 +1,129 @@
+"""What an objective sees of one optimiser step, and how it is listed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from pharmacist_ray.config.schema import Section
+from pharmacist_ray.data.render import Batch
+from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.training.ranks import Ranks
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass
+class Step:
+    """One optimiser step on one worker."""
+
+    number: int
+    """Counted from 0."""
+    engine: Any
+    """The DeepSpeed engine; forward passes whose loss is yielded go through it."""
+    ranks: Ranks
+    batches: Sequence[Batch]
+    """This worker's micro-batches of alignment rows, all of the same number of rows."""
+    positions: Sequence[Sequence[int]]
+    """Micro-batch → places of its rows in the step's whole batch, which no number of workers changes."""
+    seed: int
+    settings: Mapping[type[Section], Section] = field(default_factory=dict)
+    harmful: Sequence[Batch] = ()
+    """As many micro-batches of harmful rows, where the objective asks for them."""
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What lives across steps; saved and restored with a checkpoint."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Further numbers for the training curve."""
+    held: Collection[str] = ()
+    """Names of parameter groups that this step leaves as they are, to the bit."""
+    forwards: int = 0
+    """Forward passes so far."""
+
+    @property
+    def model(self) -> Any:
+        """The bare model, for passes on the side whose gradients never reach the engine."""
+        return self.engine.module
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def get(self, kind: type[S]) -> S:
+        """Return the settings of a kind, or its defaults."""
+        found = self.settings.get(kind, kind())
+        assert isinstance(found, kind)
+        return found
+
+    def loss(self, batch: Batch, *, aside: bool = False) -> torch.Tensor:
+        """Return the mean over samples of their mean token losses.
+
+        Args:
+            batch: A micro-batch.
+            aside: Whether the pass is not for the engine to differentiate.
+        """
+        self.forwards += 1
+        return per_sample_nll(self.model if aside else self.engine, batch).mean()
+
+    @contextmanager
+    def same_dropout(self, what: str, micro_batch: int) -> Iterator[None]:
+        """Fix the random generators inside a block, so that paired passes over a micro-batch see one network.
+
+        A function of seed, step, worker and micro-batch alone, so a resumed run needs no generator's state.
+
+        Args:
+            what: Names the data, so that different data draw differently.
+            micro_batch: Its number in the step.
+        """
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(mixed_seed(self.seed, self.number, self.ranks.rank, what, micro_batch))
+            yield
+
+    @contextmanager
+    def changed_gradients(self, change: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]) -> Iterator[None]:
+        """Change parameters' gradients on their way to the engine inside a block, whatever shards them.
+
+        Args:
+            change: Parameter name → function of the whole gradient of one micro-batch on this worker.
+        """
+        parameters = dict(self.model.named_parameters())
+        handles = [parameters[name].register_hook(function) for name, function in change.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def mixed_seed(*parts: object) -> int:
+    """Return one seed for a combination of numbers and names."""
+    return zlib.crc32("|".join(map(str, parts)).encode())
+
+
+Run = Callable[[Step], Iterator[torch.Tensor]]
+"""One step of an objective: yields one scalar loss per micro-batch, each of which the loop back-propagates before it asks for the
+next. Whatever surrounds a yield (hooks, perturbed weights) is still in place during that backward pass. The loop averages over
+micro-batches and workers, clips and steps; the losses' values are what it reports."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A line of the table."""
+
+    run: Run
+    settings: Mapping[str, type[Section]] = field(default_factory=dict)
+    """Section of ``alignment.parameters`` → its model."""
+    harmful: Literal["none", "rows", "pairs"] = "none"
+    """Whether steps get harmful rows; of ``pairs``, only tokens in which the answer differs from the safe one are supervised."""
+    fits: Callable[[torch.nn.Module, Mapping[type[Section], Section]], None] | None = None
+    """Raises an error of ours if a model, which may be on the meta device, lacks what the settings ask for."""
+    moves_weights: bool = False
+    """Whether weights are perturbed, a step that full weights in bfloat16 would round away."""
+    group: Callable[[str], str] | None = None
+    """Parameter name → name of its optimiser group, for objectives that hold some parameters back."""

@@ -1,0 +1,153 @@
+"""States that an interrupted run goes on from: whole tensors by parameter name, so that neither workers nor ZeRO stages matter.
+
+A state is a folder ``state-000200/`` with ``tensors.safetensors`` and ``state.json``, published by a rename; the newest one is kept.
+The order of rows, dropout and the schedule are functions of the step, so there is nothing else to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors.torch import load_file, save_file
+
+from pharmacist_ray.training.engine import shard_of
+from pharmacist_ray.training.ranks import Ranks
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(engine: Any, folder: Path, values: dict[str, Any], state: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    """Save what it takes to go on after ``values["step"]`` steps, and drop the older states. All workers take part.
+
+    The trained weights and Adam's moments are gathered one parameter at a time; the first worker holds them all while it writes
+    (12 bytes a trained weight).
+
+    Args:
+        engine: The engine, just after a step.
+        folder: Where states go.
+        values: JSON-able; has ``step``.
+        state: What the objective carries across steps.
+        ranks: This worker.
+    """
+    tensors = {}
+    _link(engine)
+    for name, parameter in _trained(engine):
+        for kind, tensor in (
+            ("weight", _weight(engine, parameter)),
+            *((key, _moment(engine, parameter, key)) for key in _MOMENTS),
+        ):
+            if ranks.first:
+                tensors[f"{kind}:{name}"] = tensor.detach().cpu().contiguous().clone()
+    if ranks.first:
+        tensors |= {f"state:{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        final = folder / f"state-{values['step']:06d}"
+        draft = folder / "state.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        save_file(tensors, draft / "tensors.safetensors")
+        (draft / "state.json").write_text(json.dumps(values))
+        for file in draft.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        draft.rename(final)
+        for old in _states(folder):
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
+    ranks.barrier()
+
+
+def newest_state(folder: Path) -> Path | None:
+    """Return the folder of the newest state, if there is one."""
+    found = _states(folder)
+    return found[-1] if found else None
+
+
+def read_values(state: Path) -> dict[str, Any]:
+    """Return what `save_state` was given as ``values``."""
+    return dict(json.loads((state / "state.json").read_text()))
+
+
+def load_state(engine: Any, folder: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Put a saved state into a fresh engine, and return what the objective carried.
+
+    Args:
+        engine: The engine; its model, trained parameters and optimiser groups are those of the run that saved.
+        folder: A folder that `newest_state` found.
+        ranks: This worker.
+    """
+    tensors = load_file(folder / "tensors.safetensors", device="cpu")
+    steps = float(read_values(folder)["step"])
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    stage = engine.zero_optimization_stage()
+    wrapped = optimizer is not engine.optimizer
+    for flat in _flat_groups(engine) if wrapped else []:
+        optimizer.state[flat] = {"step": torch.tensor(steps), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
+    _link(engine)
+    with torch.no_grad():
+        for name, parameter in _trained(engine):
+            device = parameter.device
+            weight, *moments = (tensors[f"{kind}:{name}"].to(device) for kind in ("weight", *_MOMENTS))
+            if stage == 3:
+                shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                shard.copy_(shard_of(weight, shard, ranks.rank))
+                safe_set_local_fp32_param(parameter, shard_of(weight, shard, ranks.rank))
+                for key, moment in zip(_MOMENTS, moments, strict=True):
+                    safe_set_local_optimizer_state(parameter, shard_of(moment, shard, ranks.rank), key)
+                continue
+            parameter.copy_(weight)
+            if wrapped:
+                safe_set_full_fp32_param(parameter, weight)
+                for key, moment in zip(_MOMENTS, moments, strict=True):
+                    safe_set_full_optimizer_state(parameter, moment, key)
+            else:
+                optimizer.state[parameter] = {"step": torch.tensor(steps), **dict(zip(_MOMENTS, moments, strict=True))}
+    return {name.removeprefix("state:"): tensor for name, tensor in tensors.items() if name.startswith("state:")}
+
+
+def _link(engine: Any) -> None:
+    """Let parameters find their moments at ZeRO 1 and 2: DeepSpeed links them when only the first optimiser group has any."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(folder.glob("state-??????*"), key=lambda path: int(path.name.removeprefix("state-")))
+
+
+def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+
+
+def _weight(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the whole weight, of bfloat16 ones the float32 master."""
+    return parameter if engine.clipped_norm is not None else safe_get_full_fp32_param(parameter)
+
+
+def _moment(engine: Any, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+    if engine.clipped_norm is not None:  # the optimiser is not wrapped, see build_engine
+        return torch.as_tensor(engine.optimizer.state[parameter][key])
+    whole: torch.Tensor = safe_get_full_optimizer_state(parameter, key)
+    return whole
+
+
+def _flat_groups(engine: Any) -> list[torch.Tensor]:
+    """Return the flat float32 shards that DeepSpeed's wrappers give the optimiser in place of the parameters."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    raise AssertionError(f"{type(engine.optimizer).__name__} has no flat groups that are known here")

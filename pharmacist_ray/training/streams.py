@@ -1,0 +1,131 @@
+"""The rows of a training run, as micro-batches by step: a function of the step alone, so there is no iterator state to save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow as pa
+
+from pharmacist_ray.data.render import IGNORE, Batch, Rendered, Renderer
+from pharmacist_ray.data.rows import read_rows, row_at
+from pharmacist_ray.errors import DataError
+from pharmacist_ray.training.batches import BatchOrder
+from pharmacist_ray.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pharmacist_ray.training.loop import TrainTask
+
+HARMFUL_SEED = 7_919
+"""Added to a run's seed in the order of its harmful rows."""
+
+
+class Stream:
+    """Rows in a fixed order of batches."""
+
+    def __init__(
+        self, table: pa.Table, order: BatchOrder, renderer: Renderer, partners: dict[int, Sequence[int]] | None = None
+    ) -> None:
+        """Render a small set at once.
+
+        A row that cannot be rendered must stop every worker at the same point, or the others would wait for it. Small sets, which
+        may not have come through ingestion, are rendered now by all; large ones have been checked there.
+
+        Args:
+            table: Canonical rows.
+            order: Which rows make up which batch.
+            renderer: Turns a row into token ids.
+            partners: Row → token ids of another answer to its prompt; tokens equal to the other's are not supervised.
+        """
+        self.table, self.order, self._renderer, self._partners = table, order, renderer, partners or {}
+
+        @lru_cache(maxsize=65536)
+        def sample(index: int) -> Rendered:
+            return renderer.render(row_at(table, index))
+
+        self._sample = sample
+        for index in range(min(table.num_rows, 65536)):
+            sample(index)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self.table.num_rows)
+
+    def step(self, number: int, ranks: Ranks, accumulation: int) -> tuple[list[Batch], list[list[int]]]:
+        """Return one worker's micro-batches of a step, and the places of their rows in the step's whole batch."""
+        places = self.order.micro_batches(number, rank=ranks.rank, workers=ranks.workers, accumulation=accumulation, places=True)
+        whole = self.order.batch(number)
+        return [self._collate([whole[place] for place in micro]).to(ranks.device) for micro in places], places
+
+    def ids(self, number: int, rank: int, workers: int, accumulation: int, micro: int) -> list[str]:
+        """Return the row ids of one micro-batch."""
+        rows = self.order.micro_batches(number, rank=rank, workers=workers, accumulation=accumulation)[micro]
+        return [str(self.table.column("id")[row]) for row in rows]
+
+    def _collate(self, rows: list[int]) -> Batch:
+        batch = self._renderer.collate([self._sample(row) for row in rows])
+        for place, row in enumerate(rows):
+            if other := self._partners.get(row):
+                for position, token in enumerate(other[: batch.labels.shape[1]]):
+                    if batch.labels[place, position] == token:
+                        batch.labels[place, position] = IGNORE
+        return batch
+
+
+def alignment_stream(task: TrainTask, renderer: Renderer) -> Stream:
+    """Return the training rows of a task, with its replay rows.
+
+    Raises:
+        DataError: There are fewer rows than a batch takes.
+    """
+    table = read_rows(task.rows)
+    size, replay = task.train.batch_size, 0
+    if task.replay:
+        table = pa.concat_tables([table, (extra := read_rows(task.replay))])
+        replay = extra.num_rows
+    per_batch = round(task.replay_share * size) if replay else 0
+    rows = table.num_rows - replay
+    if rows < size - per_batch or per_batch >= size:
+        raise DataError(f"{task.name}: {rows} training rows are fewer than batch_size={size}; give more or lower it")
+    return Stream(table, BatchOrder(rows, size, task.seed, replay, per_batch), renderer)
+
+
+def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "pairs"], alignment: Stream) -> Stream:
+    """Return the harmful rows of a task, as many a step as alignment rows.
+
+    Args:
+        task: The task.
+        renderer: Turns a row into token ids.
+        kind: ``pairs`` keeps the rows whose prompt is among the alignment rows, and supervises only tokens that differ from the safe
+            answer, position by position (RepNoise's mask); of several safe answers the first by id counts.
+        alignment: The alignment rows.
+
+    Raises:
+        DataError: No row is left, or fewer than a batch takes.
+    """
+    table = read_rows(task.harmful)
+    partners: dict[int, Sequence[int]] = {}
+    if kind == "pairs":
+        safe: dict[tuple[str, str], int] = {}
+        prompts, inputs = (alignment.table.column(name).to_pylist() for name in ("prompt", "input"))
+        for index, key in enumerate(zip(prompts, inputs, strict=True)):
+            safe.setdefault(key, index)
+        keys = list(zip(table.column("prompt").to_pylist(), table.column("input").to_pylist(), strict=True))
+        kept: list[int] = []
+        for index, key in enumerate(keys):
+            if key not in safe:
+                continue
+            other = renderer.render(row_at(alignment.table, safe[key])).ids
+            if renderer.render(row_at(table, index)).ids != other:
+                partners[len(kept)] = other
+                kept.append(index)
+        table = table.take(kept)
+    size = task.train.batch_size
+    if table.num_rows < size:
+        raise DataError(
+            f"{task.name}: {task.objective} needs at least batch_size={size} harmful rows"
+            + (" whose prompt is also among the alignment rows" if kind == "pairs" else "")
+            + f", got {table.num_rows}; give more (alignment.harmful) or lower alignment.train.batch_size"
+        )
+    return Stream(table, BatchOrder(table.num_rows, size, task.seed + HARMFUL_SEED), renderer, partners)

@@ -1,0 +1,161 @@
+"""Every objective is the same function of its rows, whatever computes it: workers, ZeRO stages, micro-batches."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfig
+from pharmacist_ray.data.render import Batch
+from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.data.schema import Row, row_id
+from pharmacist_ray.models.load import add_lora, load_model
+from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.training.engine import build_engine
+from pharmacist_ray.training.launch import run_on_workers
+from pharmacist_ray.training.loop import TrainTask, run_task
+from pharmacist_ray.training.objectives import OBJECTIVES, Step
+from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings
+from pharmacist_ray.training.ranks import Ranks
+
+STEPS = 20
+STAGES = (0, 1, 2, 3)
+LORA = [(objective, "lora") for objective in OBJECTIVES]
+FULL = [("sft", "full"), ("booster", "full")]
+PARAMETERS = {
+    "vaccine": {"rho": 1.0},
+    "t_vaccine": {"rho": 1.0, "layers": 1, "interval": 3, "probe_interval": 5, "probe_rows": 3},
+    "repnoise": {"alpha": 0.5, "beta": 0.5},
+    "booster": {"lambda": 1.0, "alpha": 0.1},
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # everything runs in the setup of the first test
+
+
+def _name(objective: str, weights: str, layout: str) -> str:
+    return f"{objective.replace('+', '-')}-{weights}-{layout}"
+
+
+def _curve(folder: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name / "history.jsonl").read_text().splitlines()]
+
+
+def _work(payload: tuple[list[TrainTask], str, list[Batch]], ranks: Ranks) -> list[list[list[float]]]:
+    """Run all tasks; then return which layers every worker drew, and what it measured, over steps, from rows of its own."""
+    tasks, model, batches = payload
+    for task in tasks:
+        run_task(task, ranks)
+    own = batches[ranks.rank]
+    engine = build_engine(
+        add_lora(load_model(model), LoraConfig(r=2), seed=0),
+        TrainConfig(batch_size=8),
+        ranks,
+        group=OBJECTIVES["t_vaccine"].group,
+    )
+    state: dict[str, torch.Tensor] = {}
+    settings = {TVaccineSettings: TVaccineSettings(layers=1, interval=1, probe_interval=2)}
+    places = [list(range(ranks.rank * 4, ranks.rank * 4 + 4))]
+    found = []
+    for number in range(8):
+        step = Step(number, engine, ranks, [own], places, seed=1, settings=settings, harmful=[own], state=state)
+        for loss in OBJECTIVES["t_vaccine"].run(step):
+            engine.backward(loss)
+        both = ranks.gather(torch.cat([state["t_vaccine.norms"].double(), state["t_vaccine.active"].double()])[None])
+        found.append(both.tolist())
+    engine.destroy()
+    return found
+
+
+@pytest.fixture(scope="module")
+def layouts(
+    ray_local: None, tiny: Any, tokenizer: Any, rows_of: Any, batch_of: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[list[float]]]]:
+    """Run everything once: a folder of finished tasks, and what T-Vaccine drew on two workers."""
+    folder = tmp_path_factory.mktemp("layouts")
+    tiny(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    safe: list[Row] = rows_of(24)
+    bad = [
+        Row(row_id(row.prompt, answer), row.prompt, answer, source=row.source, raw=row.raw)
+        for row, answer in zip(safe, (other.response for other in rows_of(24, seed=9)), strict=True)
+    ]
+    write_rows(safe, folder / "safe.parquet")
+    write_rows(bad, folder / "harmful.parquet")
+
+    def task(objective: str, weights: Any, layout: str, **train: Any) -> TrainTask:
+        settings = TrainConfig(steps=STEPS, batch_size=8, lr=3e-3, weight_decay=0.1, save_every=0, weights=weights, **train)
+        name = _name(objective, weights, layout)
+        return TrainTask(
+            name=name,
+            out=str(folder / name),
+            model=ModelRef(str(folder / "model")),
+            rows=(str(folder / "safe.parquet"),),
+            harmful=(str(folder / "harmful.parquet"),),
+            train=settings,
+            seed=5,
+            objective=objective,
+            parameters=PARAMETERS,
+            lora=LoraConfig(r=2),
+            template="plain",
+            max_length=32,
+        )
+
+    for case in LORA + FULL:
+        run_task(task(*case, "one"))
+    for case in LORA:
+        run_task(task(*case, "micro", accumulation=4))
+    tasks = [  # at stage 2 with micro-batches as well
+        task(*case, f"zero{stage}", zero_stage=stage, accumulation=2 if stage == 2 else 1)
+        for case in LORA + FULL
+        for stage in STAGES
+    ]
+    batches = [batch_of(4, seed=seed) for seed in (1, 2)]
+    found = run_on_workers(
+        _work,
+        (tasks, str(folder / "model"), batches),
+        name="layouts",
+        storage=folder / "ray",
+        resources=ResourcesConfig(workers=2, cpus_per_worker=0.5, max_failures=0),
+    )
+    return folder, found
+
+
+def _assert_same(folder: Path, objective: str, weights: str, layout: str) -> None:
+    one, other = (_curve(folder, _name(objective, weights, which)) for which in ("one", layout))
+    assert len(one) == len(other) == STEPS
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True)) < 1e-5
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "tokens_per_s", "passes"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("objective", "weights"), LORA + FULL)
+def test_two_workers_at_any_zero_stage_give_the_curve_of_one(objective: str, weights: str, stage: int, layouts: Any) -> None:
+    _assert_same(layouts[0], objective, weights, f"zero{stage}")
+
+
+@pytest.mark.parametrize(("objective", "weights"), LORA)
+def test_micro_batches_give_the_curve_of_one_batch(objective: str, weights: str, layouts: Any) -> None:
+    _assert_same(layouts[0], objective, weights, "micro")
+
+
+def test_the_curves_are_those_of_different_objectives_that_learn(layouts: Any) -> None:
+    """Or all of the above would hold for a loop that does nothing."""
+    curves = {objective: _curve(layouts[0], _name(objective, "lora", "one")) for objective in OBJECTIVES}
+    assert all(curve[-1]["loss"] < curve[0]["loss"] - 0.05 for curve in curves.values())
+    ends = sorted(curve[-1]["grad_norm"] for curve in curves.values())
+    assert all(b - a > 1e-3 for a, b in pairwise(ends))
+
+
+def test_every_worker_draws_the_same_layers_from_the_same_norms(layouts: Any) -> None:
+    found = torch.tensor(layouts[1])  # (steps, workers, norms and active layers)
+    assert found.shape == (8, 2, 3)
+    assert torch.equal(found[:, 0], found[:, 1])
+    assert found[:, 0, 2].unique().numel() == 2  # over the steps both layers are drawn
