@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,9 +23,15 @@ from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.pipeline.artifacts import PACKAGES
 from pharmacist_ray.pipeline.console import plain, say
+from pharmacist_ray.pipeline.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
+from pharmacist_ray.pipeline.pace import LINK, UTILISATION, known_gpu, seconds
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.shape import Shape, shape_of
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.training.objectives import OBJECTIVES
+
+COMMON_GIB = (24, 40, 80, 141)
+"""Memory of the GPUs that are common (RTX 4090, A100, H100, H200), for a machine that has none."""
 
 
 def examine(config_file: Path | None) -> None:
@@ -68,6 +75,12 @@ def _configuration(config: Config, gpus: int) -> None:
     resources = config.resources
     if resources.gpus_per_worker and not gpus and not os.environ.get("RAY_ADDRESS"):
         problems.append(ResourceError("resources.gpus_per_worker is set but this machine has no GPU and RAY_ADDRESS is unset"))
+    shape = None
+    if not any(isinstance(problem, ModelError) for problem in problems):
+        try:
+            shape = shape_of(config.model)
+        except ModelError as error:
+            problems.append(error)
     cells = len(run.cells)
     say(
         f"[bold]plan[/]     {cells} aligned models ({len(run.arms)} selections × {len(config.comparison.seeds)} seeds), "
@@ -75,11 +88,75 @@ def _configuration(config: Config, gpus: int) -> None:
     )
     for artifact in (run.ingested("candidates"), run.fitted, run.scored, run.main_selection):
         say(f"          {artifact.stage}: {'ready' if artifact.ready else 'to be made'} ({plain(artifact.folder)})")
+    if shape is not None:
+        _costs(config, shape)
     for problem in problems[:-1]:
         say(f"[red]problem[/]  {plain(problem)}")
     if problems:
         raise problems[-1]
     say("[green]this configuration can run[/]")
+
+
+def _costs(config: Config, shape: Shape) -> None:
+    """Print what the training runs will take: the first alignment and the warm-up item by item, all others in a line each."""
+    say(f"[bold]model[/]    {shape.parameters:,} parameters in {shape.layers} layers; the adapter has {shape.adapter:,}")
+    say(f"          actors for scoring and evaluation hold all of it: {_size(shape.parameters * BYTES[config.model.dtype])}")
+    runs = [("alignment.train", objective) for objective in config.defences]
+    runs += [(where, "sft") for where in config.trainings() if where != "alignment.train"]
+    for number, (where, objective) in enumerate(runs):
+        setup = setup_of(config, config.trainings()[where], objective)
+        _cost(f"{where} ({plain(objective)})", shape, setup, config, itemised=number == 0 or where == "selector.warmup")
+        if objective not in EXTRAS:
+            say(f"          what {plain(objective)} adds is not known here; it is counted as sft")
+
+
+def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool) -> None:
+    items = memory(shape, setup)
+    held, spared = total(items), total(items, host=True)
+    room, name, where = _room(config, held)
+    say(f"[bold]memory[/]   {what}, per worker: {_size(held)}; {where}")
+    if spared:
+        say(f"          and {_size(spared)} of CPU memory, per worker as well")
+    if itemised:
+        _table(items, _size)
+    if held > room:
+        changes, then = advice(shape, setup, room)
+        say(f"          [red]too much[/]: {', '.join(changes) or 'no setting'} would bring it to {_size(then)}")
+        if then > room:
+            say("          and that is still too much: take more or larger GPUs, or a smaller model.max_length")
+    if not setup.gpu:
+        return
+    parts = seconds(shape, setup, name)
+    step = total(parts)
+    hours = step * setup.steps / 3600
+    say(f"[bold]time[/]     {what}: {step:.3g} s a step, {setup.steps} steps in {hours:.2g} h on {known_gpu(name)}s")
+    if itemised:
+        _table(parts, lambda value: f"{value:.3g} s")
+        say(f"          assumed: {UTILISATION:.0%} of the peak, {LINK / 1e9:g} GB/s between GPUs, every row of full length")
+
+
+def _table(items: list[Item], told: Callable[[float], str]) -> None:
+    for item in items:
+        say(f"          {item.what:<28}{told(item.amount):>9}  {item.arithmetic}{' (CPU memory)' if item.host else ''}")
+
+
+def _room(config: Config, held: float) -> tuple[float, str, str]:
+    """Return the bytes that a worker may hold, the GPU's name, and both in words."""
+    if not config.resources.gpus_per_worker:
+        here = float(psutil.virtual_memory().total)
+        return here, "", f"this machine has {_size(here)} for all workers"
+    if torch.cuda.device_count():
+        gpu = torch.cuda.get_device_properties(0)
+        share = min(1.0, config.resources.gpus_per_worker)
+        return gpu.total_memory * share, gpu.name, f"of {_size(gpu.total_memory * share)} on {plain(gpu.name)}"
+    size = next((size for size in COMMON_GIB if held <= size * 2**30), max(COMMON_GIB))
+    verb = "fits" if held <= size * 2**30 else "does not fit"
+    return size * 2.0**30, "H100", f"{verb} a GPU of {size} GiB"
+
+
+def _size(amount: float) -> str:
+    unit, size = next(((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if amount >= size / 2), ("KiB", 2**10))
+    return f"{amount / size:.1f} {unit}"
 
 
 def _model(config: Config) -> None:
