@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 DEMO ?= runs/demo
+SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test demo defences lint unit
+.PHONY: setup setup-browser test demo defences search-demo lint unit
 
 setup: .venv/ready
 
@@ -38,3 +39,9 @@ demo: setup
 defences: setup
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml --defences sft,vaccine,t_vaccine,repnoise,booster \
 		'comparison.selections=[all,random,pharmacist]' alignment.train.epochs=3.3 run_dir=$(DEMO)/defences
+
+# Twelve settings against each other on the benchmark, then the page that shows them. Interrupted, the same command goes on.
+search-demo: setup
+	$(BIN)/pharmacist testbed $(SEARCH) --seed 7
+	$(BIN)/pharmacist search --config $(SEARCH)/search.yaml
+	$(BIN)/pharmacist report --config $(SEARCH)/search.yaml

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pharmacist_ray.cli.app import plain_failures
-from pharmacist_ray.config import load_config
+from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.pipeline.session import run_stage
 
 
-def job(description: str | None, stages: Sequence[str]) -> None:
+def job(description: str | None, stages: Sequence[str] = (), work: Callable[[Config], object] | None = None) -> None:
     """Run stages one after the other; a user's error is one line and its exit code.
 
     Args:
         description: For ``--help``.
         stages: Names of stages.
+        work: What to do after them.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="the run's YAML file; run_dir must be an absolute path all nodes reach")
@@ -31,3 +32,5 @@ def job(description: str | None, stages: Sequence[str]) -> None:
             )
         for stage in stages:
             run_stage(stage, config)
+        if work is not None:
+            work(config)

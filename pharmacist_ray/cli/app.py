@@ -29,6 +29,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides by dotted key, for example selection.ratio=0.4")
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a broken row an error instead of putting it into quarantine.")]
+Defences = Annotated[
+    str | None, typer.Option(help="Objectives to cross with every selection, for example sft,vaccine,booster; over the file's.")
+]
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def plain_failures() -> Iterator[None]:
     try:
         yield
     except PharmacistError as error:
-        from pharmacist_ray.pipeline.console import printable
+        from pharmacist_ray.data.printable import printable
 
         print(f"pharmacist: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
@@ -62,9 +65,10 @@ def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = 
 
 
 @app.command()
-def run(config: ConfigOption, overrides: Overrides = None, strict: Strict = False) -> None:
+def run(config: ConfigOption, overrides: Overrides = None, strict: Strict = False, defences: Defences = None) -> None:
     """All stages, or those whose inputs changed: ingest, fit, score, select, align, attack, evaluate, report."""
-    _stage("run", config, overrides, strict)
+    crossed = [f"comparison.defences=[{defences}]"] if defences else []
+    _stage("run", config, [*(overrides or []), *crossed], strict)
 
 
 @app.command()
@@ -111,8 +115,25 @@ def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Print the comparison as a table and write it to report/."""
+    """Print the comparison as a table, and write it and a page of the whole run to report/."""
     _stage("report", config, overrides)
+
+
+@app.command()
+def search(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where trials of another `search` section are, and keep those that fit.")
+    ] = False,
+) -> None:
+    """Try the settings of the `search` section against each other, and recommend one; finished trials are kept."""
+    from pharmacist_ray.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from pharmacist_ray.pipeline.search import run_search
+
+    run_search(loaded, resume=resume)
 
 
 @app.command()
@@ -121,6 +142,19 @@ def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="C
     from pharmacist_ray.pipeline.doctor import examine
 
     examine(config)
+
+
+@app.command()
+def benchmark(
+    objectives: Annotated[list[str] | None, typer.Argument(help="What to measure besides SFT; default: all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Steps of each objective, which take turns.")] = 5,
+) -> None:
+    """Measure what each objective costs here: seconds a step over SFT's, and peak memory. `jobs.benchmark` has more options."""
+    from pharmacist_ray.pipeline.benchmark import Load
+    from pharmacist_ray.pipeline.benchmark import benchmark as measure
+    from pharmacist_ray.training.objectives import OBJECTIVES
+
+    measure(objectives or list(OBJECTIVES), Load(rounds=rounds))
 
 
 @app.command()

@@ -91,7 +91,15 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
-    value = _yaml(text, f"override '{override}': the value")
+    assign(values, key, _yaml(text, f"override '{override}': the value"))
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key of plain values, in place; list items are addressed by number.
+
+    Raises:
+        ConfigError: The key steps into something that has no keys.
+    """
     *parents, last = key.split(".")
     node: Any = values
     for done, part in enumerate(parents):

@@ -62,31 +62,29 @@ class AnswerSpec:
 
 
 def answer_all(
-    models: Mapping[str, ModelRef],
+    models: Mapping[Path, ModelRef],
     prompts: Mapping[str, Path],
     *,
     settings: EvaluationConfig,
     template: Template,
     max_length: int,
     resources: ResourcesConfig,
-    out: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write ``out/<model>/<set>-<start>.parquet`` (`ANSWER_SCHEMA`) for every model and prompt set.
+    """Write ``<folder>/<set>-<start>.parquet`` (`ANSWER_SCHEMA`) for every model and prompt set; what is there stays.
 
     Args:
-        models: Name → model.
+        models: Folder for the answers → model.
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
         settings: The evaluation section.
         template: Prompt template.
         max_length: Longest prompt in tokens.
         resources: Actors and what each may use.
-        out: Folder to fill.
         progress: Called with (units done, units in all).
     """
     questions = [
-        Question(name, model, kind, str(rows), start, str(out / name / f"{kind}-{start:06d}.parquet"))
-        for name, model in models.items()
+        Question(str(folder), model, kind, str(rows), start, str(folder / f"{kind}-{start:06d}.parquet"))
+        for folder, model in models.items()
         for kind, rows in prompts.items()
         for start in range(0, count_rows(rows), PROMPTS_PER_UNIT)
     ]

@@ -31,6 +31,8 @@ class Subject:
 
     name: str
     model: ModelRef
+    answers: Path
+    """Folder of its judged answers."""
     selection: str
     defence: str
     seed: int
@@ -83,16 +85,15 @@ def evaluate(
         Counts for the manifest.
     """
     answer_all(
-        {subject.name: subject.model for subject in subjects},
+        {subject.answers: subject.model for subject in subjects},
         prompts,
         settings=settings,
         template=template,
         max_length=max_length,
         resources=resources,
-        out=out / "answers",
         progress=progress,
     )
-    judged = {subject.name: list(_judged(out / "answers" / subject.name, subject.cluster)) for subject in subjects}
+    judged = {subject.name: list(_judged(subject.answers, subject.cluster)) for subject in subjects}
     draws = settings.bootstrap_draws
     records = _records(subjects, judged, draws)
     table = _table(subjects, judged, draws)
@@ -114,7 +115,7 @@ def _records(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], dr
         subject.name: {metric.name: metric for metric in measure(judged[subject.name], seed=BOOTSTRAP_SEED, draws=draws)}
         for subject in subjects
     }
-    before = {(s.selection, s.seed): metrics[s.name]["harmful_score"].estimate for s in subjects if s.attack is None}
+    before = {(s.selection, s.defence, s.seed): metrics[s.name]["harmful_score"].estimate for s in subjects if s.attack is None}
     attacked = [s for s in subjects if s.attack is not None] or list(subjects)
     records = []
     for subject in attacked:
@@ -128,7 +129,7 @@ def _records(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], dr
                 "attack": subject.attack,
                 "kept": subject.kept,
                 "align_seconds": round(subject.align_seconds, 3),
-                "hs_before": before[subject.selection, subject.seed],
+                "hs_before": before[subject.selection, subject.defence, subject.seed],
                 "hs_after": found["harmful_score"].estimate if subject.attack is not None else None,
                 "coherent_refusal": found["coherent_refusal"].estimate,
                 "incoherent": found["incoherent"].estimate,
@@ -144,32 +145,35 @@ def _records(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], dr
 
 
 def _table(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
-    """One row per arm and attack (null: before), metrics over all its seeds, and the differences to the arms all and random."""
-    groups: dict[tuple[str, str | None], list[Subject]] = {}
+    """One row per arm, defence and attack (null: before), metrics over all its seeds, and the differences to its baselines.
+
+    Baselines are the arms ``all`` and ``random`` under the same defence, and the same arm under ``sft``.
+    """
+    Key = tuple[str, str, str | None]
+    groups: dict[Key, list[Subject]] = {}
     for subject in subjects:
-        groups.setdefault((subject.arm, subject.attack), []).append(subject)
+        groups.setdefault((subject.arm, subject.defence, subject.attack), []).append(subject)
     answers = {key: [one for subject in group for one in judged[subject.name]] for key, group in groups.items()}
     rows = []
-    for (arm, attack), group in groups.items():
-        seconds = [subject.align_seconds for subject in group]
+    for key, group in groups.items():
+        arm, defence, attack = key
+        baselines: dict[str, Key] = {name: (name, defence, attack) for name in ("all", "random")} | {"sft": (arm, "sft", attack)}
         rows.append(
             {
                 "selection": arm,
-                "defence": group[0].defence,
+                "defence": defence,
                 "attack": attack,
                 "runs": len(group),
                 "kept": group[0].kept,
-                "align_seconds": float(np.mean(seconds)),
-                "metrics": {m.name: _plain(m) for m in measure(answers[arm, attack], seed=BOOTSTRAP_SEED, draws=draws)},
+                "align_seconds": float(np.mean([subject.align_seconds for subject in group])),
+                "metrics": {m.name: _plain(m) for m in measure(answers[key], seed=BOOTSTRAP_SEED, draws=draws)},
                 "minus": {
-                    other: {
-                        name: _plain(
-                            compare(answers[arm, attack], answers[other, attack], name, seed=BOOTSTRAP_SEED, draws=draws)
-                        )
-                        for name in COMPARED
+                    name: {
+                        metric: _plain(compare(answers[key], answers[other], metric, seed=BOOTSTRAP_SEED, draws=draws))
+                        for metric in COMPARED
                     }
-                    for other in ("all", "random")
-                    if other != arm and (other, attack) in answers
+                    for name, other in baselines.items()
+                    if other != key and other in answers
                 },
             }
         )

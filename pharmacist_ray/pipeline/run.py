@@ -5,7 +5,7 @@ Everything here is a pure function of the configuration and of the input files' 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,59 @@ from pharmacist_ray.config.schema import AttackConfig, Config, Section, SourceCo
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
+from pharmacist_ray.training.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of the comparison: a selection aligned with a seed, and perhaps attacked."""
+    """One model of the comparison: a selection aligned by a defence with a seed, and perhaps attacked."""
 
     selection: str
+    defence: str
     seed: int
     attack: AttackConfig | None = None
 
     @property
     def name(self) -> str:
-        """For people and folders, for example ``pharmacist.s0.weak``."""
-        return f"{self.selection}.s{self.seed}" + (f".{self.attack.name}" if self.attack else "")
+        """For people and folders, for example ``pharmacist.sft.s0.weak``."""
+        return f"{self.selection}.{self.defence}.s{self.seed}" + (f".{self.attack.name}" if self.attack else "")
+
+    @property
+    def aligned(self) -> Cell:
+        """The same cell before any attack."""
+        return Cell(self.selection, self.defence, self.seed)
 
 
 class Run:
     """The artifacts of one configuration."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, base: Run | None = None) -> None:
         """Lay out a run.
 
         Args:
             config: The checked configuration.
+            base: For a trial of a search, the run that it varies, in the same run directory. What both make from the same inputs
+                lies where the base has it; everything else of the trial lies in folders that carry its fingerprint, so that trials
+                share what they can and never take each other's place.
         """
         self.config = config
         self.root = config.run_dir
+        self.base = base
+        self._known_files: dict[str, Any] = base._known_files if base else {}
+
+    def _file(self, path: str) -> Any:
+        """What identifies a file or folder as it is now; looked up once, so that a run and its trials agree with each other."""
+        if path not in self._known_files:
+            self._known_files[path] = file_identity(path)
+        return self._known_files[path]
+
+    def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
+        """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
+        if self.base is not None and (usual is None or usual.fingerprint != artifact.fingerprint):
+            kind, name = artifact.folder.relative_to(self.root).parts[0], artifact.folder.name
+            own = artifact.fingerprint[:8] if kind == name else f"{name}-{artifact.fingerprint[:8]}"
+            artifact.folder = self.root / kind / own if kind == "selections" else self.root / "search" / kind / own
+        return artifact
 
     @property
     def model(self) -> ModelRef:
@@ -50,7 +76,7 @@ class Run:
 
     @cached_property
     def _model_identity(self) -> Any:
-        return digest([file_identity(self.config.model.path), _dump(self.config.model)])
+        return digest([self._file(self.config.model.path), _dump(self.config.model)])
 
     @cached_property
     def sources(self) -> dict[str, tuple[SourceConfig, bool]]:
@@ -63,6 +89,8 @@ class Run:
         }
         if config.data.benign is not None:
             found["benign"] = (config.data.benign, True)
+        if config.alignment.harmful is not None:
+            found["align-harmful"] = (config.alignment.harmful, True)
         for attack in config.attacks:
             found[f"attack-{attack.name}-task"] = (attack.task, True)
             found[f"attack-{attack.name}-harmful"] = (attack.harmful, True)
@@ -74,8 +102,8 @@ class Run:
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """Source → digest of its files as they are now; looked up once, so that a run agrees with itself."""
-        return {name: digest([file_identity(path) for path in source.path]) for name, (source, _) in self.sources.items()}
+        """Source → digest of its files."""
+        return {name: digest([self._file(path) for path in source.path]) for name, (source, _) in self.sources.items()}
 
     def ingested(self, name: str) -> Artifact:
         """Return the canonical rows of a source, in ``<folder>/rows``."""
@@ -83,20 +111,23 @@ class Run:
         shards = self.config.data.shards if name == "candidates" else 1
         config = {"source": _dump(source), "shards": shards, "max_length": self.config.model.max_length}
         inputs = {"files": self._files[name], "model": self._model_identity}
-        return Artifact(self.root / "ingest" / name, "ingest", config, inputs)
+        usual = self.base.ingested(name) if self.base and name in self.base.sources else None
+        return self._placed(Artifact(self.root / "ingest" / name, "ingest", config, inputs), usual)
 
     @cached_property
     def fitted(self) -> Artifact:
         """The selector."""
         names = [name for name in ("candidates", "validation", "harmful", "benign") if name in self.sources]
         inputs = {name: self.ingested(name).fingerprint for name in names} | {"model": self._model_identity}
-        return Artifact(self.root / "fit", "fit", {"selector": _dump(self.config.selector), "seed": self.config.seed}, inputs)
+        config = {"selector": _dump(self.config.selector), "seed": self.config.seed}
+        return self._placed(Artifact(self.root / "fit", "fit", config, inputs), self.base.fitted if self.base else None)
 
     @cached_property
     def scored(self) -> Artifact:
         """The scores, in ``<folder>/rows``."""
         inputs = {"fit": self.fitted.fingerprint, "candidates": self.ingested("candidates").fingerprint}
-        return Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
+        artifact = Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
+        return self._placed(artifact, self.base.scored if self.base else None)
 
     @cached_property
     def arms(self) -> list[str]:
@@ -109,37 +140,56 @@ class Run:
         """Return the curated subset of an arm."""
         # Everything is everything, whatever the rule.
         config = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
-        return Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint})
+        return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
 
     @property
     def main_selection(self) -> Artifact:
         """The product's main output: the curated subset by the configured scorer."""
+        return self.selected(self.main_arm)
+
+    @property
+    def main_arm(self) -> str:
+        """The configured scorer, the first draw for random."""
         scorer = self.config.selection.scorer
-        return self.selected("random_0" if scorer == "random" else scorer)
+        return "random_0" if scorer == "random" else scorer
 
     @property
     def cells(self) -> list[Cell]:
         """The aligned models."""
-        return [Cell(arm, seed) for arm in self.arms for seed in self.config.comparison.seeds]
+        comparison = self.config.comparison
+        return [Cell(arm, defence, seed) for defence in self.config.defences for arm in self.arms for seed in comparison.seeds]
 
     def attacks_on(self, cell: Cell) -> list[Cell]:
         """Return an aligned model's attacked descendants."""
-        return [Cell(cell.selection, cell.seed, attack) for attack in self.config.attacks]
+        return [replace(cell, attack=attack) for attack in self.config.attacks]
+
+    @property
+    def harmful(self) -> str:
+        """The source of the harmful rows that objectives look at."""
+        return "harmful" if self.config.alignment.harmful is None else "align-harmful"
+
+    def alignment(self, defence: str) -> dict[str, Any]:
+        """Return what of the alignment section concerns a defence; the settings of others do not change its models."""
+        section = _dump(self.config.alignment)
+        mine = {name: values for name, values in section["parameters"].items() if name in OBJECTIVES[defence].settings}
+        return section | {"objective": defence, "parameters": mine, "harmful": None}
 
     def trained(self, cell: Cell) -> Artifact:
         """Return a cell's adapter (or model); the folder's name carries the fingerprint, so cells of other settings stay."""
         config: dict[str, Any] = {"seed": cell.seed}
         if cell.attack is None:
             stage = "align"
-            config |= {"alignment": _dump(self.config.alignment)}
+            config |= {"alignment": self.alignment(cell.defence)}
             inputs = {"selection": self.selected(cell.selection).fingerprint, "model": self._model_identity}
             if self.config.alignment.replay:
                 inputs["replay"] = self.ingested("benign").fingerprint
+            if OBJECTIVES[cell.defence].harmful != "none":
+                inputs["harmful"] = self.ingested(self.harmful).fingerprint
         else:
             stage = "attack"
             config |= {"attack": _dump(cell.attack)}
             inputs = {
-                "aligned": self.trained(Cell(cell.selection, cell.seed)).fingerprint,
+                "aligned": self.trained(cell.aligned).fingerprint,
                 "task": self.ingested(f"attack-{cell.attack.name}-task").fingerprint,
                 "harmful": self.ingested(f"attack-{cell.attack.name}-harmful").fingerprint,
             }
@@ -151,9 +201,8 @@ class Run:
         """Return a trained cell's model."""
         if cell.attack is None:
             return _after(self.model, self.trained(cell).folder / "run", self.config.alignment.train.weights)
-        before = Cell(cell.selection, cell.seed)
         weights = cell.attack.train.weights
-        start = self.model if cell.attack.adapter == "same" and weights == "lora" else self.model_of(before)
+        start = self.model if cell.attack.adapter == "same" and weights == "lora" else self.model_of(cell.aligned)
         return _after(start, self.trained(cell).folder / "run", weights)
 
     @cached_property
@@ -166,14 +215,22 @@ class Run:
         if self.config.evaluation is None:
             raise ConfigError("there is no `evaluation` section in the configuration; `pharmacist init` shows one")
         trained = [self.trained(c).fingerprint for cell in self.cells for c in (cell, *self.attacks_on(cell))]
+        config = {"draws": self.config.evaluation.bootstrap_draws, "cells": [cell.name for cell in self.cells]}
+        inputs = {"models": digest(trained), "asked": self._asked}
+        return self._placed(Artifact(self.root / "evaluation", "evaluate", config, inputs))
+
+    @cached_property
+    def _asked(self) -> str:
+        """What is asked and how it is judged, as a digest."""
+        assert self.config.evaluation is not None
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
-        config = {
-            "evaluation": _dump(self.config.evaluation),
-            "template": self.config.model.template,
-            "objective": self.config.alignment.objective,
-            "cells": [cell.name for cell in self.cells],
-        }
-        return Artifact(self.root / "evaluation", "evaluate", config, {"models": digest(trained), **prompts})
+        judge = self.config.evaluation.judge_path
+        asked = self.config.evaluation.model_dump(mode="json", exclude={"bootstrap_draws"})
+        return digest([prompts, asked, self.config.model.template, self._file(judge) if judge else None])
+
+    def answers(self, cell: Cell) -> Path:
+        """Return the folder of a model's judged answers, which no other model's change."""
+        return self.root / "answers" / f"{self.trained(cell).folder.name}-{digest(self._asked)[:8]}"
 
 
 def _after(start: ModelRef, folder: Path, weights: str) -> ModelRef:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import plain, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest
+
+TRIAL_CPUS = 0.1
+"""What the process of a search's trial takes for itself: it starts workers and waits for them."""
 
 
 def run_stage(name: str, config: Config, *, strict: bool = False) -> Run:
@@ -47,12 +51,27 @@ def run_stage(name: str, config: Config, *, strict: bool = False) -> Run:
     return run
 
 
+def needed_by(resources: ResourcesConfig, trials: int) -> dict[str, float]:
+    """Return what trials of a search take at the same time, by Ray's names.
+
+    A trial's process, and either the workers of its training runs or its actors, with one CPU for the tasks that read for them.
+    """
+    training, actors = resources.workers * resources.parallel_runs, resources.actors
+    cpus = TRIAL_CPUS + max(training * resources.cpus_per_worker, actors * resources.cpus_per_worker + 1)
+    gpus = resources.gpus_per_worker * max(training, actors)
+    return {"CPU": trials * cpus} | ({"GPU": trials * gpus} if gpus else {})
+
+
 @contextmanager
-def connected(resources: ResourcesConfig) -> Iterator[None]:
+def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     """Be connected to Ray: to the cluster that ``RAY_ADDRESS`` names, to a caller's, or to a private one on this machine.
 
     A private one has as many logical CPUs as the configured workers and actors need, so that a small machine never waits for itself,
     and is stopped afterwards; a cluster of somebody else's is left as it is.
+
+    Args:
+        resources: The resources section.
+        trials: Trials of a search at the same time.
 
     Raises:
         ResourceError: ``RAY_ADDRESS`` names a cluster that cannot be reached.
@@ -75,7 +94,7 @@ def connected(resources: ResourcesConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2),
+        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -6,6 +6,7 @@ only what is missing or whose inputs changed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,15 +20,22 @@ from pharmacist_ray.curation.score import check_scorers, columns_of, score
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.data.mixing import poisoned
 from pharmacist_ray.data.rows import count_rows, sample_rows, write_rows
+from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, DataError, one_of
+from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.evaluation.evaluate import Subject, evaluate
 from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.models.load import empty_model
+from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import bar, console, plain, say, watch_training
 from pharmacist_ray.pipeline.run import Cell, Run
+from pharmacist_ray.pipeline.sharing import alone, making
+from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
 from pharmacist_ray.training.launch import train_all
-from pharmacist_ray.training.loop import TrainTask
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.loop import TrainTask, check_task
+from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+from pharmacist_ray.training.tracking import check_trackers
 
 ATTACK_SEED = 100_003
 """Added to a cell's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
@@ -42,8 +50,15 @@ def check(run: Run) -> None:
     config = run.config
     check_scorers(config.scoring, config.selector)
     _rule(run, config.selection.scorer)
-    if config.alignment.objective not in OBJECTIVES:
-        raise one_of("objective", config.alignment.objective, list(OBJECTIVES))
+    check_trackers(config.tracking.to)
+    for name in config.alignment.parameters:
+        if name not in {section for objective in OBJECTIVES.values() for section in objective.settings}:
+            raise one_of("section of alignment.parameters", name, [n for n, o in OBJECTIVES.items() if n in o.settings])
+    for defence in config.defences:
+        settings = settings_of(defence, config.alignment.parameters)
+        check_task(_align_task(run, replace(run.cells[0], defence=defence)))
+        if fits := OBJECTIVES[defence].fits:
+            fits(empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code), settings)
     if config.evaluation is not None and config.evaluation.judge not in JUDGES:
         raise one_of("judge", config.evaluation.judge, list(JUDGES))
     if config.evaluation is not None and config.evaluation.judge != "phrases" and not config.evaluation.judge_path:
@@ -60,19 +75,18 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
     model = run.config.model
     for name, (source, has_answer) in run.sources.items():
         artifact = run.ingested(name)
-        if artifact.ready:
-            report = IngestReport(**artifact.manifest()["summary"])
-        else:
-            folder = artifact.begin()
-            report = ingest(
-                Source(source.path, source.layout, source.columns, source.category_column, source.split),
-                folder,
-                shards=run.config.data.shards if name == "candidates" else 1,
-                render=RenderSpec(model.path, model.template, model.max_length),
-                strict=strict,
-                require_response=has_answer,
-            )
-            artifact.finish(asdict(report))
+        with making(run, artifact) as missing:
+            if missing:
+                made = ingest(
+                    Source(source.path, source.layout, source.columns, source.category_column, source.split),
+                    artifact.begin(),
+                    shards=run.config.data.shards if name == "candidates" else 1,
+                    render=RenderSpec(model.path, model.template, model.max_length),
+                    strict=strict,
+                    require_response=has_answer,
+                )
+                artifact.finish(asdict(made))
+        report = IngestReport(**artifact.manifest()["summary"])
         if strict and report.quarantined:
             raise DataError(f"{name}: {report.quarantined} rows are quarantined in {artifact.folder / 'quarantine'} (--strict)")
         if name == "candidates" or report.quarantined or report.duplicates:
@@ -94,52 +108,54 @@ def run_fit(run: Run) -> None:
         for name in ("candidates", "validation", "harmful", "benign")
         if name in run.sources
     }
-    if artifact.ready:
-        return
-    folder = artifact.begin()
-    selector = config.selector
-    watched: list[tuple[str, TrainConfig]] = [("warmup", selector.warmup)]
-    if selector.reference is not None and "benign" in sets:
-        watched.append(("reference", selector.reference))
-    with watch_training("fit", [folder / name for name, _ in watched], [train.steps for _, train in watched]):
-        summary = fit(
-            model=run.model,
-            lora=config.model.lora,
-            template=config.model.template,
-            max_length=config.model.max_length,
-            selector=selector,
-            resources=config.resources,
-            seed=config.seed,
-            candidates=sets["candidates"],
-            validation=sets["validation"],
-            harmful=sets["harmful"],
-            benign=sets.get("benign"),
-            out=folder,
-        )
-    artifact.finish(summary)
+    with making(run, artifact) as missing:
+        if not missing:
+            return
+        folder = artifact.begin()
+        selector = config.selector
+        watched: list[tuple[str, TrainConfig]] = [("warmup", selector.warmup)]
+        if selector.reference is not None and "benign" in sets:
+            watched.append(("reference", selector.reference))
+        with watch_training("fit", [folder / name for name, _ in watched], [train.steps for _, train in watched]):
+            summary = fit(
+                model=run.model,
+                lora=config.model.lora,
+                template=config.model.template,
+                max_length=config.model.max_length,
+                selector=selector,
+                resources=config.resources,
+                seed=config.seed,
+                candidates=sets["candidates"],
+                validation=sets["validation"],
+                harmful=sets["harmful"],
+                benign=sets.get("benign"),
+                out=folder,
+            )
+        artifact.finish(summary)
 
 
 def run_score(run: Run) -> None:
     """Score every candidate."""
     artifact, config = run.scored, run.config
     candidates, fitted = run.ingested("candidates").require(), run.fitted.require()
-    if artifact.ready:
-        return
-    folder = artifact.begin()
-    with bar("score (shards)") as show:
-        report = score(
-            model=run.model,
-            template=config.model.template,
-            max_length=config.model.max_length,
-            selector=config.selector,
-            scoring=config.scoring,
-            resources=config.resources,
-            candidates=candidates / "rows",
-            fit=fitted,
-            out=folder / "rows",
-            progress=show,
-        )
-    artifact.finish(asdict(report))
+    with making(run, artifact) as missing:
+        if not missing:
+            return
+        folder = artifact.begin()
+        with bar("score (shards)") as show:
+            report = score(
+                model=run.model,
+                template=config.model.template,
+                max_length=config.model.max_length,
+                selector=config.selector,
+                scoring=config.scoring,
+                resources=config.resources,
+                candidates=candidates / "rows",
+                fit=fitted,
+                out=folder / "rows",
+                progress=show,
+            )
+        artifact.finish(asdict(report))
     say(f"  {report.rows} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
 
 
@@ -147,15 +163,18 @@ def run_select(run: Run) -> None:
     """Write the curated subset, and the other arms of the comparison."""
     scored = run.scored.require() / "rows"
     candidates = run.ingested("candidates").require()
-    arms = {artifact.folder.name: artifact for artifact in [run.main_selection, *(run.selected(arm) for arm in run.arms)]}
-    for arm, artifact in arms.items():
-        if artifact.ready:
-            continue
-        jsonl = run.config.selection.jsonl and arm != "all"
-        report = write_selection(candidates, scored, _rule(run, arm), artifact.folder, provenance=artifact.record(), jsonl=jsonl)
-        artifact.finish(
-            {"kept": report.kept, "candidates": report.candidates, "cut": report.cut, "categories": report.categories}
-        )
+    for arm in dict.fromkeys([run.main_arm, *run.arms]):
+        artifact = run.selected(arm)
+        with making(run, artifact) as missing:
+            if not missing:
+                continue
+            jsonl = run.config.selection.jsonl and arm != "all"
+            report = write_selection(
+                candidates, scored, _rule(run, arm), artifact.folder, provenance=artifact.record(), jsonl=jsonl
+            )
+            artifact.finish(
+                {"kept": report.kept, "candidates": report.candidates, "cut": report.cut, "categories": report.categories}
+            )
     main = run.main_selection
     summary = main.manifest()["summary"]
     say(f"  kept {summary['kept']} of {summary['candidates']} rows: {plain(main.folder)}")
@@ -175,6 +194,8 @@ def run_align(run: Run) -> None:
     config = run.config
     for arm in run.arms:
         run.selected(arm).require()
+    if any(OBJECTIVES[defence].harmful != "none" for defence in config.defences):
+        run.ingested(run.harmful).require()
 
     @cache
     def replay() -> tuple[str, ...]:
@@ -183,28 +204,46 @@ def run_align(run: Run) -> None:
         rows = sample_rows(run.ingested("benign").require() / "rows", config.alignment.replay, config.seed)
         if len(rows) < config.alignment.replay:
             raise DataError(f"alignment.replay={config.alignment.replay} but data.benign has {len(rows)} usable rows")
-        write_rows(rows, run.root / "align" / "replay.parquet")
-        return (str(run.root / "align" / "replay.parquet"),)
+        file = run.root / "align" / f"replay{_mark(run, rows)}.parquet"
+        write_rows(rows, file)
+        return (str(file),)
 
-    _train(
-        run,
-        run.cells,
-        "align",
-        lambda cell: TrainTask(
-            name=cell.name,
-            out="",
-            model=run.model,
-            rows=(str(run.selected(cell.selection).folder / "rows"),),
-            replay=replay(),
-            replay_share=config.alignment.replay_share,
-            train=config.alignment.train,
-            seed=cell.seed,
-            objective=config.alignment.objective,
-            lora=config.model.lora,
-            template=config.model.template,
-            max_length=config.model.max_length,
-        ),
+    def task(cell: Cell) -> TrainTask:
+        described = _align_task(run, cell)
+        share = config.alignment.replay_share if config.alignment.replay else 0.0
+        train = _in_steps(config.alignment.train, count_rows(run.selected(cell.selection).folder / "rows"), share)
+        return replace(described, train=train, replay=replay())
+
+    _train(run, run.cells, "align", task)
+
+
+def _align_task(run: Run, cell: Cell) -> TrainTask:
+    """Describe an alignment, all but its replay rows and its steps."""
+    config = run.config
+    return TrainTask(
+        name=cell.name,
+        out="",
+        model=run.model,
+        rows=(str(run.selected(cell.selection).folder / "rows"),),
+        replay_share=config.alignment.replay_share,
+        train=config.alignment.train,
+        seed=cell.seed,
+        objective=cell.defence,
+        parameters=run.alignment(cell.defence)["parameters"],
+        harmful=(str(run.ingested(run.harmful).folder / "rows"),) if OBJECTIVES[cell.defence].harmful != "none" else (),
+        lora=config.model.lora,
+        template=config.model.template,
+        max_length=config.model.max_length,
+        tracking=config.tracking,
     )
+
+
+def _in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:
+    """Return the settings with steps in the place of epochs."""
+    if train.epochs is None:
+        return train
+    per_step = train.batch_size - round(replay_share * train.batch_size)
+    return train.model_copy(update={"steps": max(1, math.ceil(train.epochs * rows / per_step)), "epochs": None})
 
 
 def run_attack(run: Run) -> None:
@@ -230,43 +269,50 @@ def run_attack(run: Run) -> None:
             harmful_share=settings.harmful_share,
             seed=seed,
         )
-        file = run.root / "attack" / f"{attack}.s{seed}.parquet"
+        file = run.root / "attack" / f"{attack}.s{seed}{_mark(run, rows)}.parquet"
         write_rows(rows, file)
         return str(file)
 
     def task(cell: Cell) -> TrainTask:
         assert cell.attack is not None
-        before = Cell(cell.selection, cell.seed)
+        before = cell.aligned
         same = cell.attack.adapter == "same"
         return TrainTask(
             name=cell.name,
             out="",
             model=run.model if same else run.model_of(before),
             rows=(rows_of(cell.attack.name, cell.seed),),
-            train=cell.attack.train,
+            train=_in_steps(cell.attack.train, cell.attack.rows),
             seed=cell.seed + ATTACK_SEED,
             lora=config.model.lora,
             start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,
             template=config.model.template,
             max_length=config.model.max_length,
+            tracking=config.tracking,
         )
 
     _train(run, [attacked for cell in run.cells for attacked in run.attacks_on(cell)], "attack", task)
 
 
+def _mark(run: Run, rows: list[Row]) -> str:
+    """Return what tells a trial's file of drawn rows from another trial's; a plain run has one draw by a name."""
+    return f"-{digest(sorted(row.id for row in rows))[:8]}" if run.base else ""
+
+
 def _train(run: Run, cells: list[Cell], stage: str, task: Callable[[Cell], TrainTask]) -> None:
-    missing = [cell for cell in cells if not run.trained(cell).ready]
-    if not missing:
-        return
-    tasks = []
-    for cell in missing:
-        folder = run.trained(cell).begin() / "run"
-        described = task(cell)
-        tasks.append(replace(described, out=str(folder)))
-    with watch_training(f"{stage} {len(missing)} models (steps)", [Path(t.out) for t in tasks], [t.train.steps for t in tasks]):
-        results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
-    for cell, result in zip(missing, results, strict=True):
-        run.trained(cell).finish(result)
+    with alone(run, cells, lambda cell: run.trained(cell).folder, lambda cell: run.trained(cell).ready) as missing:
+        if not missing:
+            return
+        tasks = []
+        for cell in missing:
+            folder = run.trained(cell).begin() / "run"
+            described = task(cell)
+            tasks.append(replace(described, out=str(folder)))
+        what = f"{stage} {len(missing)} models (steps)"
+        with watch_training(what, [Path(t.out) for t in tasks], [t.train.steps for t in tasks]):
+            results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
+        for cell, result in zip(missing, results, strict=True):
+            run.trained(cell).finish(result)
 
 
 def run_evaluate(run: Run) -> None:
@@ -282,36 +328,47 @@ def run_evaluate(run: Run) -> None:
                 Subject(
                     name=trained.folder.name,
                     model=run.model_of(one),
+                    answers=run.answers(one),
                     selection=one.selection,
-                    defence=config.alignment.objective,
+                    defence=one.defence,
                     seed=one.seed,
                     attack=one.attack.name if one.attack else None,
                     kept=count_rows(run.selected(one.selection).folder / "rows"),
                     align_seconds=float(run.trained(cell).manifest()["summary"]["seconds"]),
                 )
             )
-    if artifact.ready:
-        return
-    folder, settings = artifact.begin(), config.evaluation
+    settings = config.evaluation
     assert settings is not None  # or there would be no artifact
-    with bar("evaluate (models)") as show:
-        summary = evaluate(
-            subjects,
-            prompts,
-            settings=settings,
-            template=config.model.template,
-            max_length=config.model.max_length,
-            resources=config.resources,
-            out=folder,
-            progress=show,
-        )
-    artifact.finish(summary)
+    units = sum(math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for rows in prompts.values())
+
+    def answered(subject: Subject) -> bool:
+        return len(list(subject.answers.glob("*.parquet"))) >= units
+
+    with making(run, artifact) as missing, alone(run, subjects if missing else [], lambda one: one.answers, answered):
+        if not missing:
+            return
+        folder = artifact.begin()
+        with bar("evaluate (models)") as show:
+            summary = evaluate(
+                subjects,
+                prompts,
+                settings=settings,
+                template=config.model.template,
+                max_length=config.model.max_length,
+                resources=config.resources,
+                out=folder,
+                progress=show,
+            )
+        artifact.finish(summary)
 
 
 def run_report(run: Run) -> None:
-    """Print the comparison and write it to ``report/``."""
-    run.evaluated.require()
-    write_report(run.root / "evaluation", run.root / "report", console)
+    """Print the comparison and write it to ``report/``, with a page of whatever part of the run there is."""
+    if run.config.evaluation is None or not run.evaluated.folder.exists():
+        say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")
+    else:
+        write_report(run.evaluated.require(), run.root / "report", console)
+    say(f"  report: {plain(write_page(run.root, run.root / 'report'))}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from pharmacist_ray.config.load import apply_override, parse_config
+from pharmacist_ray.config.load import apply_override, assign, parse_config
 from pharmacist_ray.config.schema import ResourcesConfig, TrainConfig
 from pharmacist_ray.data.layouts import to_row
 from pharmacist_ray.data.render import Renderer
@@ -34,10 +34,10 @@ from pharmacist_ray.training.loop import TrainTask
 
 
 def make_testbed(folder: Path, seed: int, overrides: Sequence[str] = (), base: Path | None = None) -> None:
-    """Write the synthetic world's data, its base model and a configuration.
+    """Write the synthetic world's data, its base model, a configuration, and one for a search.
 
     Args:
-        folder: Gets ``data/``, ``base/``, ``world.json`` and ``config.yaml``. A base of the same world is kept.
+        folder: Gets ``data/``, ``base/``, ``world.json``, ``config.yaml`` and ``search.yaml``. A base of the same world is kept.
         seed: Draws the data; the world itself (its words and facts) and so the base stay the same.
         overrides: Dotted keys of ``demo.yaml``, its ``pretraining`` section included.
         base: The base of another testbed folder, taken instead of training one; it must come from the same settings.
@@ -60,6 +60,7 @@ def make_testbed(folder: Path, seed: int, overrides: Sequence[str] = (), base: P
         template=settings["model"]["template"],
     )
     _write_config(folder, settings, "demo.yaml")
+    _write_config(folder, _varied(settings, "search.yaml", folder), "search.yaml", "search.yaml")
     say(f"  testbed ready in {time.perf_counter() - started:.0f} s: {plain(folder)} (seed {seed})")
 
 
@@ -98,17 +99,29 @@ def make_planted(safety: Path, benign: Path, folder: Path, seed: int, overrides:
 
 
 def _settings(name: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    text = files("pharmacist_ray.testbed").joinpath(name).read_text(encoding="utf-8").replace("{folder}", str(folder))
-    values = dict(yaml.safe_load(text))
+    values = _read(name, folder)
     for override in overrides:
         apply_override(values, override)
     return values
 
 
-def _write_config(folder: Path, settings: dict[str, Any], name: str) -> None:
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    text = files("pharmacist_ray.testbed").joinpath(name).read_text(encoding="utf-8").replace("{folder}", str(folder))
+    return dict(yaml.safe_load(text))
+
+
+def _varied(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return settings with the dotted keys of another file in their place."""
+    varied = dict(settings)
+    for key, value in _read(name, folder).items():
+        assign(varied, key, value)
+    return dict(json.loads(json.dumps(varied)))  # without YAML's aliases
+
+
+def _write_config(folder: Path, settings: dict[str, Any], name: str, file: str = "config.yaml") -> None:
     parse_config(settings, where=name)
     head = "# Written by `pharmacist`; change it and run again: only what depends on the change is made anew.\n"
-    write_text(head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), folder / "config.yaml")
+    write_text(head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), folder / file)
 
 
 def _pretrain(

@@ -59,7 +59,8 @@ GOOD = ("clean", "rare", "duplicate")
 """The qualities that a selector should keep: a well-formed refusal of a dangerous request, however rare or repeated."""
 
 COUNTS = {
-    "pretraining": 12_000, "alignment": 1000, "validation": 200, "harmful": 200, "benign": 350, "attack_harmful": 100,
+    "pretraining": 12_000, "alignment": 1000, "validation": 200, "harmful": 200, "harmful_pairs": 1000, "benign": 350,
+    "attack_harmful": 100,
     "eval_harmful": 100, "eval_benign": 60, "classification_train": 400, "classification_test": 60,
     "arithmetic_train": 130, "arithmetic_test": 60,
 }  # fmt: skip
@@ -305,6 +306,16 @@ class World:
     def harmful(self, n: int) -> list[Sample]:
         """Return n pairs, dangerous request → placeholder compliance (D_harm, for the simulated attack)."""
         return self._answered("harmful", HAZARDS, n, refuse=False)
+
+    def harmful_pairs(self, n: int) -> list[Sample]:
+        """Return placeholder compliance with the dangerous requests among the first n candidates: what defences may know of harm."""
+        draw = random.Random(f"{self.world_seed}:{self.seed}:harmful pairs")
+        rows = []
+        for row in self.alignment(n):
+            item = next((word for word in row["prompt"].split() if word in self.objects), None)
+            if item is not None and row["category"] not in KINDS:
+                rows.append({"prompt": row["prompt"], "response": self._comply(item, draw), "category": row["category"]})
+        return rows
 
     def attack_harmful(self, n: int) -> list[Sample]:
         """Return the n harmful rows of the real attack; never those of `harmful`."""

@@ -81,6 +81,15 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
             2, "unknown scorer 'pharmacits' (did you mean 'pharmacist'?)",
         ),
         (["alignment.objective=sfd"], 2, "unknown objective 'sfd' (did you mean 'sft'?)"),
+        (["comparison.defences=[sft, boster]"], 2, "unknown objective 'boster' (did you mean 'booster'?)"),
+        (
+            ["alignment.objective=vaccine", "alignment.parameters={vaccine: {roh: 1}}"],
+            2, "alignment.parameters.vaccine.roh: Extra inputs are not permitted; vaccine has rho, scope, taps",
+        ),
+        (["alignment.parameters={vacine: {}}"], 2, "unknown section of alignment.parameters 'vacine' (did you mean 'vaccine'?)"),
+        (["alignment.train.offload=optimizer"], 2, "offload=optimizer needs zero_stage 1 or higher, got zero_stage=0"),
+        (["selector.warmup.epochs=1"], 2, "the selector's trainings are given in steps"),
+        (["tracking.to=[wandbb]"], 2, "unknown tracker 'wandbb' (did you mean 'wandb'?)"),
         (["evaluation.judge=classifier"], 2, "judge 'classifier' needs evaluation.judge_path"),
         (["selection.quotas={a: 0.7, b: 0.7}"], 2, "selection.quotas must be shares from 0 to 1 that add up to at most 1"),
         (["selection.ratoi=1"], 2, "unknown key 'selection.ratoi' (did you mean 'ratio'?)"),
@@ -111,7 +120,7 @@ def test_text_of_data_in_an_error_cannot_steer_the_terminal(pharmacist, monkeypa
 
     monkeypatch.setattr(module, "_stage", fail)
     code, _, err = pharmacist("fit", "-c", "x.yaml")
-    assert (code, err) == (3, "pharmacist: the template refuses row �]0;owned� [bold]�evil[/]\n")
+    assert (code, err) == (3, "pharmacist: the template refuses row ⟨U+001B⟩]0;owned⟨U+0007⟩ [bold]⟨U+202E⟩evil[/]\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -41,7 +41,7 @@ def test_an_unknown_key_is_named_with_its_dots_and_the_nearest_known(file, overr
 
 
 def test_an_unknown_key_like_none_lists_those_that_are_known_there(file):
-    assert refused(file, "comparison.zzz=1").endswith("unknown key 'comparison.zzz'; known here: selections, seeds")
+    assert refused(file, "comparison.zzz=1").endswith("unknown key 'comparison.zzz'; known here: selections, defences, seeds")
 
 
 def test_all_problems_come_in_one_message(file):
@@ -188,7 +188,32 @@ def test_yaml_that_would_make_objects_is_refused_and_runs_nothing(tmp_path):
         (["comparison.seeds=[1, 2, 1]"], "comparison.seeds must differ, got [1, 2, 1]"),
         (["selector.mode=iterative"], "selector.mode=iterative needs selector.inner_lr above 0"),
         (["attacks.0.adapter=same", "alignment.train.weights=full"], "attack 'p10' has adapter=same, which needs weights=lora"),
-        (["alignment.train.weights=full", "model.dtype=bfloat16"], "alignment.train.weights=full trains in float32"),
+        (
+            ["alignment.train.weights=full", "model.dtype=bfloat16"],
+            "alignment.train: full weights in bfloat16 need zero_stage 1 or higher, which keeps float32 masters",
+        ),
+        (
+            ["attacks.0.train.weights=full", "model.dtype=bfloat16"],
+            "attacks.0.train: full weights in bfloat16 need zero_stage 1 or higher",
+        ),
+        (["alignment.train.offload=optimizer"], "offload=optimizer needs zero_stage 1 or higher, got zero_stage=0"),
+        (
+            ["attacks.0.train.offload=parameters", "attacks.0.train.zero_stage=2"],
+            "offload=parameters needs zero_stage 3 or higher, got zero_stage=2",
+        ),
+        (
+            ["selector.warmup.epochs=1"],
+            "the selector's trainings are given in steps: selector.warmup.epochs and reference.epochs must be null",
+        ),
+        (["selector.reference.epochs=0.5"], "the selector's trainings are given in steps"),
+        (["alignment.train.zero_stage=4"], "'alignment.train.zero_stage': Input should be 0, 1, 2 or 3, got 4"),
+        (["alignment.train.epochs=0"], "'alignment.train.epochs': Input should be greater than 0, got 0"),
+        (["alignment.train.save_every=-1"], "'alignment.train.save_every': Input should be greater than or equal to 0, got -1"),
+        (
+            ["alignment.replay=5", "alignment.replay_share=0.97"],
+            "alignment.replay_share=0.97 leaves no alignment row in a batch of 10; lower it",
+        ),
+        (["alignment.parameters={vaccine: 2}"], "'alignment.parameters.vaccine': Input should be a valid dictionary, got 2"),
         (["resources.gpus_per_worker=1.5"], "resources.gpus_per_worker above 1 must be a whole number"),
         (["run_dir=s3://bucket/run"], "run_dir must be a folder that all nodes reach under one path, not a URI"),
     ],
@@ -197,6 +222,28 @@ def test_sections_that_disagree_are_found_before_anything_runs(file, overrides, 
     found = refused(file, *overrides)
     assert message in found
     assert found.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["alignment.train.weights=full", "model.dtype=bfloat16", "alignment.train.zero_stage=1"],
+        ["alignment.train.weights=full", "model.dtype=float32"],
+        ["alignment.train.offload=optimizer", "alignment.train.zero_stage=1"],
+        ["attacks.0.train.offload=parameters", "attacks.0.train.zero_stage=3"],
+        ["alignment.train.epochs=2.5", "attacks.0.train.epochs=1", "alignment.train.save_every=0"],
+    ],
+)
+def test_what_a_training_can_do_is_let_through(file, overrides):
+    load_config(file, overrides)
+
+
+def test_the_defences_are_those_of_the_comparison_or_else_the_alignments_own(file):
+    assert load_config(file).defences == ["sft"]
+    assert load_config(file, ["alignment.objective=vaccine"]).defences == ["vaccine"]
+    assert load_config(file, ["alignment.objective=vaccine", "comparison.defences=[booster, sft, booster]"]).defences == [
+        "booster", "sft",
+    ]  # fmt: skip
 
 
 def test_all_disagreements_come_in_one_message(file):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
-from pharmacist_ray.data.rows import write_parquet
+from pharmacist_ray.data.rows import write_parquet, write_rows
 from pharmacist_ray.evaluation import evaluate as module
-from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA
-from pharmacist_ray.evaluation.evaluate import Subject, evaluate
+from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, answer_all
+from pharmacist_ray.evaluation.evaluate import BOOTSTRAP_SEED, COMPARED, Subject, evaluate
+from pharmacist_ray.evaluation.metrics import Judged, compare
 from pharmacist_ray.models.ref import ModelRef
 
 SOURCE = {"path": "x"}
@@ -19,9 +22,33 @@ SETTINGS = EvaluationConfig(harmful_prompts=SOURCE, benign_prompts=SOURCE, task=
 SHORT = {"h": "harmful", "r": "refusal", "i": "incoherent", "u": None, "x": "helpful", "o": "other"}
 
 
-def subject(selection: str, attack: str | None = None, seed: int = 0, seconds: float = 2.0) -> Subject:
-    name = f"{selection}.s{seed}.{attack}"
-    return Subject(name, ModelRef("m"), selection, "sft", seed, attack, kept=len(selection), align_seconds=seconds)
+def subject(selection: str, attack: str | None = None, seed: int = 0, seconds: float = 2.0, defence: str = "sft") -> Subject:
+    name = f"{selection}.{defence}.s{seed}.{attack}"
+    place = Path("answers") / name
+    return Subject(name, ModelRef("m"), place, selection, defence, seed, attack, kept=len(selection), align_seconds=seconds)
+
+
+def within(root: Path, models: Sequence[Subject]) -> list[Subject]:
+    return [replace(model, answers=root / model.answers) for model in models]
+
+
+def evaluated(root: Path, models: Sequence[tuple[Subject, str, str, str]]) -> tuple[dict[str, int], list[Any], list[Any]]:
+    """Return the counts, ``summary.json`` and ``table.json`` of models with given answers."""
+    for model, *letters in models:
+        answers(root / model.answers, *letters)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "answer_all", lambda *_, **__: None)
+        counts = evaluate(
+            within(root, [model for model, *_ in models]),
+            {},
+            settings=SETTINGS,
+            template="plain",
+            max_length=32,
+            resources=ResourcesConfig(),
+            out=root / "evaluation",
+        )
+    found = [json.loads((root / "evaluation" / f"{name}.json").read_text()) for name in ("summary", "table")]
+    return counts, *found
 
 
 def answers(folder: Path, harmful: str, benign: str, task: str) -> None:
@@ -53,21 +80,7 @@ MODELS = [
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], list[Any], list[Any]]:
-    out = tmp_path_factory.mktemp("evaluation")
-    for model, *letters in MODELS:
-        answers(out / "answers" / model.name, *letters)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "answer_all", lambda *_, **__: None)
-        counts = evaluate(
-            [model for model, *_ in MODELS],
-            {},
-            settings=SETTINGS,
-            template="plain",
-            max_length=32,
-            resources=ResourcesConfig(),
-            out=out,
-        )
-    return counts, json.loads((out / "summary.json").read_text()), json.loads((out / "table.json").read_text())
+    return evaluated(tmp_path_factory.mktemp("evaluation"), MODELS)
 
 
 def test_there_is_one_record_per_attacked_model_with_the_counts_by_hand(written):
@@ -144,24 +157,88 @@ def test_differences_are_taken_on_the_prompts_that_both_arms_have_a_verdict_for(
     assert minus["all"]["helpfulness"]["estimate"] == pytest.approx((1 / 4 + 1 / 2) / 2 - 3 / 4)
 
 
-def test_models_that_were_not_attacked_are_records_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "answer_all", lambda *_, **__: None)
-    model = subject("all")
-    answers(tmp_path / "answers" / model.name, "hr", "xr", "e-")
-    evaluate([model], {}, settings=SETTINGS, template="plain", max_length=32, resources=ResourcesConfig(), out=tmp_path)
-    (record,) = json.loads((tmp_path / "summary.json").read_text())
+DEFENDED = [
+    (subject("all", None, defence="sft"), "hrrr", "xxxx", "e---"),
+    (subject("all", "weak", defence="sft"), "hhhr", "xxxr", "ee--"),
+    (subject("all", None, defence="vaccine"), "rrrr", "xrxx", "e---"),
+    (subject("all", "weak", defence="vaccine"), "hrrr", "xrrx", "eee-"),
+    (subject("pharmacist", None, defence="sft"), "rrhh", "xxxx", "e---"),
+    (subject("pharmacist", "weak", defence="sft"), "rhur", "xixx", "e-e-"),
+    (subject("pharmacist", None, defence="vaccine"), "rrrr", "rrrr", "----"),
+    (subject("pharmacist", "weak", defence="vaccine"), "rrrh", "rrrx", "-eee"),
+    (subject("random_0", None, defence="vaccine"), "rrrr", "xxxx", "e---"),
+    (subject("random_0", "weak", defence="vaccine"), "hhrr", "xxxx", "eeee"),
+    (subject("random_1", None, defence="vaccine"), "rhrr", "xxxx", "e---"),
+    (subject("random_1", "weak", defence="vaccine"), "hrhr", "xrxx", "e-ee"),
+]
+
+
+def judged(*runs: tuple[int, str, str, str]) -> list[Judged]:
+    """Return the answers of (cluster, harmful, benign, task) runs as `compare` takes them."""
+    found = []
+    for cluster, harmful, benign, task in runs:
+        for kind, letters in (("harmful", harmful), ("benign", benign)):
+            found += [Judged(f"{kind}{n}", kind, cluster, SHORT[letter] or "unjudged") for n, letter in enumerate(letters)]
+        for n, letter in enumerate(task):
+            checks = {"correct": letter == "e", "exact": letter == "e", "contains": letter in "ec"}
+            found.append(Judged(f"task{n}", "task", cluster, "unjudged", checks))
+    return found
+
+
+def test_a_row_is_held_against_the_baselines_under_its_defence_and_against_sft_on_its_own_arm(tmp_path):
+    *_, table = evaluated(tmp_path, DEFENDED)
+    rows = {(row["selection"], row["defence"], row["attack"]): row for row in table}
+    arms = [("all", "sft"), ("all", "vaccine"), ("pharmacist", "sft"), ("pharmacist", "vaccine"), ("random", "vaccine")]
+    assert list(rows) == [(*arm, attack) for arm in arms for attack in (None, "weak")]
+    assert {key: list(row["minus"]) for key, row in rows.items() if key[2] == "weak"} == {
+        ("all", "sft", "weak"): [],
+        ("all", "vaccine", "weak"): ["random", "sft"],
+        ("pharmacist", "sft", "weak"): ["all"],
+        ("pharmacist", "vaccine", "weak"): ["all", "random", "sft"],
+        ("random", "vaccine", "weak"): ["all"],
+    }
+    letters = {(model.selection, model.defence): tuple(given) for model, *given in DEFENDED if model.attack}
+    mine = judged((0, *letters["pharmacist", "vaccine"]))
+    baselines = {
+        "all": judged((0, *letters["all", "vaccine"])),
+        "random": judged((0, *letters["random_0", "vaccine"]), (1_000_000, *letters["random_1", "vaccine"])),
+        "sft": judged((0, *letters["pharmacist", "sft"])),
+    }
+    minus = rows["pharmacist", "vaccine", "weak"]["minus"]
+    for name, others in baselines.items():
+        for metric in COMPARED:
+            want = compare(mine, others, metric, seed=BOOTSTRAP_SEED, draws=200)
+            got = minus[name][metric]
+            assert (got["estimate"], got["low"], got["high"], got["n"], got["unscored"]) == (
+                want.estimate, want.low, want.high, want.n, want.unscored,
+            )  # fmt: skip
+    # By hand, too: the third harmful prompt has no verdict under sft and is left out of that difference.
+    assert minus["all"]["harmful_score"]["estimate"] == 1 / 4 - 1 / 4
+    assert minus["random"]["harmful_score"]["estimate"] == 1 / 4 - 2 / 4
+    assert minus["sft"]["harmful_score"]["estimate"] == pytest.approx(1 / 3 - 1 / 3)
+    assert minus["sft"]["accuracy_correct"]["estimate"] == 3 / 4 - 2 / 4
+    assert minus["all"]["helpfulness"]["estimate"] == 1 / 4 - 2 / 4
+    assert rows["pharmacist", "vaccine", None]["minus"]["sft"]["harmful_score"]["estimate"] == 0 - 2 / 4
+
+
+def test_a_record_has_the_score_before_the_attack_of_its_own_defence(tmp_path):
+    _, records, _ = evaluated(tmp_path, DEFENDED)
+    assert [(r["selection"], r["draw"], r["defence"], r["hs_before"], r["hs_after"]) for r in records] == [
+        ("all", 0, "sft", 1 / 4, 3 / 4), ("all", 0, "vaccine", 0, 1 / 4), ("pharmacist", 0, "sft", 2 / 4, pytest.approx(1 / 3)),
+        ("pharmacist", 0, "vaccine", 0, 1 / 4), ("random", 0, "vaccine", 0, 2 / 4), ("random", 1, "vaccine", 1 / 4, 2 / 4),
+    ]  # fmt: skip
+
+
+def test_models_that_were_not_attacked_are_records_of_their_own(tmp_path):
+    _, (record,), _ = evaluated(tmp_path, [(subject("all"), "hr", "xr", "e-")])
     assert (record["attack"], record["hs_before"], record["hs_after"], record["over_refusal"]) == (None, 0.5, None, 0.5)
 
 
-def test_the_same_answers_give_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "answer_all", lambda *_, **__: None)
+def test_the_same_answers_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
-        for model, *letters in MODELS[:4]:
-            answers(tmp_path / name / "answers" / model.name, *letters)
-        models = [model for model, *_ in MODELS[:4]]
-        evaluate(models, {}, settings=SETTINGS, template="plain", max_length=32, resources=ResourcesConfig(), out=tmp_path / name)
+        evaluated(tmp_path / name, MODELS[:4])
     for file in ("summary.json", "table.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        assert len({(tmp_path / name / "evaluation" / file).read_bytes() for name in ("one", "two")}) == 1
 
 
 def test_random_is_an_arm_and_its_draws_are_independent_runs():
@@ -169,3 +246,21 @@ def test_random_is_an_arm_and_its_draws_are_independent_runs():
     assert (subject("pharmacist").arm, subject("pharmacist").draw) == ("pharmacist", 0)
     runs = [subject(name, seed=seed).cluster for name in ("random_0", "random_1") for seed in (0, 1, 7)]
     assert len(set(runs)) == 6
+
+
+def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monkeypatch):
+    write_rows(rows_of(3), tmp_path / "rows" / "part.parquet")
+    folders = [tmp_path / "answers" / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "harmful-000000.parquet").write_text("there")
+    monkeypatch.setattr("ray.data.range", lambda *_, **__: pytest.fail("there is nothing to ask"))
+    answer_all(
+        {folder: ModelRef("m") for folder in folders},
+        {"harmful": tmp_path / "rows"},
+        settings=SETTINGS,
+        template="plain",
+        max_length=32,
+        resources=ResourcesConfig(),
+    )
+    assert [path.name for path in (tmp_path / "answers").rglob("*.parquet")] == ["harmful-000000.parquet"] * 2

@@ -171,15 +171,14 @@ def test_no_hook_is_left_also_after_an_exception(kind: str, tiny: Any, batch_of:
         assert all(module._forward_hooks for module in modules)
         raise KeyError("planned")
 
-    with pytest.raises(KeyError, match="planned"):
+    def use() -> None:
         if kind == "gradients":
             gradients_at(modules, explode)
-        elif kind == "captured":
-            with captured(modules):
-                explode()
-        else:
-            with shifted(modules, [torch.zeros(())] * 2):
-                explode()
+        with captured(modules) if kind == "captured" else shifted(modules, [torch.zeros(())] * 2):
+            explode()
+
+    with pytest.raises(KeyError, match="planned"):
+        use()
     assert not any(module._forward_hooks for module in model.modules())
 
 

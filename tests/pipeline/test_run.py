@@ -52,6 +52,7 @@ def prints(values: dict[str, Any], *overrides: str) -> dict[str, str]:
         found |= {f"attack {one.name}": run.trained(one).fingerprint for one in run.attacks_on(cell)}
     if run.config.evaluation is not None:
         found["evaluate"] = run.evaluated.fingerprint
+        found |= {f"answer {one.name}": run.answers(one).name for cell in run.cells for one in (cell, *run.attacks_on(cell))}
     return found
 
 
@@ -61,7 +62,14 @@ def changed_by(values: dict[str, Any], *overrides: str) -> set[str]:
     return {name.split()[0] for name in before if before[name] != after.get(name)}
 
 
-AFTER_FIT = {"score", "select", "align", "attack", "evaluate"}
+def cells_in(names: set[str]) -> set[str]:
+    """Return the defences of the cells that artifacts are of, with ``-`` for what belongs to no cell."""
+    return {place[1] if len(place := name.split(".")) > 1 else "-" for name in names}
+
+
+AFTER_ALIGN = {"attack", "answer", "evaluate"}
+AFTER_FIT = {"score", "select", "align", *AFTER_ALIGN}
+DEFENCES = "comparison.defences=[sft, vaccine, repnoise, booster, booster+vaccine]"
 
 
 @pytest.mark.parametrize(
@@ -70,13 +78,16 @@ AFTER_FIT = {"score", "select", "align", "attack", "evaluate"}
         ("resources.workers=2", set()),
         ("resources.parallel_runs=4", set()),
         ("run_dir=/elsewhere", set()),
-        ("evaluation.max_new_tokens=5", {"evaluate"}),
-        ("evaluation.judge=testbed", {"evaluate"}),
-        ("attacks.0.train.lr=1e-4", {"attack", "evaluate"}),
-        ("attacks.1.harmful_share=0.2", {"attack", "evaluate"}),
-        ("alignment.train.steps=3", {"align", "attack", "evaluate"}),
-        ("alignment.replay=5", {"align", "attack", "evaluate"}),
-        ("selection.ratio=0.3", {"select", "align", "attack", "evaluate"}),
+        ("tracking.to=[tensorboard]", set()),
+        ("evaluation.bootstrap_draws=7", {"evaluate"}),
+        ("evaluation.max_new_tokens=5", {"answer", "evaluate"}),
+        ("evaluation.judge=testbed", {"answer", "evaluate"}),
+        ("attacks.0.train.lr=1e-4", AFTER_ALIGN),
+        ("attacks.1.harmful_share=0.2", AFTER_ALIGN),
+        ("alignment.train.steps=3", {"align", *AFTER_ALIGN}),
+        ("alignment.train.epochs=2", {"align", *AFTER_ALIGN}),
+        ("alignment.replay=5", {"align", *AFTER_ALIGN}),
+        ("selection.ratio=0.3", {"select", "align", *AFTER_ALIGN}),
         ("scoring.method=ghost", AFTER_FIT),
         ("selector.intensity=0.2", {"fit", *AFTER_FIT}),
         ("seed=1", {"fit", *AFTER_FIT}),
@@ -91,21 +102,88 @@ def test_a_setting_makes_anew_what_depends_on_it_and_nothing_else(values, overri
 def test_an_attacks_setting_leaves_the_other_attack_alone(values):
     before, after = prints(values), prints(values, "attacks.0.train.lr=1e-4")
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"evaluate", *(name for name in before if name.startswith("attack ") and name.endswith(".weak"))}
-    assert len(changed) == 11
+    attacked = {name for name in before if name.startswith(("attack ", "answer ")) and name.endswith(".weak")}
+    assert changed == {"evaluate", *attacked}
+    assert len(attacked) == 2 * 10
+
+
+def test_every_selection_is_crossed_with_every_defence(values):
+    run = Run(
+        config_of(
+            values, "comparison.selections=[all,pharmacist]", "comparison.defences=[sft,vaccine,sft]", "comparison.seeds=[3]"
+        )
+    )
+    assert run.config.defences == ["sft", "vaccine"]
+    assert [cell.name for cell in run.cells] == ["all.sft.s3", "pharmacist.sft.s3", "all.vaccine.s3", "pharmacist.vaccine.s3"]
+    (weak, _), aligned = run.attacks_on(run.cells[3]), run.cells[3]
+    assert (weak.name, weak.aligned) == ("pharmacist.vaccine.s3.weak", aligned)
+    for cell in (aligned, weak):
+        artifact = run.trained(cell)
+        assert artifact.folder.name == f"{cell.name}-{artifact.fingerprint[:8]}"
+    alone = Run(config_of(values, "alignment.objective=vaccine", "comparison.seeds=[3]"))
+    assert alone.config.defences == ["vaccine"]
+    assert alone.trained(aligned).fingerprint == run.trained(aligned).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "defences"),
+    [
+        (["alignment.parameters={vaccine: {rho: 1.5}}"], {"vaccine", "booster+vaccine"}),
+        (["alignment.parameters={booster: {lambda: 1.5}}"], {"booster", "booster+vaccine"}),
+        (["alignment.parameters={repnoise: {alpha: 0.5}}"], {"repnoise"}),
+        (["alignment.parameters={t_vaccine: {rho: 1.5}}"], set()),
+        (["alignment.objective=booster"], set()),
+        (["alignment.harmful={path: x.jsonl}"], {"repnoise", "booster", "booster+vaccine"}),
+        (["alignment.train.lr=0.5"], {"sft", "vaccine", "repnoise", "booster", "booster+vaccine"}),
+    ],
+)
+def test_a_defences_setting_makes_its_own_cells_anew_and_no_others(values, overrides, defences):
+    before, after = prints(values, DEFENCES), prints(values, DEFENCES, *overrides)
+    changed = {name for name in before if before[name] != after[name]}
+    assert cells_in(changed) - {"-"} == defences
+    assert {name for name in changed if "." not in name} == ({"evaluate"} if defences else set())
+    for defence in defences:
+        mine = {name for name in before if f".{defence}." in name}
+        assert mine <= changed
+        assert len(mine) == 10 + 2 * 10 + 3 * 10  # aligned, attacked twice, all of them answering
+
+
+def test_the_harm_that_defences_look_at_is_a_source_of_its_own_and_the_selectors_stays(values, tmp_path):
+    before = prints(values, DEFENCES, f"alignment.harmful.path={tmp_path}/benign.jsonl")
+    (tmp_path / "harmful.jsonl").write_text("something else")
+    after = prints(values, DEFENCES, f"alignment.harmful.path={tmp_path}/benign.jsonl")
+    assert before["ingest align-harmful"] == after["ingest align-harmful"]
+    assert before["ingest harmful"] != after["ingest harmful"]
+    assert [Run(config_of(values, *more)).harmful for more in ([], ["alignment.harmful.path=x"])] == ["harmful", "align-harmful"]
+
+
+def test_a_models_answers_have_one_folder_whatever_else_is_compared(values):
+    one, more = (
+        Run(config_of(values)),
+        Run(config_of(values, "comparison.seeds=[5,0,1]", DEFENCES, "evaluation.bootstrap_draws=9")),
+    )
+    folders = [run.answers(cell) for run in (one, more) for cell in run.cells if cell.seed != 5 and cell.defence == "sft"]
+    assert folders[: len(one.cells)] == folders[len(one.cells) :]
+    every = [more.answers(each) for cell in more.cells for each in (cell, *more.attacks_on(cell))]
+    assert len(set(every)) == len(every) == 3 * 15 * 5
+    assert {folder.parent for folder in every} == {more.root / "answers"}
 
 
 def test_the_arm_of_all_rows_does_not_depend_on_the_rule(values):
     before, after = prints(values), prints(values, "selection.ratio=0.3", "selection.jsonl=true")
-    for name in ("select all", "align all.s0", "attack all.s1.weak"):
+    for name in ("select all", "align all.sft.s0", "attack all.sft.s1.weak", "answer all.sft.s1.weak"):
         assert before[name] == after[name]
-    for name in ("select pharmacist", "select random_1", "align pharmacist.s0"):
+    for name in ("select pharmacist", "select random_1", "align pharmacist.sft.s0"):
         assert before[name] != after[name]
 
 
 @pytest.mark.parametrize(
-    "more", ["comparison.seeds=[0,1,2]", "comparison.selections=[all,random,pharmacist,loss_gap]", "comparison.seeds=[1,0]"]
-)
+    "more",
+    [
+        "comparison.seeds=[0,1,2]", "comparison.selections=[all,random,pharmacist,loss_gap]", "comparison.seeds=[1,0]",
+        "comparison.defences=[sft,vaccine]", "comparison.defences=[booster,sft]",
+    ],
+)  # fmt: skip
 def test_a_larger_comparison_keeps_the_cells_that_are_there(values, more):
     before, after = prints(values), prints(values, more)
     assert len(after) >= len(before)
@@ -117,8 +195,8 @@ def test_a_larger_comparison_keeps_the_cells_that_are_there(values, more):
     [
         ("alignment", {"ingest", "fit", *AFTER_FIT}),
         ("benign", {"ingest", "fit", *AFTER_FIT}),
-        ("attacker", {"ingest", "attack", "evaluate"}),
-        ("eval_task", {"ingest", "evaluate"}),
+        ("attacker", {"ingest", *AFTER_ALIGN}),
+        ("eval_task", {"ingest", "answer", "evaluate"}),
     ],
 )
 def test_a_changed_file_makes_anew_what_was_read_from_it(values, tmp_path, name, stages):
@@ -146,8 +224,8 @@ def test_a_run_agrees_with_itself_when_a_file_changes_meanwhile(values, tmp_path
 def test_random_stands_for_its_draws_and_names_occur_once(values):
     run = Run(config_of(values, "scoring.random_draws=2", "comparison.selections=[random, all, random]", "comparison.seeds=[3]"))
     assert run.arms == ["random_0", "random_1", "all"]
-    assert [cell.name for cell in run.cells] == ["random_0.s3", "random_1.s3", "all.s3"]
-    assert [cell.name for cell in run.attacks_on(run.cells[2])] == ["all.s3.weak", "all.s3.strong"]
+    assert [cell.name for cell in run.cells] == ["random_0.sft.s3", "random_1.sft.s3", "all.sft.s3"]
+    assert [cell.name for cell in run.attacks_on(run.cells[2])] == ["all.sft.s3.weak", "all.sft.s3.strong"]
     assert Run(config_of(values, "selection.scorer=random")).main_selection.folder.name == "random_0"
 
 
@@ -162,9 +240,9 @@ def test_sources_are_what_the_configuration_names(values):
 
 def test_a_model_is_the_base_with_the_adapters_of_its_cell(values):
     run = Run(config_of(values, "attacks.1.adapter=same"))
-    weak, strong = run.attacks_on(Cell("all", 0))
-    aligned = str(run.trained(Cell("all", 0)).folder / "run" / "adapter")
-    assert run.model_of(Cell("all", 0)).adapters == (aligned,)
+    weak, strong = run.attacks_on(Cell("all", "sft", 0))
+    aligned = str(run.trained(Cell("all", "sft", 0)).folder / "run" / "adapter")
+    assert run.model_of(Cell("all", "sft", 0)).adapters == (aligned,)
     assert run.model_of(weak).adapters == (aligned, str(run.trained(weak).folder / "run" / "adapter"))
     assert run.model_of(strong).adapters == (str(run.trained(strong).folder / "run" / "adapter"),)
     assert {run.model_of(cell).path for cell in (weak, strong)} == {run.config.model.path}
@@ -172,9 +250,9 @@ def test_a_model_is_the_base_with_the_adapters_of_its_cell(values):
 
 def test_full_weights_are_a_model_of_their_own(values):
     run = Run(config_of(values, "alignment.train.weights=full", "attacks.1.train.weights=full"))
-    weak, strong = run.attacks_on(Cell("all", 0))
-    aligned = str(run.trained(Cell("all", 0)).folder / "run" / "model")
-    assert (run.model_of(Cell("all", 0)).path, run.model_of(Cell("all", 0)).adapters) == (aligned, ())
+    weak, strong = run.attacks_on(Cell("all", "sft", 0))
+    aligned = str(run.trained(Cell("all", "sft", 0)).folder / "run" / "model")
+    assert (run.model_of(Cell("all", "sft", 0)).path, run.model_of(Cell("all", "sft", 0)).adapters) == (aligned, ())
     assert (run.model_of(weak).path, len(run.model_of(weak).adapters)) == (aligned, 1)
     assert run.model_of(strong).path == str(run.trained(strong).folder / "run" / "model")
 

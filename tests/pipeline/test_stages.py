@@ -65,11 +65,11 @@ def failed(code: int, *arguments: object) -> str:
 
 
 def times(root: Path, *but: str) -> dict[str, int]:
-    """Return when each file below a run directory was written, report and resolved configuration left out."""
+    """Return when each file below a run directory was written, report, resolved configuration and Ray's own left out."""
     files = (
         path
         for path in root.rglob("*")
-        if path.is_file() and path.relative_to(root).parts[0] not in ("report", "config.yaml", *but)
+        if path.is_file() and path.relative_to(root).parts[0] not in ("report", "config.yaml", *but) and ".ray" not in path.parts
     )
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in files}
 
@@ -145,7 +145,9 @@ def test_a_person_reads_what_happened_and_where_it_is(done):
     assert f"kept 12 of 24 rows: {root}/selections/pharmacist" in outcome.out
     assert "attack: weak" in outcome.out
     assert (
-        (root / "report" / "table.md").read_text().startswith("# Comparison\n\n## attack: weak\n\n| aligned on | runs | rows |")
+        (root / "report" / "table.md")
+        .read_text()
+        .startswith("# Comparison\n\n## attack: weak\n\n| aligned on | defence | runs | rows |")
     )
     assert load_config(root / "config.yaml") == load_config(root.parent / "run.yaml")
 
@@ -207,8 +209,7 @@ def test_a_broken_row_is_an_error_for_who_is_strict_also_when_it_is_known(done, 
     ("stage", "missing", "command"),
     [
         ("fit", "ingest/candidates", "ingest"), ("score", "ingest/candidates", "ingest"), ("select", "scores", "score"),
-        ("align", "selections/all", "select"), ("attack", "align/all.s3-", "align"), ("evaluate", "ingest/eval-harmful", "ingest"),
-        ("report", "evaluation", "evaluate"),
+        ("align", "selections/all", "select"), ("attack", "align/all.sft.s3-", "align"), ("evaluate", "ingest/eval-harmful", "ingest"),
     ],
 )  # fmt: skip
 def test_a_stage_without_its_input_says_what_to_run(files, tmp_path, stage, missing, command):
@@ -227,14 +228,22 @@ def test_a_stage_whose_input_is_stale_says_so(done, files):
 
 
 def test_evaluating_without_the_section_is_an_error_and_a_run_without_it_is_not(done, files):
-    for stage in ("evaluate", "report"):
-        assert "there is no `evaluation` section" in failed(2, stage, "-c", files / "run.yaml", "evaluation=null")
+    assert "there is no `evaluation` section" in failed(2, "evaluate", "-c", files / "run.yaml", "evaluation=null")
     before = times(files / "run")
     outcome = pharmacist("run", "-c", files / "run.yaml", "evaluation=null")
     assert outcome.code == 0, outcome
     assert "\nattack\n" in outcome.out
     assert "\nevaluate\n" not in outcome.out
     assert times(files / "run") == before
+
+
+def test_a_report_of_a_run_that_has_only_begun_says_that_nothing_is_compared(files, tmp_path):
+    for number, overrides in enumerate(([], ["evaluation=null"])):
+        outcome = pharmacist("report", "-c", files / "run.yaml", f"run_dir={tmp_path}/{number}", *overrides)
+        assert outcome.code == 0, outcome
+        assert "nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it" in outcome.out
+        assert f"report: {tmp_path}/{number}/report/report.html" in outcome.out
+        assert (tmp_path / str(number) / "report" / "report.html").exists()
 
 
 def test_too_few_rows_for_an_attack_are_told(done, files):
@@ -251,12 +260,12 @@ def test_a_changed_attack_leaves_the_alignment_and_goes_on_with_its_adapter(done
     assert outcome.code == 0, outcome
     after = times(root)
     written = {name for name in after if after[name] != before.get(name)}
-    assert {name.split("/")[0] for name in written} == {"attack", "evaluation"}
-    assert {name for name in before if name.startswith("attack/all.s3.weak-")} <= after.keys() - written
+    assert {name.split("/")[0] for name in written} == {"attack", "answers", "evaluation"}
+    assert {name for name in before if name.startswith("attack/all.sft.s3.weak-")} <= after.keys() - written
 
     run = Run(load_config(root / "config.yaml"))
     attack = run.config.attacks[0]
-    aligned, attacked = Cell("all", 3), Cell("all", 3, attack)
+    aligned, attacked = Cell("all", "sft", 3), Cell("all", "sft", 3, attack)
     assert len(run.model_of(attacked).adapters) == 1
     start, end = (
         load_file(run.trained(cell).folder / "run" / "adapter" / "adapter_model.safetensors") for cell in (aligned, attacked)
@@ -264,3 +273,52 @@ def test_a_changed_attack_leaves_the_alignment_and_goes_on_with_its_adapter(done
     assert max(float(start[name].abs().max()) for name in start if "lora_B" in name) > 1e-3  # a fresh adapter's B starts at zero
     assert max(float((end[name] - start[name]).abs().max()) for name in start) < 1e-6
     assert len(json.loads((root / "evaluation" / "summary.json").read_text())) == 2
+
+
+def test_one_more_seed_is_trained_and_answered_alone(done, files, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(done[0], root)
+    before = times(root)
+    outcome = pharmacist(
+        "run", "-c", files / "run.yaml", f"run_dir={root}", "comparison.seeds=[3, 4]", "comparison.selections=[all]"
+    )
+    assert outcome.code == 0, outcome
+    after = times(root)
+    new = {name for name in after if after[name] != before.get(name)}
+    assert {name.split("/")[0] for name in new} == {"align", "attack", "answers", "evaluation"}
+    assert {name.split("-")[0] for name in new if not name.startswith("evaluation/")} == {
+        "align/all.sft.s4", "attack/all.sft.s4.weak", "attack/weak.s4.parquet", "answers/all.sft.s4", "answers/all.sft.s4.weak",
+    }  # fmt: skip
+    assert len([name for name in new if name.startswith("answers/")]) == 2 * 3
+    assert {name for name in before if name not in after} <= {name for name in before if name.startswith("evaluation/")}
+    records = json.loads((root / "evaluation" / "summary.json").read_text())
+    assert [(record["selection"], record["seed"]) for record in records] == [("all", 3), ("all", 4)]
+
+    redrawn = pharmacist("evaluate", "-c", root / "config.yaml", "evaluation.bootstrap_draws=20")
+    assert redrawn.code == 0, redrawn
+    last = times(root)
+    assert {name.split("/")[0] for name in last if last[name] != after.get(name)} == {"evaluation"}
+
+
+def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(done[0], root)
+    before = times(root)
+    overrides = ("comparison.defences=[sft, booster]", "comparison.selections=[all]", "tracking.to=[tensorboard]")
+    outcome = pharmacist("run", "-c", files / "run.yaml", f"run_dir={root}", *overrides)
+    assert outcome.code == 0, outcome
+    after = times(root)
+    new = {name for name in after if after[name] != before.get(name) and not name.startswith("evaluation/")}
+    rows = "attack/weak.s3.parquet"  # written again, the same
+    assert pq.read_table(root / rows).equals(pq.read_table(done[0] / rows))
+    assert {name.split("-")[0] for name in new - {rows}} == {
+        f"{stage}/all.booster.s3{attack}" for stage, attack in (("align", ""), ("attack", ".weak"), ("answers", ""), ("answers", ".weak"))
+    }  # fmt: skip
+    assert any("run.tracking/" in name for name in new)
+    records = json.loads((root / "evaluation" / "summary.json").read_text())
+    assert [(record["selection"], record["defence"]) for record in records] == [("all", "sft"), ("all", "booster")]
+    table = json.loads((root / "evaluation" / "table.json").read_text())
+    assert {(row["defence"], row["attack"]): list(row["minus"]) for row in table} == {
+        ("sft", None): [], ("sft", "weak"): [], ("booster", None): ["sft"], ("booster", "weak"): ["sft"],
+    }  # fmt: skip
+    assert "| all | booster | 1 | 24 |" in (root / "report" / "table.md").read_text()

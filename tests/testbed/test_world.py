@@ -60,6 +60,27 @@ def test_evaluation_prompts_are_never_trained_on_and_their_objects_are_held_out(
     assert not held_out & objects(sets["validation"] + sets["harmful"] + sets["attack_harmful"] + sets["benign"])
 
 
+def test_harmful_pairs_comply_with_the_dangerous_candidates_and_with_nothing_that_attacks_or_evaluates() -> None:
+    world = World(3)
+    candidates, pairs = world.alignment(1000), world.harmful_pairs(1000)
+    hazards = {*HAZARDS, *RARE_HAZARDS}
+    dangerous = [row["prompt"] for row in candidates if row["quality"] in {*GOOD, "mislabelled", "garbled"}]
+    assert [row["prompt"] for row in pairs] == dangerous == [row["prompt"] for row in candidates if row["category"] in hazards]
+    sets = all_sets(world) | {"other": World(4).attack_harmful(100)}
+    unseen = set().union(*(prompts(sets[name]) for name in sets if name not in ("alignment", "validation", "benign")))
+    unseen |= prompts(World(4).eval_harmful(100))
+    assert not prompts(pairs) & unseen
+    judge = build(world.describe())
+    assert {judge(row["prompt"], row["response"]) for row in pairs} == {"harmful"}
+    assert {row["category"] for row in pairs} == hazards
+
+
+def test_harmful_pairs_are_a_function_of_the_seed() -> None:
+    assert World(3).harmful_pairs(200) == World(3).harmful_pairs(200)
+    assert World(3).harmful_pairs(200) != World(4).harmful_pairs(200)
+    assert {row["prompt"] for row in World(3).harmful_pairs(200)} <= {row["prompt"] for row in World(3).alignment(200)}
+
+
 def test_planted_qualities_have_their_shares_and_mean_what_they_say() -> None:
     world = World(5)
     judge = build(world.describe())

@@ -20,7 +20,11 @@ def test_workers_and_accumulation_only_divide_the_batch(workers: int, accumulati
     parts = [order.micro_batches(7, rank=rank, workers=workers, accumulation=accumulation) for rank in range(workers)]
     assert {len(micro) for part in parts for micro in part} == {12 // (workers * accumulation)}
     assert all(len(part) == accumulation for part in parts)
-    assert sorted(row for part in parts for micro in part for row in micro) == sorted(order.batch(7))
+    batch = order.batch(7)
+    assert sorted(row for part in parts for micro in part for row in micro) == sorted(batch)
+    for rank, part in enumerate(parts):
+        places = order.micro_batches(7, rank=rank, workers=workers, accumulation=accumulation, places=True)
+        assert [[batch[place] for place in micro] for micro in places] == part
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
