@@ -100,7 +100,7 @@ def layouts(
             seed=5,
             objective=objective,
             parameters=PARAMETERS,
-            lora=LoraConfig(r=2),
+            lora=LoraConfig(r=2, targets=["q_proj", "o_proj", "down_proj"]),
             template="plain",
             max_length=32,
         )
