@@ -14,7 +14,7 @@ from pharmacist_ray.config.schema import AttackConfig, Config, Section, SourceCo
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ class Run:
 
     def alignment(self, defence: str) -> dict[str, Any]:
         """Return what of the alignment section concerns a defence; the settings of others do not change its models."""
-        section = _dump(self.config.alignment)
-        mine = {name: values for name, values in section["parameters"].items() if name in OBJECTIVES[defence].settings}
-        return section | {"objective": defence, "parameters": mine, "harmful": None}
+        found = settings_of(defence, self.config.alignment.parameters)
+        mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[defence].settings.items()}
+        return _dump(self.config.alignment) | {"objective": defence, "parameters": mine, "harmful": None}
 
     def trained(self, cell: Cell) -> Artifact:
         """Return a cell's adapter (or model); the folder's name carries the fingerprint, so cells of other settings stay."""

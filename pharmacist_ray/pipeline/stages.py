@@ -393,7 +393,7 @@ def run_all(run: Run, *, strict: bool = False) -> None:
     """
     check(run)
     for name, stage in STAGES.items():
-        if run.config.evaluation is None and name in ("evaluate", "report"):
+        if run.config.evaluation is None and name == "evaluate":
             continue
         if name == "attack" and not run.config.attacks:
             continue

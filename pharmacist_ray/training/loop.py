@@ -205,6 +205,8 @@ def check_task(task: TrainTask) -> None:
             f"{task.name}: {task.objective} perturbs the weights by less than {task.model.dtype} can hold; set model.dtype=float32 "
             "or train an adapter"
         )
+    if task.train.batch_size < objective.least_batch:
+        raise ConfigError(f"{task.name}: {task.objective} compares samples and needs batch_size {objective.least_batch} or more")
     if objective.harmful != "none" and not task.harmful:
         raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
 

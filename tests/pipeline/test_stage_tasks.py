@@ -119,8 +119,8 @@ def test_a_defence_gets_its_objective_its_own_settings_and_the_harm_it_may_look_
         task.objective: (task.parameters, task.harmful, task.seed, task.tracking.to) for task in aligned.values()
     } == {
         "sft": ({}, (), 3, ["tensorboard"]),
-        "vaccine": ({"vaccine": {"rho": 1.5}}, (), 3, ["tensorboard"]),
-        "booster": ({"booster": {"lambda": 2.0}}, harm, 3, ["tensorboard"]),
+        "vaccine": ({"vaccine": {"rho": 1.5, "scope": "batch", "taps": "attention"}}, (), 3, ["tensorboard"]),
+        "booster": ({"booster": {"lambda": 2.0, "alpha": 0.1}}, harm, 3, ["tensorboard"]),
     }  # fmt: skip
     attacked = {name: task for name, task in tasks.items() if "weak" in name}
     assert len(attacked) == 6

@@ -129,6 +129,12 @@ def test_unknown_objective_and_too_few_rows_say_what_to_do(
         run_task(replace(task, rows=(str(tmp_path / "few.parquet"),)))
 
 
+def test_a_discrepancy_of_samples_needs_two_of_them(task: TrainTask) -> None:
+    one = replace(task, objective="repnoise", harmful=task.rows, train=TRAIN.model_copy(update={"batch_size": 1}))
+    with pytest.raises(ConfigError, match="a task: repnoise compares samples and needs batch_size 2 or more"):
+        run_task(one)
+
+
 def test_two_workers_give_the_curve_of_one_and_final_numbers_come_from_the_return_value(
     ray_local: None, task: TrainTask, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "sft": Objective(sft),
     "vaccine": Objective(vaccine, {"vaccine": VaccineSettings}, fits=vaccine_fits),
     "t_vaccine": Objective(t_vaccine, {"t_vaccine": TVaccineSettings}, "rows", fits=t_vaccine_fits, group=group_of),
-    "repnoise": Objective(repnoise, {"repnoise": RepNoiseSettings}, "pairs", fits=repnoise_fits),
+    "repnoise": Objective(repnoise, {"repnoise": RepNoiseSettings}, "pairs", fits=repnoise_fits, least_batch=2),
     "booster": Objective(booster, {"booster": BoosterSettings}, "rows", moves_weights=True),
     "booster+vaccine": Objective(
         booster_vaccine,

@@ -125,5 +125,7 @@ class Objective:
     """Raises an error of ours if a model, which may be on the meta device, lacks what the settings ask for."""
     moves_weights: bool = False
     """Whether weights are perturbed, a step that full weights in bfloat16 would round away."""
+    least_batch: int = 1
+    """Rows that a step needs for the objective to be defined."""
     group: Callable[[str], str] | None = None
     """Parameter name → name of its optimiser group, for objectives that hold some parameters back."""

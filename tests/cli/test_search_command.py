@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pharmacist_ray.cli.app import main
+from pharmacist_ray.config import Config
+from pharmacist_ray.config.template import EXAMPLE
+from pharmacist_ray.errors import PharmacistError, ResourceError
+from pharmacist_ray.pipeline import search
+from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.stages import run_report
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    values = EXAMPLE | {"run_dir": str(tmp_path / "run"), "search": {"space": {"selection.ratio": [0.2, 0.4]}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]]]:
+    """Return the list of searches that a test's commands would run."""
+    calls: list[tuple[Config, dict[str, Any]]] = []
+    monkeypatch.setattr(search, "run_search", lambda config, **more: calls.append((config, more)))
+    return calls
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_the_command_passes_overrides_and_whether_to_go_on(file, asked, monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["pharmacist", "search", "-c", str(file), *flags, "search.space={seed: [1]}", "seed=4"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    ((config, more),) = asked
+    assert (config.search.space, config.seed, more) == ({"seed": [1]}, 4, {"resume": bool(flags)})
+
+
+def test_the_job_runs_the_search_of_its_configuration(file, asked, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["search", "--config", str(file), "search.concurrent=3"])
+    runpy.run_module("jobs.search", run_name="__main__")
+    assert asked[0][0].search.concurrent == 3
+
+    def fail(config: Config) -> None:
+        raise ResourceError("no room")
+
+    monkeypatch.setattr(search, "run_search", fail)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("jobs.search", run_name="__main__")
+    assert (ended.value.code, capsys.readouterr().err) == (6, "pharmacist: no room\n")
+
+
+def test_the_report_is_a_page_also_where_nothing_is_compared(file, capsys):
+    from pharmacist_ray.config import load_config
+
+    (file.parent / "run").mkdir()
+    (file.parent / "run" / "config.yaml").write_text(file.read_text())
+    for overrides in ([], ["evaluation=null", "search=null"]):
+        run = Run(load_config(file, overrides))
+        run_report(run)
+        out = capsys.readouterr().out
+        assert "nothing is compared yet" in out
+        assert f"report: {run.root}/report/report.html" in out
+        (run.root / "report" / "report.html").unlink()
+    run = Run(load_config(file))
+    run.evaluated.folder.mkdir()
+    (run.evaluated.folder / "manifest.json").write_text('{"fingerprint": "of other inputs"}')
+    with pytest.raises(PharmacistError, match="evaluation was made with other settings or inputs"):
+        run_report(run)
