@@ -282,10 +282,12 @@ def trials_table(records: Sequence[Record], front: set[str]) -> pa.Table:
 
 
 def _front_table(front: Sequence[Record], chosen: str, of: int) -> Table:
-    keys = [key for key in front[0]["parameters"]]
+    keys = list(front[0]["parameters"])
     table = Table(title=f"Pareto front: {len(front)} of {of} trials, in brackets 95 % intervals", title_justify="left")
-    for heading in ("", "trial", *keys, "worst HS", "mean HS", "task accuracy", "over-refusal", "align s"):
-        table.add_column(plain(heading))
+    for heading in ("", "trial", *keys):
+        table.add_column(plain(heading), overflow="fold")
+    for heading in ("worst HS", "mean HS", "task accuracy", "over-refusal", "align s"):
+        table.add_column(heading, no_wrap=True)
     for record in sorted(front, key=lambda one: one["worst_hs"]):
         numbers = [
             f"{record[name]:.2f} \\[{record[f'{name}_low']:.2f}, {record[f'{name}_high']:.2f}]"
