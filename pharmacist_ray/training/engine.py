@@ -64,6 +64,12 @@ def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32") -
     }
 
 
+def _plain_collectives() -> None:
+    """Use plain gloo on CPUs: DeepSpeed's shared-memory collectives would be compiled at first use, which needs a compiler."""
+    if not torch.cuda.is_available() or dist.get_backend() == "gloo":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 @contextmanager
 def sharded_loading(train: TrainConfig, workers: int, dtype: str = "float32") -> Iterator[None]:
     """Let models that transformers loads inside the block arrive sharded, if the run uses ZeRO 3: no worker ever holds one whole.
@@ -76,6 +82,9 @@ def sharded_loading(train: TrainConfig, workers: int, dtype: str = "float32") ->
     if train.zero_stage < 3:
         yield
         return
+    _plain_collectives()
+    # DeepSpeed counts the workers while the model loads, long before the engine is built.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     keep_alive = HfDeepSpeedConfig(deepspeed_config(train, workers, dtype))
     try:
         yield
@@ -105,9 +114,7 @@ def build_engine(
         group: Parameter name → name of its optimiser group; default: one group.
         done: Steps that the schedule has behind it.
     """
-    if ranks.device.type == "cpu":
-        # The shared-memory collectives of DeepSpeed's CPU backend would be compiled at first use; plain gloo needs no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _plain_collectives()
     groups: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
