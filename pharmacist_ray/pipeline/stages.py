@@ -54,11 +54,12 @@ def check(run: Run) -> None:
     for name in config.alignment.parameters:
         if name not in {section for objective in OBJECTIVES.values() for section in objective.settings}:
             raise one_of("section of alignment.parameters", name, [n for n, o in OBJECTIVES.items() if n in o.settings])
+    shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
     for defence in config.defences:
         settings = settings_of(defence, config.alignment.parameters)
         check_task(_align_task(run, replace(run.cells[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
-            fits(empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code), settings)
+            fits(shape(), settings)
     if config.evaluation is not None and config.evaluation.judge not in JUDGES:
         raise one_of("judge", config.evaluation.judge, list(JUDGES))
     if config.evaluation is not None and config.evaluation.judge != "phrases" and not config.evaluation.judge_path:
