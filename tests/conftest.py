@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
+    # For a server of the tests' own, and never anybody's real credentials.
+    AWS_ACCESS_KEY_ID="test",
+    AWS_SECRET_ACCESS_KEY="test",
+    AWS_EC2_METADATA_DISABLED="true",
+    PHARMACIST_SCRATCH=tempfile.mkdtemp(prefix="pharmacist-scratch-"),
     RAY_AUTH_MODE="disabled",  # nobody else can reach a test's private Ray
     RAY_USAGE_STATS_ENABLED="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
@@ -106,6 +116,61 @@ def rows_of() -> Callable[..., list[Row]]:
         return rows
 
     return make
+
+
+@dataclass
+class Bucket:
+    """A bucket of a real S3 server on loopback."""
+
+    port: int
+    client: Any
+    refusing: threading.Event = field(default_factory=threading.Event)
+    """While set, every request is answered with 503."""
+    refused: list[str] = field(default_factory=list)
+    """The requests that were."""
+
+    def uri(self, path: str) -> str:
+        """Return a path of the bucket as a user would write it."""
+        return f"s3://bucket/{path}?endpoint_override=127.0.0.1%3A{self.port}&region=us-east-1&scheme=http"
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the names of the objects below a prefix."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="bucket", Prefix=prefix)
+        return [one["Key"] for page in pages for one in page.get("Contents", [])]
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Bucket]:
+    """Run moto's S3 server, and let tests make it refuse."""
+    import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    inner = DomainDispatcherApplication(create_backend_app)
+    found: list[Bucket] = []
+
+    def gate(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+        if found and found[0].refusing.is_set():
+            found[0].refused.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+            start("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"slow down"]
+        return inner(environ, start)
+
+    server = make_server("127.0.0.1", 0, gate, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{server.port}", region_name="us-east-1")
+    client.create_bucket(Bucket="bucket")
+    found.append(Bucket(server.port, client))
+    yield found[0]
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["PHARMACIST_SCRATCH"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

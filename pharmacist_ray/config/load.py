@@ -66,11 +66,20 @@ def located(config: Config) -> Config:
     Hub ids and URIs stay as they are.
     """
     model, evaluation = config.model, config.evaluation
-    if Path(model.path).exists():
+    if _here(model.path):
         model = model.model_copy(update={"path": str(Path(model.path).resolve())})
-    if evaluation is not None and evaluation.judge_path is not None and Path(evaluation.judge_path).exists():
-        evaluation = evaluation.model_copy(update={"judge_path": str(Path(evaluation.judge_path).resolve())})
+    if (
+        evaluation is not None
+        and evaluation.judge_path is not None
+        and "://" not in evaluation.judge_path
+        and Path(evaluation.judge_path).exists()
+    ):
+        evaluation = evaluation.model_copy(update={"judge_path": str(Path(evaluation.judge_path or "").resolve())})
     return config.model_copy(update={"run_dir": config.run_dir.resolve(), "model": model, "evaluation": evaluation})
+
+
+def _here(path: str | None) -> bool:
+    return path is not None and "://" not in path and Path(path).exists()
 
 
 def dump_config(config: Config) -> str:

@@ -6,12 +6,23 @@ found before Ray starts.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
+
+from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.storage.places import Place, RemotePath, place, refuse_credentials
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -22,7 +33,26 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+def _without_credentials(path: str) -> str:
+    try:
+        refuse_credentials(path)
+    except ConfigError as error:  # for pydantic, which collects what is wrong
+        raise ValueError(str(error)) from None
+    return path
+
+
+def _place(value: object) -> Place:
+    if not isinstance(value, str | Path | RemotePath):
+        raise ValueError("run_dir must be a folder or a URI")
+    try:
+        return place(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
+Location = Annotated[str, AfterValidator(_without_credentials)]
+Paths = Annotated[list[Location], BeforeValidator(_as_list), Field(min_length=1)]
+RunDir = Annotated[Path | RemotePath, PlainValidator(_place), PlainSerializer(str)]
 
 
 class Section(BaseModel):
@@ -62,8 +92,8 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model to harden."""
 
-    path: str
-    """Folder or hub id of a causal language model with safetensors weights."""
+    path: Location
+    """Folder, hub id or URI of a causal language model with safetensors weights."""
     template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
     """Prompt template; `auto` takes the model's chat template, else Alpaca's."""
     max_length: Count = 256
@@ -276,7 +306,7 @@ class EvaluationConfig(Section):
     task: TaskEvaluation
     judge: str = "phrases"
     """Which judge; `pharmacist doctor` lists all."""
-    judge_path: str | None = None
+    judge_path: Location | None = None
     """The judge's model folder (classifier) or world file (testbed)."""
     max_new_tokens: Count = 128
     """Longest answer in tokens (Vaccine's public code: 128)."""
@@ -397,8 +427,8 @@ class SearchConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    run_dir: Path
-    """Where every artifact of the run goes."""
+    run_dir: RunDir
+    """Where every artifact of the run goes: a folder that all nodes reach, or a URI (s3://bucket/folder, gs://, hdfs://)."""
     seed: int = 0
     """Seed of the selector: warm-up order and adapter initialisation."""
     model: ModelConfig
@@ -428,8 +458,6 @@ class Config(Section):
         return self
 
     def _disagreements(self) -> Iterator[str]:
-        if re.match(r"[a-z0-9]{2,}:/", str(self.run_dir)):
-            yield f"run_dir must be a folder that all nodes reach under one path, not a URI, got {self.run_dir}"
         if "loss_gap" in self.scoring.scorers and (self.data.benign is None or self.selector.reference is None):
             yield "the loss_gap scorer needs data.benign and selector.reference; add them or take loss_gap out of scoring.scorers"
         if self.selector.mode == "iterative" and not self.selector.inner_lr:

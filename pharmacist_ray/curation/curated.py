@@ -15,7 +15,6 @@ nesting deeper than 16), the values become JSON strings, and the manifest names 
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,8 +28,9 @@ import pyarrow.parquet as pq
 import pharmacist_ray
 from pharmacist_ray.data.schema import ROW_SCHEMA
 from pharmacist_ray.errors import ArtifactError, DataError
+from pharmacist_ray.storage import Place, move_tree, opened_parquet, remove_tree, working_folder
 
-Kept = Callable[[], Iterator[tuple[Path, pa.Table]]]
+Kept = Callable[[], Iterator[tuple[Place, pa.Table]]]
 """Starts a pass over the shards: the file with all rows of a shard, and the (id, score, …) of the rows to keep."""
 Kind = None | str | list[Any] | dict[str, Any]
 """The type of one place in JSON: None (only nulls so far), bool, int, float, string, json, [kind of the items], {key: kind}."""
@@ -41,27 +41,23 @@ _BATCH = 1024  # rows
 
 
 @contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Place) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` that takes its place if the block succeeds, and is removed if it fails.
 
     Raises:
         ArtifactError: ``out`` is there and is not a selection, so it is not ours to replace.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / "manifest.json").is_file():
+    if out.exists() and (out.is_file() or any(out.iterdir())) and not (out / "manifest.json").is_file():
         raise ArtifactError(f"{out} is there and is not a selection (it has no manifest.json); move it or choose another folder")
-    fresh, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-    for left_over in (fresh, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    fresh = working_folder(out.with_name(f".{out.name}.new"))
+    remove_tree(fresh)
     fresh.mkdir(parents=True)
     try:
         yield fresh
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove_tree(fresh)
         raise
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    move_tree(fresh, out, last=["manifest.json"])
 
 
 def write_curated(folder: Path, kept: Kept, *, facts: Mapping[str, Any], provenance: Mapping[str, Any], jsonl: bool) -> None:
@@ -151,12 +147,12 @@ def _write_data(folder: Path, kept: Kept, kinds: dict[str, Kind]) -> list[str]:
     return names
 
 
-def _rows(source: Path, table: pa.Table) -> Iterator[pa.RecordBatch]:
+def _rows(source: Place, table: pa.Table) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a file whose ids are in the table."""
     wanted = table["id"].combine_chunks()
     if not len(wanted):
         return
-    with pq.ParquetFile(source) as file:
+    with opened_parquet(source) as file:
         for batch in file.iter_batches(_BATCH, columns=ROW_SCHEMA.names):
             chosen = batch.filter(pc.is_in(batch["id"], value_set=wanted))
             if len(chosen):

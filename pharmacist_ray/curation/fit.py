@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,19 +20,11 @@ from safetensors.torch import load_file, save_file
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig
 from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction
 from pharmacist_ray.data.render import Rendered, Renderer, Template
-from pharmacist_ray.data.rows import (
-    count_rows,
-    iterate_rows,
-    read_rows,
-    row_at,
-    sample_rows,
-    write_parquet,
-    write_rows,
-    write_text,
-)
+from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import Place, local_copy, place, replacing, write_parquet, write_text
 from pharmacist_ray.training.launch import run_on_workers
 from pharmacist_ray.training.loop import TrainTask, progress_file, run_task
 from pharmacist_ray.training.ranks import Ranks
@@ -73,11 +64,11 @@ def fit(
     selector: SelectorConfig,
     resources: ResourcesConfig,
     seed: int,
-    candidates: Path,
-    validation: Path,
-    harmful: Path,
-    benign: Path | None,
-    out: Path,
+    candidates: Place,
+    validation: Place,
+    harmful: Place,
+    benign: Place | None,
+    out: Place,
 ) -> dict[str, Any]:
     """Fit the selector and return the contents of ``selector.json``.
 
@@ -178,7 +169,7 @@ def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[R
     model = load_model(
         job.model.path,
         dtype=job.model.dtype,
-        adapter=Path(job.out) / "warmup" / checkpoint_name(step),
+        adapter=place(job.out) / "warmup" / checkpoint_name(step),
         trust_remote_code=job.model.trust_remote_code,
         device=str(ranks.device),
     )
@@ -188,13 +179,13 @@ def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[R
 
 
 def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
-    file = Path(job.out) / "directions" / f"{checkpoint_name(step)}.safetensors"
+    file = place(job.out) / "directions" / f"{checkpoint_name(step)}.safetensors"
     if file.exists():
         return
     point, renderer, validation, harmful = _open(job, step, ranks)
     inner = None
     if job.selector.inner_lr:
-        rows = sample_rows(Path(job.out) / "rows" / "warmup.parquet", job.selector.trusted_rows, job.seed)
+        rows = sample_rows(place(job.out) / "rows" / "warmup.parquet", job.selector.trusted_rows, job.seed)
         inner = point.gradient([renderer.render(row) for row in rows])
     directions = [
         attacked_direction(
@@ -215,7 +206,7 @@ def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
 
 
 def _learn_logits(job: FitJob, ranks: Ranks) -> None:
-    out = Path(job.out)
+    out = place(job.out)
     if (out / "logits.parquet").exists():
         return
     point, renderer, validation, harmful = _open(job, job.selector.checkpoints[0], ranks)
@@ -227,7 +218,7 @@ def _learn_logits(job: FitJob, ranks: Ranks) -> None:
 
     selector = IterativeSelector(table.num_rows, job.selector, job.seed)
     if (out / "logits.safetensors").exists():
-        selector.load(load_file(out / "logits.safetensors"))
+        selector.load(load_file(local_copy(out / "logits.safetensors")))
     ranks.barrier()
     while selector.iteration < job.selector.iterations:
         values = selector.iterate(point, candidate, validation, harmful)
@@ -242,8 +233,6 @@ def _learn_logits(job: FitJob, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-    draft.replace(file)
+def _save(tensors: dict[str, torch.Tensor], file: Place) -> None:
+    with replacing(file) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import orjson
-import pyarrow.parquet as pq
 
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.errors import ArtifactError, DataError
+from pharmacist_ray.storage import Place, read_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Grade:
     """Label → the share of its rows that is kept."""
 
 
-def grade_scores(candidates: Path, scores: Path, *, column: str, good: Collection[str], keep: float) -> list[Grade]:
+def grade_scores(candidates: Place, scores: Place, *, column: str, good: Collection[str], keep: float) -> list[Grade]:
     """Return a grade per score column.
 
     Args:
@@ -45,13 +44,13 @@ def grade_scores(candidates: Path, scores: Path, *, column: str, good: Collectio
     """
     labels: dict[str, str] = {}
     for file in parquet_files(candidates):
-        table = pq.read_table(file, columns=["id", "raw", "source"])
+        table = read_table(file, columns=["id", "raw", "source"])
         for id, raw, source in zip(*(table.column(name).to_pylist() for name in ("id", "raw", "source")), strict=True):
             label = orjson.loads(raw).get(column)
             if label is None:
                 raise DataError(f"{source}: no column '{column}' with a planted label; name another with --column")
             labels[id] = str(label)
-    table = pq.read_table(scores)
+    table = read_table(scores)
     scored = table.column("id").to_pylist()
     if strange := [id for id in scored if id not in labels]:
         raise ArtifactError(f"{scores} has scores of rows that are not among the candidates ({strange[0]}, …); score again")

@@ -11,14 +11,12 @@ equal rows that stays is the first in the input, and files are sorted by id: nei
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -28,9 +26,9 @@ import ray
 
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
-from pharmacist_ray.data.rows import write_parquet, write_text
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
+from pharmacist_ray.storage import Place, RemotePath, local_copy, remove_tree, write_parquet, write_text
 from pharmacist_ray.training.remote import plain_errors
 
 if TYPE_CHECKING:
@@ -107,7 +105,7 @@ class IngestReport:
 
 def ingest(
     source: Source,
-    out: Path,
+    out: Place,
     *,
     shards: int | None = None,
     render: RenderSpec | None = None,
@@ -143,7 +141,7 @@ def ingest(
     out = out.absolute()
     staging, rows, quarantine, report_file = out / "staging", out / "rows", out / "quarantine", out / "report.json"
     report_file.unlink(missing_ok=True)  # it is written last: a folder with a report is complete
-    shutil.rmtree(staging, ignore_errors=True)
+    remove_tree(staging)
     try:
         chunks = _plan(source, staging, chunk_bytes)
         shards = shards or max(MIN_SHARDS, -(-sum(chunk.size for chunk in chunks) // SHARD_BYTES))
@@ -181,7 +179,7 @@ def ingest(
                     said = time.monotonic()
                     say(f"ingest: {totals['rows'] + totals['duplicates'] + totals['quarantined']} of {rows_in} rows written")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
 
     for shard in range(shards):
         if ("rows", shard) not in written:
@@ -207,16 +205,16 @@ def ingest(
     return report
 
 
-def _plan(source: Source, staging: Path, chunk_bytes: int) -> list[Chunk]:
+def _plan(source: Source, staging: Place, chunk_bytes: int) -> list[Chunk]:
     """Return the chunks of a source; a Hugging Face data set is first written to ``staging``."""
     if not source.path:
         raise DataError("the source has no path")
     paths, names = [], {}
     for index, path in enumerate(source.path):
-        staged = stage_huggingface(path, source.split, staging / str(index))
-        paths.append(staged or path)
+        staged = stage_huggingface(path, source.split, staging / f"{index}.parquet")
+        paths.append(str(staged) if staged else path)
         if staged:
-            names[staged] = f"{path}[{source.split}]"
+            names[staged.inner if isinstance(staged, RemotePath) else str(staged)] = f"{path}[{source.split}]"
     return [replace(chunk, name=names.get(chunk.path, chunk.name)) for chunk in plan(paths, chunk_bytes=chunk_bytes)]
 
 
@@ -300,7 +298,8 @@ def _renderer(spec: RenderSpec) -> Renderer:
     from pharmacist_ray.data.render import Renderer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False)
+        folder = local_copy(spec.model) if "://" in spec.model else spec.model
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {spec.model}: {' '.join(str(error).split())[:300]}") from error
     return Renderer(tokenizer, spec.template, spec.max_length)
@@ -325,7 +324,7 @@ def _table(entries: list[tuple[Any, ...]]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=_WAY_SCHEMA)
 
 
-def _write_shard(table: pa.Table, out: Path) -> dict[str, list[Any]]:
+def _write_shard(table: pa.Table, out: Place) -> dict[str, list[Any]]:
     """Write the two files of one shard and return what became of its rows.
 
     The bytes depend on the rows alone, not on the blocks they came in: a task that Ray runs again writes the same file.
@@ -353,7 +352,7 @@ def _part(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
-def _remove_others(folder: Path, keep: set[str]) -> None:
+def _remove_others(folder: Place, keep: set[str]) -> None:
     """Remove what an earlier or an interrupted ingestion left."""
     for pattern in ("part-*.parquet", ".part-*"):
         for path in folder.glob(pattern):

@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -25,10 +23,11 @@ from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.data.render import Template
-from pharmacist_ray.data.rows import parquet_files, write_parquet
+from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, one_of
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import Place, place, read_table, row_count, write_parquet
 from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
 
 
@@ -51,9 +50,9 @@ def score(
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
-    candidates: Path,
-    fit: Path,
-    out: Path,
+    candidates: Place,
+    fit: Place,
+    out: Place,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScoreReport:
     """Write ``out/part-*.parquet`` with ``id`` and one float64 column per score.
@@ -109,7 +108,7 @@ def columns_of(scoring: ScoringConfig) -> list[str]:
 
 
 def _score_shards(
-    missing: Sequence[Path],
+    missing: Sequence[Place],
     total: int,
     model: ModelRef,
     template: Template,
@@ -117,8 +116,8 @@ def _score_shards(
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
-    fit: Path,
-    out: Path,
+    fit: Place,
+    out: Place,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     spec = ProbeSpec(
@@ -173,7 +172,7 @@ class ShardScorer:
         torch.set_num_threads(threads)
         self.scoring = scoring
         self.iterative = iterative
-        self.out = Path(out)
+        self.out = place(out)
         self.spec = spec
 
     @property
@@ -183,11 +182,11 @@ class ShardScorer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Score the shards of a batch and return how many rows each had."""
-        counts = [self._score(Path(str(shard))) for shard in batch["shard"]]
+        counts = [self._score(place(str(shard))) for shard in batch["shard"]]
         return {"rows": np.array(counts)}
 
-    def _score(self, shard: Path) -> int:
-        rows = rows_from_table(pq.read_table(shard, schema=ROW_SCHEMA))
+    def _score(self, shard: Place) -> int:
+        rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
         table = {"id": pa.array([row.id for row in rows], pa.string())}
         models = [name for name in self.scoring.scorers if name != "random"]
         signals = Signals(self.probe, rows) if models and rows else None
@@ -199,7 +198,7 @@ class ShardScorer:
             elif signals is None:
                 table[name] = pa.array([], pa.float64())
             elif name == "pharmacist" and self.iterative:
-                file = Path(self.spec.fit) / "logits.parquet"
+                file = place(self.spec.fit) / "logits.parquet"
                 logits = _logits(file)
                 if strange := [row.id for row in rows if row.id not in logits]:
                     raise ArtifactError(f"{file} has no logit for row {strange[0]}: it was fitted on other candidates; fit again")
@@ -216,21 +215,21 @@ def _probe(spec: ProbeSpec) -> Probe:
 
 
 @cache
-def _logits(file: Path) -> dict[str, float]:
+def _logits(file: Place) -> dict[str, float]:
     if not file.exists():
         raise ArtifactError(f"the selector is incomplete: {file} is missing; fit it with selector.mode=iterative")
-    table = pq.read_table(file)
+    table = read_table(file)
     return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
 
-def _check_complete(shards: Sequence[Path], out: Path) -> int:
+def _check_complete(shards: Sequence[Place], out: Place) -> int:
     """Hold that every candidate has exactly one score row: the same count, shard by shard, with nothing beside it."""
     extra = {file.name for file in out.glob("*.parquet")} - {shard.name for shard in shards}
     if extra:
         raise ArtifactError(f"{out} holds scores of other candidates ({', '.join(sorted(extra)[:3])}); remove the folder")
     total = 0
     for shard in shards:
-        rows, scored = (int(pq.read_metadata(file).num_rows) for file in (shard, out / shard.name))
+        rows, scored = (row_count(file) for file in (shard, out / shard.name))
         if rows != scored:
             raise ArtifactError(f"{out / shard.name} has {scored} scores for {rows} candidates; remove it and score again")
         total += rows

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.errors import ArtifactError, one_of
+from pharmacist_ray.storage import Place, matching, parquet_schema, read_table
 
 
 @dataclass(frozen=True)
 class Shard:
     """One shard's file of rows and its file of scores."""
 
-    rows: Path
-    scores: Path
+    rows: Place
+    scores: Place
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Scored:
     keys: Keys
 
 
-def find_shards(scores: Path, candidates: Path, scorer: str) -> list[Shard]:
+def find_shards(scores: Place, candidates: Place, scorer: str) -> list[Shard]:
     """Return the shards in order of their names.
 
     Args:
@@ -45,8 +44,8 @@ def find_shards(scores: Path, candidates: Path, scorer: str) -> list[Shard]:
         ArtifactError: A folder is empty, or the two have different shards.
         ConfigError: There is no such column.
     """
-    rows = {path.name: path for path in sorted((candidates / "rows").glob("part-*.parquet"))}
-    scored = {path.name: path for path in sorted(scores.glob("part-*.parquet"))}
+    rows = {path.name: path for path in matching(candidates / "rows", "part-*.parquet")}
+    scored = {path.name: path for path in matching(scores, "part-*.parquet")}
     for folder, found in ((candidates / "rows", rows), (scores, scored)):
         if not found:
             raise ArtifactError(f"{folder} has no part-*.parquet files; run the stage that writes it")
@@ -54,7 +53,7 @@ def find_shards(scores: Path, candidates: Path, scorer: str) -> list[Shard]:
         odd = min(rows.keys() ^ scored.keys())
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
     for path in scored.values():
-        known = [name for name in pq.read_schema(path).names if name != "id"]
+        known = [name for name in parquet_schema(path).names if name != "id"]
         if scorer not in known:
             raise one_of("scorer", scorer, known)
     return [Shard(path, scored[name]) for name, path in rows.items()]
@@ -71,8 +70,8 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
     Raises:
         ArtifactError: The scores are those of other candidates, or the candidates are not sorted by unique ids.
     """
-    rows = pq.read_table(shard.rows, columns=["id", "category"])
-    table = pq.read_table(shard.scores, columns=["id", scorer])
+    rows = read_table(shard.rows, columns=["id", "category"])
+    table = read_table(shard.scores, columns=["id", scorer])
     ids, category = rows["id"].combine_chunks(), rows["category"].combine_chunks()
     letters = fixed_width(ids, shard.rows)
     if np.any(letters[1:] <= letters[:-1]):

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from pharmacist_ray.curation.curated import replacing, write_curated
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.storage import Place
 
 _MAX_CATEGORIES = 1000  # counted one by one; with quotas this bounds the memory at 0.5 GB
 
@@ -76,7 +76,7 @@ class Rule:
 class SelectionReport:
     """What a selection did; ``candidates = kept + not kept``, ``scored ≤ candidates``."""
 
-    folder: Path
+    folder: Place
     candidates: int
     scored: int
     kept: int
@@ -116,7 +116,7 @@ class _Cuts:
         return np.asarray((rows.keys <= np.bytes_(self.fill)) | (rows.keys <= own))
 
 
-def select_ids(scores: Path, candidates: Path, rule: Rule) -> Iterator[pa.Table]:
+def select_ids(scores: Place, candidates: Place, rule: Rule) -> Iterator[pa.Table]:
     """Yield the kept rows as one table (id, score) per shard, sorted by id.
 
     Args:
@@ -137,7 +137,7 @@ def select_ids(scores: Path, candidates: Path, rule: Rule) -> Iterator[pa.Table]
 
 
 def write_selection(
-    candidates: Path, scores: Path, rule: Rule, out: Path, *, provenance: Mapping[str, Any], jsonl: bool = False
+    candidates: Place, scores: Place, rule: Rule, out: Place, *, provenance: Mapping[str, Any], jsonl: bool = False
 ) -> SelectionReport:
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
@@ -256,7 +256,7 @@ def _apportion(shares: Mapping[str, float], places: int) -> dict[str, int]:
     return places_of
 
 
-def _kept(shards: list[Shard], rule: Rule, cuts: _Cuts) -> Iterator[tuple[Path, pa.Table]]:
+def _kept(shards: list[Shard], rule: Rule, cuts: _Cuts) -> Iterator[tuple[Place, pa.Table]]:
     """Yield each shard's file of rows, and its kept rows as a table (id, score, category)."""
     for shard in shards:
         rows = read_scored(shard, rule.scorer, rule.descending)[1]

@@ -8,13 +8,13 @@ where the cut falls, and stop when few enough keys are left to be compared direc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.storage import Place
 
 Keys = NDArray[np.bytes_]
 """Keys of n rows, (n,), or fixed-width ids."""
@@ -29,7 +29,7 @@ DIRECT = 1 << 20
 """At most so many keys are compared directly: 40 MB."""
 
 
-def fixed_width(ids: pa.Array, where: Path) -> Keys:
+def fixed_width(ids: pa.Array, where: Place) -> Keys:
     """Return ids as fixed-width bytes, (n,); they sort as the strings do.
 
     Raises:

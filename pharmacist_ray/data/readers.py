@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from pharmacist_ray.data.layouts import BadRow
 from pharmacist_ray.errors import DataError
+from pharmacist_ray.storage import Place, replacing
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is not one sample but a broken file; ours."""
@@ -124,14 +125,14 @@ def numbered(chunks: Sequence[Chunk], lines: Sequence[int]) -> list[Chunk]:
     return result
 
 
-def stage_huggingface(path: str, split: str, folder: Path) -> str | None:
-    """Write a Hugging Face data set as a Parquet file, so that it is read like any other; return the file's path.
+def stage_huggingface(path: str, split: str, target: Place) -> Place | None:
+    """Write a Hugging Face data set as a Parquet file, so that it is read like any other; return the file.
 
     Args:
         path: ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` for `datasets.load_dataset` (a hub id or a local folder), or a folder made
             by ``save_to_disk``. Anything else is none of ours: the result is None.
         split: Which split, for example ``train`` or ``train[:100]``.
-        folder: Where the file goes.
+        target: The file to write.
 
     Raises:
         DataError: There is no such data set or split; offline, none in the cache.
@@ -157,10 +158,9 @@ def stage_huggingface(path: str, split: str, folder: Path) -> str | None:
             f"cannot load the Hugging Face data set '{path}' (split '{split}'): {_one_line(error)}; "
             "give an existing folder or hub id, and without a network one that is in the cache"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "data.parquet"
-    found.to_parquet(str(target))
-    return str(target)
+    with replacing(target) as temporary:
+        found.to_parquet(str(temporary))
+    return target
 
 
 def public_name(path: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,14 @@ import torch
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
 from pharmacist_ray.data.render import Renderer, Template
-from pharmacist_ray.data.rows import count_rows, read_rows, write_parquet
+from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.evaluation.judges import Judge, JudgeSettings, build_judge
 from pharmacist_ray.evaluation.tasks import CHECKERS
 from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import Place, place, write_parquet
 from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
 
 PROMPTS_PER_UNIT = 512
@@ -62,8 +62,8 @@ class AnswerSpec:
 
 
 def answer_all(
-    models: Mapping[Path, ModelRef],
-    prompts: Mapping[str, Path],
+    models: Mapping[Place, ModelRef],
+    prompts: Mapping[str, Place],
     *,
     settings: EvaluationConfig,
     template: Template,
@@ -88,7 +88,7 @@ def answer_all(
         for kind, rows in prompts.items()
         for start in range(0, count_rows(rows), PROMPTS_PER_UNIT)
     ]
-    missing = [question for question in questions if not Path(question.file).exists()]
+    missing = [question for question in questions if not place(question.file).exists()]
     done = len(questions) - len(missing)
     if not missing:
         return
@@ -144,7 +144,7 @@ class Answerer:
         counts = []
         for number in batch["id"]:
             for question in self.groups[int(number)]:
-                write_parquet(self._answer(question), Path(question.file))
+                write_parquet(self._answer(question), place(question.file))
             counts.append(len(self.groups[int(number)]))
         return {"units": np.array(counts)}
 

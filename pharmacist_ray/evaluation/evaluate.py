@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
 from pharmacist_ray.data.render import Template
-from pharmacist_ray.data.rows import parquet_files, write_text
+from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.metrics import Judged, Metric, compare, measure
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import Place, read_table, write_text
 
 BOOTSTRAP_SEED = 20251010
 """Fixed, so that the same answers give the same intervals."""
@@ -31,7 +30,7 @@ class Subject:
 
     name: str
     model: ModelRef
-    answers: Path
+    answers: Place
     """Folder of its judged answers."""
     selection: str
     defence: str
@@ -60,13 +59,13 @@ class Subject:
 
 def evaluate(
     subjects: Sequence[Subject],
-    prompts: Mapping[str, Path],
+    prompts: Mapping[str, Place],
     *,
     settings: EvaluationConfig,
     template: Template,
     max_length: int,
     resources: ResourcesConfig,
-    out: Path,
+    out: Place,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Let all subjects answer, judge, and write ``summary.json`` and ``table.json``.
@@ -102,9 +101,9 @@ def evaluate(
     return {"models": len(subjects), "answers": sum(len(answers) for answers in judged.values()), "records": len(records)}
 
 
-def _judged(folder: Path, cluster: int) -> Iterable[Judged]:
+def _judged(folder: Place, cluster: int) -> Iterable[Judged]:
     for file in parquet_files(folder):
-        for row in pq.read_table(file).to_pylist():
+        for row in read_table(file).to_pylist():
             checks = {name: row[name] for name in ("correct", "exact", "contains") if row[name] is not None}
             yield Judged(row["id"], row["set"], cluster, row["verdict"] or "unjudged", checks)
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.errors import ModelError, one_of
+from pharmacist_ray.storage import Place, local_copy
 
 transformers_logging.disable_progress_bar()  # weights load in seconds, and the bars of many workers fill a log
 
@@ -32,12 +33,13 @@ ALL_LINEAR = "all-linear"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Place, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder or hub id.
 
     Raises:
         ModelError: There is no such folder or model, or it holds no tokenizer.
     """
+    path = _here(path)
     folder = _folder(path)
     if folder and not trust_remote_code and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(f"no tokenizer in '{path}'; save the model's own there (tokenizer.save_pretrained)")
@@ -46,10 +48,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 def load_model(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str = "float32",
-    adapter: str | Path | None = None,
+    adapter: str | Place | None = None,
     merge: bool = False,
     trust_remote_code: bool = False,
     attn: str = "sdpa",
@@ -71,6 +73,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise one_of("model dtype", dtype, list(DTYPES))
+    path = _here(path)
     _refuse_pickle(_folder(path), "model*.safetensors*", "*.bin")
     model, info = _get(
         path,
@@ -88,23 +91,24 @@ def load_model(
     return model.to(device).eval()
 
 
-def empty_model(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def empty_model(path: str | Place, *, trust_remote_code: bool = False) -> Any:
     """Return the model without weights, on the meta device: its modules and shapes, from its configuration alone.
 
     Raises:
         ModelError: There is no such model.
     """
-    config = _get(path, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config = _get(_here(path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Any:
+def load_adapter(model: Any, path: str | Place, *, merge: bool = False) -> Any:
     """Return a model with a saved adapter on top, trainable, or merged into its weights.
 
     Raises:
         ModelError: There is no such adapter, it is not in safetensors, or it was made for another model.
     """
+    path = _here(path)
     _refuse_pickle(_folder(path), "adapter_model.safetensors", "adapter_model.bin")
     config = _get(path, PeftConfig.from_pretrained)
     if config.peft_type != PeftType.LORA:
@@ -199,6 +203,16 @@ def _merge_sharded(adapted: PeftModel) -> Any:
                 for name in module.active_adapters:
                     base.weight.data += module.get_delta_weight(name).to(base.weight)
     return adapted.unload()
+
+
+def _here(path: str | Place) -> str | Path:
+    """Return a model's path as it is, or the local copy of one in an object store."""
+    if isinstance(path, Path) or "://" not in str(path):
+        return path if isinstance(path, Path) else str(path)
+    try:
+        return local_copy(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{error}; check model.path") from None
 
 
 def _folder(path: str | Path) -> Path | None:

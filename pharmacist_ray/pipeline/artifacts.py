@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,8 +27,8 @@ import pyarrow.fs as pafs
 
 from pharmacist_ray import __version__
 from pharmacist_ray.data.readers import public_name
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.storage import Place, json_of, remove_tree, write_text
 
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 
@@ -75,7 +74,7 @@ def _remote_files(path: str) -> list[Any]:
 class Artifact:
     """One stage's output for one set of inputs."""
 
-    folder: Path
+    folder: Place
     stage: str
     config: Any
     """The part of the configuration that it was made from; JSON-able."""
@@ -95,11 +94,11 @@ class Artifact:
     def manifest(self) -> dict[str, Any]:
         """Return the manifest, or an empty dictionary if there is none."""
         try:
-            return dict(json.loads((self.folder / "manifest.json").read_text()))
+            return dict(json_of(self.folder / "manifest.json"))
         except (OSError, ValueError, TypeError):  # none, or a broken one
             return {}
 
-    def require(self) -> Path:
+    def require(self) -> Place:
         """Return the folder.
 
         Raises:
@@ -112,7 +111,7 @@ class Artifact:
             )
         return self.folder
 
-    def begin(self) -> Path:
+    def begin(self) -> Place:
         """Return the folder to work in: with what an interrupted attempt from the same inputs left behind, else empty.
 
         Raises:
@@ -120,12 +119,11 @@ class Artifact:
         """
         marker = self.folder / "started.json"
         try:
-            same = json.loads(marker.read_text())["fingerprint"] == self.fingerprint
+            same = json_of(marker)["fingerprint"] == self.fingerprint
         except (OSError, ValueError, TypeError, KeyError):
             same = False
         if not same or self.manifest():
             self._clear()
-            self.folder.mkdir(parents=True)
             write_text(json.dumps({"fingerprint": self.fingerprint, "at": time.time()}), marker)
         return self.folder
 
@@ -138,10 +136,13 @@ class Artifact:
             raise ArtifactError(
                 f"{self.folder} is there and was not made by `pharmacist {self.stage}`; move it or choose another run_dir"
             )
-        old = self.folder.with_name(f".{self.folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        self.folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
+        if isinstance(self.folder, Path):
+            old = self.folder.with_name(f".{self.folder.name}.old")
+            remove_tree(old)
+            self.folder.rename(old)
+            remove_tree(old)
+        else:
+            remove_tree(self.folder)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the manifest, on top of what the stage itself wrote into it: from now on the artifact is ready."""

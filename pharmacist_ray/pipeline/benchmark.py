@@ -23,11 +23,11 @@ from rich.table import Table
 
 from pharmacist_ray.config.schema import LoraConfig, ModelConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import one_of
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import console, say
+from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
 from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of

@@ -5,19 +5,18 @@ Everything that may hold text from data goes through `plain`, so that no escape 
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pharmacist_ray.data.printable import printable
+from pharmacist_ray.storage import Place, RemotePath, json_of
 
 LOG_EVERY_S = 10.0
 
@@ -67,7 +66,7 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator[None]:
+def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Iterator[None]:
     """Show how far training runs are, read from the small files they leave beside their outputs.
 
     Args:
@@ -77,6 +76,8 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
     """
     over = threading.Event()
     total = sum(steps)
+    # Every look is a request for each run, where they lie in an object store.
+    every = 5.0 if any(isinstance(folder, RemotePath) for folder in folders) else 0.5
 
     def done() -> tuple[float, str]:
         count, latest = 0.0, []
@@ -85,7 +86,7 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
                 count += number
                 continue
             try:
-                values = json.loads(folder.with_name(f"{folder.name}.progress.json").read_text())
+                values = json_of(folder.with_name(f"{folder.name}.progress.json"))
                 count += values["step"]
                 latest.append(
                     f"loss {values['loss']:.3g}, gradient {values['grad_norm']:.2g}, {values['tokens_per_s']:.0f} tokens/s"
@@ -97,7 +98,7 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
     with bar(what) as show:
 
         def follow() -> None:
-            while not over.wait(0.5):
+            while not over.wait(every):
                 count, note = done()
                 show(count, total, note)
 

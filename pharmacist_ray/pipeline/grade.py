@@ -11,9 +11,9 @@ from rich.table import Table
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.grades import grade_scores
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.pipeline.console import console, plain, say
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.storage import write_text
 
 
 def grade(config: Config, column: str, good: Sequence[str]) -> None:

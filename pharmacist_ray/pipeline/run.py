@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, Section, SourceConfig
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
+from pharmacist_ray.storage import Place, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
@@ -63,7 +63,7 @@ class Run:
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
         if self.base is not None and (usual is None or usual.fingerprint != artifact.fingerprint):
-            kind, name = artifact.folder.relative_to(self.root).parts[0], artifact.folder.name
+            kind, name = relative(artifact.folder, self.root).parts[0], artifact.folder.name
             own = artifact.fingerprint[:8] if kind == name else f"{name}-{artifact.fingerprint[:8]}"
             artifact.folder = self.root / kind / own if kind == "selections" else self.root / "search" / kind / own
         return artifact
@@ -228,12 +228,12 @@ class Run:
         asked = self.config.evaluation.model_dump(mode="json", exclude={"bootstrap_draws"})
         return digest([prompts, asked, self.config.model.template, self._file(judge) if judge else None])
 
-    def answers(self, cell: Cell) -> Path:
+    def answers(self, cell: Cell) -> Place:
         """Return the folder of a model's judged answers, which no other model's change."""
         return self.root / "answers" / f"{self.trained(cell).folder.name}-{digest(self._asked)[:8]}"
 
 
-def _after(start: ModelRef, folder: Path, weights: str) -> ModelRef:
+def _after(start: ModelRef, folder: Place, weights: str) -> ModelRef:
     if weights == "full":
         return ModelRef(str(folder / "model"), (), start.dtype, start.trust_remote_code)
     return start.plus(str(folder / "adapter"))

@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +24,6 @@ from rich.table import Table
 
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig, SearchConfig
-from pharmacist_ray.data.rows import write_parquet, write_text
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import LOG_EVERY_S, console, plain, say
 from pharmacist_ray.pipeline.front import OBJECTIVES, on_front, recommend
@@ -35,12 +32,14 @@ from pharmacist_ray.pipeline.session import TRIAL_CPUS, connected, needed_by
 from pharmacist_ray.pipeline.space import Point, check_space, decoded, domains, section, settled, told, trial_config, trial_name
 from pharmacist_ray.pipeline.stages import check, run_fit, run_ingest, run_score, run_select
 from pharmacist_ray.pipeline.trial import Record, read_records, record_file, run_trial, write_record
+from pharmacist_ray.storage import Place, RemotePath, json_of, remove_tree, write_parquet, write_text
+from pharmacist_ray.training.launch import storage_of
 
 NUMBERS = [f"{name}{end}" for name in ("worst_hs", "mean_hs", "task_accuracy", "over_refusal") for end in ("", "_low", "_high")]
 """A trial's numbers with their intervals."""
 
 
-def run_search(config: Config, *, resume: bool = False) -> Path:
+def run_search(config: Config, *, resume: bool = False) -> Place:
     """Run the search of a configuration, or what is missing of it, and return the folder with its results.
 
     ``trials.parquet`` has a row a trial, ``recommendation.json`` and ``recommended.yaml`` have the setting to take. A trial that fails
@@ -64,7 +63,8 @@ def run_search(config: Config, *, resume: bool = False) -> Path:
         _prepare(run, points)
         total = len(points) or search.trials or 0
         say(f"[bold]search[/] {total} trials, {search.concurrent} at a time: {plain(', '.join(search.space))}")
-        with _watch(read, total):
+        # Every look is some requests, where the records lie in an object store.
+        with _watch(read, total, 5.0 if isinstance(run.root, RemotePath) else 0.5):
             _tune(run, points, read)
     for record in read():
         if record["status"] == "running":  # its process died without a word
@@ -94,12 +94,12 @@ def check_trial_room(resources: ResourcesConfig, trials: int) -> None:
             )
 
 
-def _claim(run: Run, search: SearchConfig, resume: bool) -> Path:
+def _claim(run: Run, search: SearchConfig, resume: bool) -> Place:
     """Take the run directory's search folder for this section of the configuration."""
     folder, asked = run.root / "search", search.model_dump(mode="json", exclude={"concurrent", "tolerance"})
     file = folder / "search.json"
     try:
-        before = json.loads(file.read_text()) if file.exists() else asked
+        before = json_of(file) if file.exists() else asked
         if before != asked and not resume:
             raise ArtifactError(
                 f"{folder} holds the trials of another `search` section; pass --resume to go on with this one and keep what fits, "
@@ -139,11 +139,11 @@ def _tune(run: Run, points: Sequence[Point], read: Callable[[], list[Record]]) -
         space = {}
         settings |= {"search_alg": _optuna(search, read()), "num_samples": search.trials}
     work = tune.with_resources(tune.with_parameters(_trial, base=run, points=list(points)), {"CPU": TRIAL_CPUS})
-    run_config = tune.RunConfig(name=uuid.uuid4().hex[:8], storage_path=str(storage), verbose=0)
+    run_config = tune.RunConfig(name=uuid.uuid4().hex[:8], **storage_of(storage), verbose=0)
     try:
         tune.Tuner(work, param_space=space, tune_config=tune.TuneConfig(**settings), run_config=run_config).fit()
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        remove_tree(storage)
 
 
 def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, float]:
@@ -195,7 +195,7 @@ def _drawn_from(search: SearchConfig, drawn: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _watch(read: Callable[[], list[Record]], total: int) -> Iterator[None]:
+def _watch(read: Callable[[], list[Record]], total: int, every: float = 0.5) -> Iterator[None]:
     """Show how many trials are done, running and failed, and the best so far: a bar, or a line every few seconds in a log."""
     over, since = threading.Event(), time.time()
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -204,7 +204,7 @@ def _watch(read: Callable[[], list[Record]], total: int) -> Iterator[None]:
 
         def follow() -> None:
             shown = time.monotonic()
-            while not over.wait(0.5):
+            while not over.wait(every):
                 done, line = _state(read(), since)
                 progress.update(task, completed=done, description=plain(line))
                 if not console.is_terminal and time.monotonic() - shown > LOG_EVERY_S:

@@ -12,11 +12,11 @@ import ray
 
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import plain, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest
+from pharmacist_ray.storage import write_text
 
 TRIAL_CPUS = 0.1
 """What the process of a search's trial takes for itself: it starts workers and waits for them."""

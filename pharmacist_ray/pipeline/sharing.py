@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import ray
 from filelock import FileLock
 
 from pharmacist_ray.pipeline.artifacts import Artifact, digest
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.storage import Place, relative
 
 One = TypeVar("One")
 
 
 @contextmanager
-def alone(run: Run, wanted: Iterable[One], folder_of: Callable[[One], Path], ready: Callable[[One], bool]) -> Iterator[list[One]]:
+def alone(
+    run: Run, wanted: Iterable[One], folder_of: Callable[[One], Place], ready: Callable[[One], bool]
+) -> Iterator[list[One]]:
     """Give what of ``wanted`` still has to be made; until the block ends, no other trial makes it.
 
     All locks are taken in the order of the folders' names, so that trials never wait for each other in a circle. Who waits is the
-    trial's own process, which holds no worker and no actor. A process that dies gives its locks back (``flock``, so the run
-    directory's file system must have it; NFS 4 does). A plain run is alone in its directory and locks nothing.
+    trial's own process, which holds no worker and no actor. A process that dies gives its locks back, see `_lock`. A plain run is
+    alone in its directory and locks nothing.
 
     Args:
         run: The run.
@@ -32,16 +37,39 @@ def alone(run: Run, wanted: Iterable[One], folder_of: Callable[[One], Path], rea
     missing = {folder_of(one): one for one in wanted if not ready(one)}
     with ExitStack() as held:
         for folder in sorted(missing) if run.base else ():
-            place = run.root / "search" / ".locks"
-            place.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(place / f"{folder.name}-{digest(str(folder.relative_to(run.root)))[:8]}.lock")
-            lock.acquire()
+            release = _lock(run.root, f"{folder.name}-{digest(str(relative(folder, run.root)))[:8]}")
             if ready(missing[folder]):  # another trial made it while this one waited
-                lock.release()
+                release()
                 del missing[folder]
             else:
-                held.callback(lock.release)
+                held.callback(release)
         yield list(missing.values())
+
+
+def _lock(root: Place, name: str) -> Callable[[], None]:
+    """Wait for a lock and return what gives it back.
+
+    In a folder it is a lock on a file (``flock``, so the file system must have it; NFS 4 does). An object store has none: there the
+    lock is an actor's name, which only one process of the cluster can hold, and Ray ends the actor with the process that made it.
+    """
+    if isinstance(root, Path):
+        place = root / "search" / ".locks"
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / f"{name}.lock")
+        lock.acquire()
+        return lock.release
+    while True:
+        try:
+            holder = _Holder.options(name=f"{digest(str(root))}-{name}", namespace="pharmacist", num_cpus=0).remote()  # type: ignore[attr-defined]
+        except ValueError:  # the name is taken
+            time.sleep(1.0)
+            continue
+        return lambda: ray.kill(holder)
+
+
+@ray.remote
+class _Holder:
+    """Does nothing; that it is there is the lock."""
 
 
 @contextmanager

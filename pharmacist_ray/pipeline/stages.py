@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.curation.fit import fit
@@ -32,6 +31,7 @@ from pharmacist_ray.pipeline.run import Cell, Run
 from pharmacist_ray.pipeline.sharing import alone, making
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
+from pharmacist_ray.storage import place
 from pharmacist_ray.training.launch import train_all
 from pharmacist_ray.training.loop import TrainTask, check_task
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
@@ -310,7 +310,7 @@ def _train(run: Run, cells: list[Cell], stage: str, task: Callable[[Cell], Train
             described = task(cell)
             tasks.append(replace(described, out=str(folder)))
         what = f"{stage} {len(missing)} models (steps)"
-        with watch_training(what, [Path(t.out) for t in tasks], [t.train.steps for t in tasks]):
+        with watch_training(what, [place(t.out) for t in tasks], [t.train.steps for t in tasks]):
             results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
         for cell, result in zip(missing, results, strict=True):
             run.trained(cell).finish(result)
@@ -365,8 +365,9 @@ def run_evaluate(run: Run) -> None:
 
 def run_report(run: Run) -> None:
     """Print the comparison and write it to ``report/``, with a page of whatever part of the run there is."""
-    if run.config.evaluation is None or not run.evaluated.folder.exists():
-        say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")
+    if run.config.evaluation is None or not run.evaluated.manifest():
+        if run.config.search is None:
+            say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")
     else:
         write_report(run.evaluated.require(), run.root / "report", console)
     say(f"  report: {plain(write_page(run.root, run.root / 'report'))}")

@@ -21,11 +21,12 @@ from pharmacist_ray.config.load import apply_override, assign, parse_config
 from pharmacist_ray.config.schema import ResourcesConfig, TrainConfig
 from pharmacist_ray.data.layouts import to_row
 from pharmacist_ray.data.render import Renderer
-from pharmacist_ray.data.rows import write_rows, write_text
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import plain, say, watch_training
 from pharmacist_ray.pipeline.session import connected
+from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.plant import plant, write_jsonl
 from pharmacist_ray.testbed.tiny import bpe_tokenizer, tiny_llama, word_tokenizer
 from pharmacist_ray.testbed.world import World

@@ -6,18 +6,17 @@ import json
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import DataError, PharmacistError
 from pharmacist_ray.pipeline.front import OBJECTIVES
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import connected
 from pharmacist_ray.pipeline.space import settled, trial_name
 from pharmacist_ray.pipeline.stages import STAGES
+from pharmacist_ray.storage import Place, json_of, matching, write_text
 
 Record = dict[str, Any]
 """What ``search/trials/<trial>.json`` holds: ``trial``, ``status`` (running, finished, failed), ``stage``, ``error``, ``fingerprint``
@@ -55,7 +54,7 @@ def run_trial(base: Run, point: Mapping[str, Any], drawn: Mapping[str, Any] | No
                 if stage != "report":
                     write_record(file, record | {"stage": stage})
                     work(run)
-        record |= {"status": "finished"} | measured(json.loads((run.evaluated.folder / "table.json").read_text()))
+        record |= {"status": "finished"} | measured(json_of(run.evaluated.folder / "table.json"))
     except Exception as error:
         # Ours are one line; a bug keeps its traceback, beside the record.
         text = str(error) if isinstance(error, PharmacistError) else f"{type(error).__name__}: {error}; see {file.stem}.log"
@@ -98,25 +97,25 @@ def measured(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def record_file(root: Path, trial: str) -> Path:
+def record_file(root: Place, trial: str) -> Place:
     """Return where a trial's record lies."""
     return root / "search" / "trials" / f"{trial}.json"
 
 
-def read_record(file: Path) -> Record:
+def read_record(file: Place) -> Record:
     """Return a record, an empty one if there is none."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json_of(file))
     except (OSError, ValueError):
         return {}
 
 
-def read_records(root: Path) -> list[Record]:
+def read_records(root: Place) -> list[Record]:
     """Return all records of a search, in the order in which the trials started."""
-    found = [read_record(file) for file in sorted((root / "search" / "trials").glob("*.json"))]
+    found = [read_record(file) for file in matching(root / "search" / "trials", "*.json")]
     return sorted((record for record in found if record), key=lambda record: record["started_at"])
 
 
-def write_record(file: Path, record: Record) -> None:
+def write_record(file: Place, record: Record) -> None:
     """Write a record so that it is never lost: whoever reads it finds the old one or the new one."""
     write_text(json.dumps(record, indent=1), file)

@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from pharmacist_ray.data.layouts import REASONS
 from pharmacist_ray.data.printable import names_a_secret, without_secrets
 from pharmacist_ray.report.blocks import Block, Code, Facts, Note, Table, cut
 from pharmacist_ray.report.run_files import RunFiles, readable
+from pharmacist_ray.storage import matching, opened_parquet
 
 QUARANTINED = 3
 """Broken rows shown of each source."""
@@ -161,8 +161,8 @@ def _stale(made: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def _quarantined(run: RunFiles, source: str) -> Iterator[tuple[str, str, str, str]]:
     left = QUARANTINED
-    for file in sorted((run.root / "ingest" / source / "quarantine").glob("part-*.parquet")):
-        with readable(file), pq.ParquetFile(file) as parquet:
+    for file in matching(run.root / "ingest" / source / "quarantine", "part-*.parquet"):
+        with readable(file), opened_parquet(file) as parquet:
             for batch in parquet.iter_batches(batch_size=left):
                 for row in batch.to_pylist()[:left]:
                     yield f"{row['source']}:{row['line']}", row["reason"], cut(row["detail"], 200), cut(row["text"], 200)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import yaml
 
 from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.storage import Place, json_of, matching
 
 
 class RunFiles:
     """A run directory; nothing is read before it is asked for, and nothing is written."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         """Look at a run directory.
 
         Args:
@@ -65,11 +64,11 @@ class RunFiles:
         if not file.is_file():
             return None
         with readable(file):
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json_of(file)
 
     def made(self, stage: str) -> dict[str, dict[str, Any]]:
         """Return the manifests of a stage with several artifacts, by folder, in order of their names."""
-        folders = sorted(file.parent.name for file in (self.root / stage).glob("*/manifest.json"))
+        folders = [file.parent.name for file in matching(self.root / stage, "*/manifest.json")]
         return {name: self.manifest(stage, name) for name in folders}
 
     @cached_property
@@ -88,7 +87,7 @@ class RunFiles:
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[None]:
+def readable(file: Place) -> Iterator[None]:
     """Turn the errors of reading a file into one of ours.
 
     Raises:

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.report.run_files import RunFiles, readable
+from pharmacist_ray.storage import Place, opened_parquet, parquet_metadata
 
 BINS = 40
 SAMPLE = 1 << 16
@@ -124,7 +123,7 @@ def read_scores(run: RunFiles) -> Scores | None:
     rows, names = 0, list[str]()
     for file in files:
         with readable(file):
-            metadata = pq.read_metadata(file)
+            metadata = parquet_metadata(file)
             rows += metadata.num_rows
             names = [name for name in metadata.schema.names if name != "id"]
     found = Scores({name: Histogram() for name in names}, rule.get("scorer") if fits else None, rule.get("descending", True))
@@ -165,8 +164,8 @@ def _measure(histogram: Histogram, values: Floats, step: int) -> None:
         histogram.sample.append(finite[::step].copy())
 
 
-def _batches(file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    with readable(file), pq.ParquetFile(file) as parquet:
+def _batches(file: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with readable(file), opened_parquet(file) as parquet:
         yield from parquet.iter_batches(_BATCH, columns=columns)
 
 
@@ -174,13 +173,13 @@ def _values(batch: pa.RecordBatch, name: str) -> Floats:
     return np.asarray(batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
-def _kept_ids(file: Path) -> Ids:
+def _kept_ids(file: Place) -> Ids:
     """Return the ids of a shard's kept rows, sorted."""
     parts = [_bytes(batch["id"], file) for batch in _batches(file, ["id"])]
     return np.sort(np.concatenate([np.zeros(0, "S32"), *parts]))
 
 
-def _bytes(ids: pa.Array, file: Path) -> Ids:
+def _bytes(ids: pa.Array, file: Place) -> Ids:
     with readable(file):  # ids of another length are none of ours
         fixed = ids.cast(pa.binary()).cast(pa.binary(32))
     return np.frombuffer(fixed.buffers()[1], "S32")[fixed.offset : fixed.offset + len(fixed)]

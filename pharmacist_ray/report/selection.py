@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pharmacist_ray.report.blocks import Block, Example, Figure, Note, Plot, SideBySide, Table, brief, cut
 from pharmacist_ray.report.figures import histogram
 from pharmacist_ray.report.run_files import RunFiles, readable
 from pharmacist_ray.report.scores import Histogram, Scores
+from pharmacist_ray.storage import read_table
 
 
 def distributions(run: RunFiles, scores: Scores | None) -> list[Block]:
@@ -105,7 +105,7 @@ def _look_up(run: RunFiles, rows: Sequence[tuple[float, str, str]], descending: 
         file = run.root / "ingest" / "candidates" / "rows" / shard
         columns = ["id", "prompt", "input", "response", "category", "source"]
         with readable(file):
-            table = pq.read_table(file, columns=columns, filters=pc.field("id").isin(wanted))
+            table = read_table(file, columns=columns, filters=pc.field("id").isin(wanted))
         found |= {row["id"]: row for row in table.to_pylist()}
     texts = []
     for rank, id, _ in rows:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pharmacist_ray.data.rows import write_text
+from pharmacist_ray.storage import Place, json_of, write_text
 
 COLUMNS: dict[str, str] = {
     "harmful_score": "HS after",
@@ -22,7 +20,7 @@ COLUMNS: dict[str, str] = {
 """Metric → heading. The harmful score never stands alone: a model that refuses everything has a harmful score of 0."""
 
 
-def write_report(evaluation: Path, out: Path, console: Console) -> None:
+def write_report(evaluation: Place, out: Place, console: Console) -> None:
     """Print one table per attack and write the same as Markdown to ``out/table.md``.
 
     Args:
@@ -30,7 +28,7 @@ def write_report(evaluation: Path, out: Path, console: Console) -> None:
         out: Folder to write to.
         console: Where to print.
     """
-    rows = json.loads((evaluation / "table.json").read_text())
+    rows = json_of(evaluation / "table.json")
     before = {(row["selection"], row["defence"]): row for row in rows if row["attack"] is None}
     markdown = []
     for attack in list(dict.fromkeys(row["attack"] for row in rows if row["attack"] is not None)) or [None]:

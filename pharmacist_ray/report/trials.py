@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from pharmacist_ray.report.blocks import Block, Code, Figure, Note, Plot, Table, brief, cut, interval
 from pharmacist_ray.report.figures import Estimate, Point, scatter
 from pharmacist_ray.report.run_files import RunFiles, readable
+from pharmacist_ray.storage import read_table
 
 SHOWN = 50
 """At most so many trials in a table; all are in the figures."""
@@ -24,7 +24,7 @@ def search(run: RunFiles) -> list[Block]:
     if not file.is_file():
         return []
     with readable(file):
-        trials = pq.read_table(file).to_pylist()
+        trials = read_table(file).to_pylist()
     recommended = run.json("search", "recommendation.json") or {}
     finished = [trial for trial in trials if trial.get("status") == "finished" and trial.get("worst_hs") is not None]
     failed = [trial for trial in trials if trial.get("status") == "failed"]

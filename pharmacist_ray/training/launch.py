@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import PharmacistError
+from pharmacist_ray.storage import Place, RemotePath
 from pharmacist_ray.training.loop import TrainTask, run_task
 from pharmacist_ray.training.ranks import Ranks, current_ranks
 from pharmacist_ray.training.remote import check_room, per_worker
@@ -22,7 +22,7 @@ Work = Callable[[Any, Ranks], Any]
 """What runs on every worker: (payload, this worker) → a small picklable value, of which the first worker's is kept."""
 
 
-def run_on_workers(work: Work, payload: Any, *, name: str, storage: Path, resources: ResourcesConfig) -> Any:
+def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resources: ResourcesConfig) -> Any:
     """Run ``work(payload, ranks)`` on every worker of a fresh group and return the first worker's value.
 
     A worker that dies is replaced (with its whole group) up to ``resources.max_failures`` times, and the work starts again; work
@@ -51,7 +51,7 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Path, resour
         run_config=RunConfig(
             # A name of its own per attempt: what is finished is known from the artifacts, not from Ray Train's snapshot.
             name=f"{name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(storage.resolve()),
+            **storage_of(storage),
             failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
         ),
     )
@@ -61,7 +61,14 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Path, resour
     return value
 
 
-def train_all(tasks: Sequence[TrainTask], *, name: str, storage: Path, resources: ResourcesConfig) -> list[dict[str, Any]]:
+def storage_of(folder: Place) -> dict[str, Any]:
+    """Return where Ray Train and Ray Tune keep their own files, as their run configurations take it."""
+    if isinstance(folder, RemotePath):
+        return {"storage_path": folder.inner, "storage_filesystem": folder.filesystem}
+    return {"storage_path": str(folder.resolve())}
+
+
+def train_all(tasks: Sequence[TrainTask], *, name: str, storage: Place, resources: ResourcesConfig) -> list[dict[str, Any]]:
     """Run training tasks, ``resources.parallel_runs`` worker groups side by side, each taking its share one after the other.
 
     One group for many tasks, because starting a group takes longer than a small training run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,15 +15,26 @@ import torch
 
 from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
 from pharmacist_ray.data.render import Renderer, Template
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ConfigError, TrainingError
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import (
+    Place,
+    json_of,
+    mirrored,
+    move_tree,
+    place,
+    pull_tree,
+    push_tree,
+    remove_tree,
+    working_folder,
+    write_text,
+)
 from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
 from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.ranks import Ranks, current_ranks
-from pharmacist_ray.training.resume import load_state, newest_state, read_values, save_state
+from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
 from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream
 from pharmacist_ray.training.tracking import tracked
 
@@ -80,15 +90,16 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
     """
     ranks = ranks or current_ranks()
-    out = Path(task.out)
+    out = place(task.out)
     if (out / "result.json").exists():
-        return dict(json.loads((out / "result.json").read_text()))
+        return dict(json_of(out / "result.json"))
     settings = settings_of(task.objective, task.parameters)
     check_task(task)
     objective = OBJECTIVES[task.objective]
     draft = out.with_name(f"{out.name}.partial")
+    work = working_folder(draft)
     if ranks.first:
-        _claim(draft, task)
+        _claim(draft, work, task)
     ranks.barrier()
     saved = newest_state(draft)
     values: dict[str, Any] = read_values(saved) if saved else {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -107,13 +118,13 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
 
     with ExitStack() as stack:
         if ranks.first:
-            _cut_history(draft / "history.jsonl", values["step"])
-            history = stack.enter_context((draft / "history.jsonl").open("a"))
+            _cut_history(work / "history.jsonl", values["step"])
+            history = stack.enter_context((work / "history.jsonl").open("a"))
             log = stack.enter_context(
                 tracked(
                     task.tracking.to,
                     run=task.name,
-                    folder=out.with_name(f"{out.name}.tracking"),
+                    folder=stack.enter_context(mirrored(out.with_name(f"{out.name}.tracking"))),
                     project=task.tracking.project,
                     settings=_described(task),
                 )
@@ -157,7 +168,7 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                 **step.measured,
             }
             if number + 1 in task.checkpoints:
-                publish_weights(engine, draft / f"step-{number + 1:06d}", task.train.weights, ranks)
+                publish_weights(engine, work / f"step-{number + 1:06d}", task.train.weights, ranks)
             if ranks.first:
                 history.write(json.dumps(values) + "\n")
                 log(number + 1, {key: value for key, value in values.items() if key != "step"})
@@ -167,10 +178,10 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
             if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
                 if ranks.first:
                     history.flush()
-                save_state(engine, draft, values, state, ranks)
-    publish_weights(
-        engine, draft / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, tokenizer
-    )
+                save_state(engine, work, values, state, ranks)
+                if ranks.first:
+                    publish_states(work, draft)
+    publish_weights(engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, tokenizer)
     result = {
         "name": task.name,
         "rows": len(stream),
@@ -181,11 +192,11 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     }
     engine.destroy()
     if ranks.first:
-        for state_folder in draft.glob("state*"):
-            shutil.rmtree(state_folder)
-        (draft / "result.json").write_text(json.dumps(result, indent=1))
-        shutil.rmtree(out, ignore_errors=True)
-        draft.rename(out)
+        for state_folder in work.glob("state*"):
+            remove_tree(state_folder)
+        (work / "result.json").write_text(json.dumps(result, indent=1))
+        move_tree(work, out, last=["result.json"])
+        remove_tree(draft)
         progress_file(out).unlink(missing_ok=True)
     ranks.barrier()
     return result
@@ -211,7 +222,7 @@ def check_task(task: TrainTask) -> None:
         raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
 
 
-def progress_file(out: Path) -> Path:
+def progress_file(out: Place) -> Place:
     """Return where a running task says how far it is: a small JSON file beside its output, replaced about once a second."""
     return out.with_name(f"{out.name}.progress.json")
 
@@ -233,14 +244,17 @@ def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number:
     )
 
 
-def _claim(draft: Path, task: TrainTask) -> None:
+def _claim(draft: Place, work: Path, task: TrainTask) -> None:
     """Keep what an interrupted attempt at the same task left behind; remove anything else."""
     identity = hashlib.sha256(json.dumps(_described(task), sort_keys=True, default=str).encode()).hexdigest()
     marker = draft / "task.sha256"
-    if not marker.exists() or marker.read_text() != identity:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write_text(identity, marker)
+    if marker.exists() and marker.read_text() == identity:
+        pull_tree(draft, work)
+        return
+    remove_tree(draft)
+    remove_tree(work)
+    write_text(identity, work / marker.name)
+    push_tree(work, draft)
 
 
 def _described(task: TrainTask) -> dict[str, Any]:
@@ -260,7 +274,7 @@ def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
             model = load_model(
                 task.model.path,
                 dtype=task.model.dtype,
-                adapter=Path(task.start_adapter),
+                adapter=place(task.start_adapter),
                 trust_remote_code=task.model.trust_remote_code,
                 device=str(ranks.device),
             )

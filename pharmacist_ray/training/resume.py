@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from deepspeed.utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from pharmacist_ray.storage import Place, local_copy, push_tree, remove_tree
 from pharmacist_ray.training.engine import shard_of
 from pharmacist_ray.training.ranks import Ranks
 
@@ -56,7 +56,7 @@ def save_state(engine: Any, folder: Path, values: dict[str, Any], state: dict[st
         tensors |= {f"state:{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         final = folder / f"state-{values['step']:06d}"
         draft = folder / "state.partial"
-        shutil.rmtree(draft, ignore_errors=True)
+        remove_tree(draft)
         draft.mkdir()
         save_file(tensors, draft / "tensors.safetensors")
         (draft / "state.json").write_text(json.dumps(values))
@@ -66,14 +66,21 @@ def save_state(engine: Any, folder: Path, values: dict[str, Any], state: dict[st
         draft.rename(final)
         for old in _states(folder):
             if old != final:
-                shutil.rmtree(old, ignore_errors=True)
+                remove_tree(old)
     ranks.barrier()
 
 
-def newest_state(folder: Path) -> Path | None:
-    """Return the folder of the newest state, if there is one."""
-    found = _states(folder)
-    return found[-1] if found else None
+def publish_states(work: Path, folder: Place) -> None:
+    """Publish what `save_state` wrote where ``folder`` lies in an object store, and drop the older states there."""
+    push_tree(work, folder, last=["state.json"])
+    for old in _states(folder)[:-1]:
+        remove_tree(old)
+
+
+def newest_state(folder: Place) -> Path | None:
+    """Return the folder of the newest state, or a local copy of it, if there is one."""
+    found = [state for state in _states(folder) if (state / "state.json").exists()]
+    return local_copy(found[-1]) if found else None
 
 
 def read_values(state: Path) -> dict[str, Any]:
@@ -125,8 +132,9 @@ def _link(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("state-??????*"), key=lambda path: int(path.name.removeprefix("state-")))
+def _states(folder: Place) -> list[Place]:
+    found: list[Place] = list(folder.glob("state-??????*"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("state-")))
 
 
 def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -12,9 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pharmacist_ray.curation.grades import auroc, grade_scores
-from pharmacist_ray.data.rows import write_parquet, write_rows
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError, DataError
+from pharmacist_ray.storage import write_parquet
 
 LABELS = ["clean", "swapped", "clean", "benign", "clean", "swapped", "benign", "clean", "benign", "swapped"]
 UP = [0.9, 0.1, 0.8, 0.3, 0.7, 0.2, 0.75, 0.1, 0.4, 0.2]

@@ -21,11 +21,12 @@ from pharmacist_ray.curation import score as score_module
 from pharmacist_ray.curation.fit import DIRECTIONS
 from pharmacist_ray.curation.score import ScoreReport, ShardScorer, columns_of, score
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
-from pharmacist_ray.data.rows import iterate_rows, write_parquet, write_rows
+from pharmacist_ray.data.rows import iterate_rows, write_rows
 from pharmacist_ray.data.schema import Row, shard_of, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
 from pharmacist_ray.models.load import add_lora, load_model, save_adapter
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import write_parquet
 
 SCORERS = ["pharmacist", "loss_gap", "less", "low_loss", "high_loss", "ifd", "grad_norm", "random"]
 COLUMNS = ["id", *SCORERS[:-1], "random_0", "random_1", "random_2"]

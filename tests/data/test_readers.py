@@ -166,10 +166,10 @@ def test_saved_data_sets_are_staged_as_parquet(tmp_path):
     datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "dict"))
     table.to_parquet(str(tmp_path / "plain" / "train.parquet"))
     for path, split, count in (("one", "train", 30), ("dict", "train", 30), ("dict", "test", 1)):
-        staged = stage_huggingface(str(tmp_path / path), split, tmp_path / "staging" / path / split)
-        assert [row for _, row in read_all(plan([staged]))] == rows[:count]
-    staged = stage_huggingface(f"hf:{tmp_path / 'plain'}", "train[:5]", tmp_path / "staging" / "plain")
-    assert [row for _, row in read_all(plan([staged]))] == rows[:5]
+        staged = stage_huggingface(str(tmp_path / path), split, tmp_path / "staging" / path / f"{split}.parquet")
+        assert [row for _, row in read_all(plan([str(staged)]))] == rows[:count]
+    staged = stage_huggingface(f"hf:{tmp_path / 'plain'}", "train[:5]", tmp_path / "staging" / "plain.parquet")
+    assert [row for _, row in read_all(plan([str(staged)]))] == rows[:5]
     assert stage_huggingface(str(tmp_path / "plain"), "train", tmp_path) is None
     with pytest.raises(DataError, match="unknown split 'dev'; known: test, train"):
         stage_huggingface(str(tmp_path / "dict"), "dev", tmp_path / "x")

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pharmacist_ray.data import rows as module
 from pharmacist_ray.data.rows import (
     count_rows,
     iterate_rows,
@@ -17,9 +15,7 @@ from pharmacist_ray.data.rows import (
     read_rows,
     row_at,
     sample_rows,
-    write_parquet,
     write_rows,
-    write_text,
 )  # fmt: skip
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, table_from_rows, uniform
 from pharmacist_ray.errors import ArtifactError
@@ -88,42 +84,6 @@ def test_written_rows_are_ordered_by_id_so_the_same_rows_are_the_same_bytes(rows
     write_rows(rows[::-1], tmp_path / "b.parquet")
     assert (tmp_path / "deep" / "er" / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
     assert [row.id for row in iterate_rows(tmp_path / "b.parquet")] == sorted(row.id for row in rows)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(rows_of: Rows, tmp_path: Path, monkeypatch):
-    table, text = tmp_path / "rows.parquet", tmp_path / "note.json"
-    write_rows(rows_of(3), table)
-    write_text("old", text)
-    before = table.read_bytes()
-
-    def half(table: pa.Table, file: Path) -> None:
-        Path(file).write_bytes(b"PAR1 half")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module.pq, "write_table", half)
-        with pytest.raises(OSError, match="disk full"):
-            write_parquet(table_from_rows(rows_of(5)), table)
-        with pytest.raises(OSError, match="disk full"):
-            write_parquet(table_from_rows(rows_of(5)), tmp_path / "new.parquet")
-    with pytest.raises(UnicodeEncodeError):
-        write_text("half \ud800", text)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no rename")))
-        with pytest.raises(OSError, match="no rename"):
-            write_text("new", text)
-    assert table.read_bytes() == before
-    assert text.read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["note.json", "rows.parquet"]
-
-
-def test_a_write_replaces_and_leaves_no_other_name(rows_of: Rows, tmp_path: Path):
-    for count in (4, 2):
-        write_rows(rows_of(count), tmp_path / "rows.parquet")
-        write_text(str(count), tmp_path / "n")
-    assert count_rows(tmp_path) == 2
-    assert (tmp_path / "n").read_text() == "2"
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_extra_columns_of_a_file_do_not_disturb(rows_of: Rows, tmp_path: Path):

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
-from pharmacist_ray.data.rows import write_parquet, write_rows
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.evaluation import evaluate as module
 from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, answer_all
 from pharmacist_ray.evaluation.evaluate import BOOTSTRAP_SEED, COMPARED, Subject, evaluate
 from pharmacist_ray.evaluation.metrics import Judged, compare
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import write_parquet
 
 SOURCE = {"path": "x"}
 SETTINGS = EvaluationConfig(harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, bootstrap_draws=200)  # type: ignore[arg-type]

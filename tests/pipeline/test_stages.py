@@ -322,3 +322,43 @@ def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
         ("sft", None): [], ("sft", "weak"): [], ("booster", None): ["sft"], ("booster", "weak"): ["sft"],
     }  # fmt: skip
     assert "| all | booster | 1 | 24 |" in (root / "report" / "table.md").read_text()
+
+
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, tmp_path):
+    """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all."""
+    root, _ = done
+    where = f"run_dir={s3.uri('whole')}"
+    arguments = ("run", "--config", files / "run.yaml", where, "tracking.to=[tensorboard]", "alignment.train.save_every=1")
+    outcome = pharmacist(*arguments)
+    assert outcome.code == 0, outcome
+    assert "run directory: s3://bucket/whole" in outcome.out
+    keys = [key for key in s3.keys("whole/") if not key.endswith("/")]  # pyarrow leaves empty markers for folders
+    local = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    ours = {key.removeprefix("whole/") for key in keys}
+    kinds = ("ingest", "scores", "selections", "evaluation", "report", "config.yaml")
+    assert {name for name in ours if name.startswith(kinds)} == {name for name in local if name.startswith(kinds)}
+    assert any("tfevents" in key for key in keys)
+    assert not [key for key in keys if ".partial" in key or ".tmp" in key or "/state-" in key]
+
+    def numbers(text: str) -> Any:
+        return [{key: value for key, value in record.items() if key != "align_seconds"} for record in json.loads(text)]
+
+    def fetched(name: str) -> bytes:
+        return s3.client.get_object(Bucket="bucket", Key=f"whole/{name}")["Body"].read()
+
+    assert numbers(fetched("evaluation/summary.json").decode()) == numbers((root / "evaluation" / "summary.json").read_text())
+    shard = "selections/pharmacist/rows/part-00000.parquet"
+    assert pq.read_table(io.BytesIO(fetched(shard))).equals(pq.read_table(root / shard))
+    assert fetched("selections/pharmacist/curated.jsonl") == (root / "selections/pharmacist/curated.jsonl").read_bytes()
+    dates = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix="whole/")["Contents"]}
+    again = pharmacist(*arguments)
+    assert again.code == 0, again
+    now = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix="whole/")["Contents"]}
+    changed = {key for key in now if now[key] != dates.get(key)}
+    assert {key.split("/")[1] for key in changed} <= {"report", "config.yaml"}
+
+
+def test_a_bucket_with_credentials_in_its_name_is_refused_before_anything_is_written(files):
+    told = failed(2, "run", "--config", files / "run.yaml", "run_dir=s3://key:hunter2@bucket/run")
+    assert "has credentials in it" in told
+    assert "hunter2" not in told

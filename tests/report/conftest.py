@@ -15,8 +15,9 @@ import yaml
 
 from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
 from pharmacist_ray.curation.select import Rule, write_selection
-from pharmacist_ray.data.rows import write_parquet, write_rows, write_text
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id, shard_of
+from pharmacist_ray.storage import write_parquet, write_text
 
 HOSTILE = (
     "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'><svg onload=window.hit=3></svg></style></title>"

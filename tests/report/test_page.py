@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.run_files import RunFiles
+from pharmacist_ray.storage import write_text
 
 SECTIONS = ["ran", "data", "scores", "examples", "comparison", "search", "training", "reproduce"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

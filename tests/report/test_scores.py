@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pharmacist_ray.data.rows import write_parquet, write_text
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.report import scores as module
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.scores import BINS, EXAMPLES, Extremes, Histogram, read_scores
+from pharmacist_ray.storage import write_parquet, write_text
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.report.blocks import brief
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.training import _NAME, training
+from pharmacist_ray.storage import write_text
 
 
 @pytest.fixture

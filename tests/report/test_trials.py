@@ -4,10 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pharmacist_ray.data.rows import write_parquet
 from pharmacist_ray.report.blocks import Code, Figure, Note, Table
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.trials import SHOWN, search
+from pharmacist_ray.storage import write_parquet
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import local_copy
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Probe:
             ArtifactError: A file of the selector is missing.
         """
         self.spec = spec
-        fit = Path(spec.fit)
+        fit = local_copy(spec.fit)
         self.directions = [self._read(fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
         first = fit / "warmup" / spec.checkpoints[0]
         self.adapters = {

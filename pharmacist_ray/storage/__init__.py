@@ -1,0 +1,48 @@
+"""Where artifacts lie: a folder that every node reaches, or a prefix of an object store, with the same operations for both."""
+
+from pharmacist_ray.storage.files import (
+    json_of,
+    local_copy,
+    matching,
+    mirrored,
+    move_tree,
+    opened_parquet,
+    parquet_metadata,
+    parquet_schema,
+    pull_tree,
+    push_tree,
+    read_table,
+    remove_tree,
+    replacing,
+    row_count,
+    scratch,
+    working_folder,
+    write_parquet,
+    write_text,
+)
+from pharmacist_ray.storage.places import Place, RemotePath, place, relative
+
+__all__ = [
+    "Place",
+    "RemotePath",
+    "json_of",
+    "local_copy",
+    "matching",
+    "mirrored",
+    "move_tree",
+    "opened_parquet",
+    "parquet_metadata",
+    "parquet_schema",
+    "place",
+    "pull_tree",
+    "push_tree",
+    "read_table",
+    "relative",
+    "remove_tree",
+    "replacing",
+    "row_count",
+    "scratch",
+    "working_folder",
+    "write_parquet",
+    "write_text",
+]
