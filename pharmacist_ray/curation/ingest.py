@@ -315,7 +315,8 @@ def _check_room(row: Row, renderer: Renderer) -> None:
     except BadRow:
         raise
     except DataError as error:
-        raise BadRow("no_room" if "no room" in str(error) else "unrenderable", str(error)) from None
+        reasons = {"no room": "no_room", "control token": "control_token"}
+        raise BadRow(next((reasons[words] for words in reasons if words in str(error)), "unrenderable"), str(error)) from None
 
 
 def _table(entries: list[tuple[Any, ...]]) -> pa.Table:

@@ -28,6 +28,7 @@ REASONS: dict[str, str] = {
     "unknown_layout": "layout is 'auto' and the columns fit no layout",
     "ambiguous_layout": "layout is 'auto' and the columns fit several layouts",
     "no_room": "the prompt fills the model's max_length and leaves no room for an answer",
+    "control_token": "the prompt holds a control token of the model's tokenizer, which its chat template would take for its own",
     "unrenderable": "the model's chat template or tokenizer refuses the row",
 }
 """Why a record cannot become a row; the keys are written to quarantine files and never change their meaning."""

@@ -2,6 +2,10 @@
 
 Prompt and answer are tokenised separately and their ids concatenated, so the loss mask can never be off by the token that merges
 over the boundary. The loss covers the answer's tokens and the end-of-sequence token, nothing else.
+
+Rows are other people's text. What looks like a control token in it (``</s>``, ``<|im_end|>``) stays text: it could end a turn, forge
+one, or move the mask. Where a chat template writes control tokens around the text, the two cannot be told apart afterwards, and such
+a row is refused.
 """
 
 from __future__ import annotations
@@ -81,14 +85,21 @@ class Renderer:
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self.control_tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
 
     def prompt_text(self, row: Row) -> str:
         """Return the text before the answer, as the model sees it.
 
         Raises:
-            DataError: The chat template refuses the row's turns.
+            DataError: The chat template refuses the row's turns, or they hold a control token of its tokenizer.
         """
         if self.template == "chat":
+            if found := next((token for token in self.control_tokens if token in f"{row.prompt}{row.input}{row.history}"), None):
+                raise DataError(
+                    f"row {row.id} ({row.source}): the prompt holds the control token {found!r}, which the model's chat template would "
+                    "take for its own; remove it from the text"
+                )
             content = f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
             turns = [*(orjson.loads(row.history) if row.history else []), {"role": "user", "content": content}]
             try:
@@ -108,11 +119,15 @@ class Renderer:
 
     def prompt_ids(self, row: Row) -> list[int]:
         """Return the prompt's token ids, with the tokenizer's BOS where the template does not write it itself."""
-        ids = self.tokenizer(self.prompt_text(row), add_special_tokens=False)["input_ids"]
+        ids = self._ids(self.prompt_text(row), all_text=self.template != "chat")
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self.template != "chat" and (not ids or ids[0] != bos):
+        if bos is not None and self.template != "chat":
             ids = [bos, *ids]
-        return list(ids)
+        return ids
+
+    def _ids(self, text: str, *, all_text: bool = True) -> list[int]:
+        """Return a text's token ids; if it is all text, nothing in it is a control token."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=all_text)["input_ids"])
 
     def render(self, row: Row) -> Rendered:
         """Return prompt and answer as ids; the answer ends with EOS unless it was cut at ``max_length``.
@@ -121,7 +136,7 @@ class Renderer:
             DataError: The prompt alone fills ``max_length`` (no room for an answer), or the answer has no tokens.
         """
         prompt = self.prompt_ids(row)
-        answer = list(self.tokenizer(row.response, add_special_tokens=False)["input_ids"])
+        answer = self._ids(row.response)
         if not answer:
             raise DataError(f"row {row.id} ({row.source}): the answer has no tokens")
         room = self.max_length - len(prompt)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pharmacist_ray.config import Config, load_config
-from pharmacist_ray.config.load import apply_override, dump_config, parse_config
+from pharmacist_ray.config.load import apply_override, dump_config, located, parse_config
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.errors import ConfigError
 
@@ -215,7 +215,11 @@ def test_yaml_that_would_make_objects_is_refused_and_runs_nothing(tmp_path):
         ),
         (["alignment.parameters={vaccine: 2}"], "'alignment.parameters.vaccine': Input should be a valid dictionary, got 2"),
         (["resources.gpus_per_worker=1.5"], "resources.gpus_per_worker above 1 must be a whole number"),
-        (["run_dir=s3://bucket/run"], "run_dir must be a folder that all nodes reach under one path, not a URI"),
+        (["run_dir=s3://key:word@bucket/run"], "s3://bucket/run has credentials in it"),
+        (["data.candidates.path=[a.jsonl, 's3://key:word@bucket/b.jsonl']"], "s3://bucket/b.jsonl has credentials in it"),
+        (["model.path=s3://bucket/m?secret_key=word"], "s3://bucket/m has credentials in it"),
+        (["run_dir=s3:/bucket/run"], "write it with two slashes and a bucket"),
+        (["run_dir=7"], "run_dir must be a folder or a URI"),
     ],
 )  # fmt: skip
 def test_sections_that_disagree_are_found_before_anything_runs(file, overrides, message):
@@ -285,3 +289,12 @@ def test_a_configuration_cannot_be_changed(file):
     config: Config = load_config(file)
     with pytest.raises(ValueError, match="frozen"):
         config.selection.ratio = 0.1
+
+
+def test_a_uri_as_run_directory_is_kept_as_it_is(file):
+    uri = "s3://bucket/runs/first?region=eu-west-1"
+    config = load_config(file, [f"run_dir={uri}"])
+    assert str(config.run_dir) == uri
+    assert str(located(config).run_dir) == uri
+    again = yaml.safe_load(dump_config(config))
+    assert again["run_dir"] == uri

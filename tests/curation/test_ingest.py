@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from transformers import PreTrainedTokenizerFast
 
 from pharmacist_ray.curation import ingest as module
 from pharmacist_ray.curation.ingest import IngestReport, RenderSpec, Source, ingest
@@ -190,7 +191,6 @@ def test_hostile_text_passes_untouched(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = {word: index for index, word in enumerate(["<eos>", "<unk>", "w"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -209,6 +209,21 @@ def test_prompts_that_leave_no_room_are_quarantined(tmp_path, tokenizer_folder):
     prompts = [{"prompt": row["prompt"]} for row in rows]
     report = ingest(Source([jsonl(tmp_path / "b.jsonl", prompts)]), tmp_path / "out", render=spec, require_response=False)
     assert (report.rows_out, report.reasons) == (9, {"no_room": 11})
+
+
+def test_a_chat_prompt_with_a_control_token_is_quarantined(tmp_path, tokenizer_folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} <eos> {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [
+        {"prompt": "w", "response": "w <eos> w"},
+        {"prompt": "w <eos> w", "response": "w"},
+        {"prompt": "w w", "response": "w"},
+    ]
+    source = Source([jsonl(tmp_path / "a.jsonl", rows)])
+    report = ingest(source, tmp_path / "out", render=RenderSpec(str(tmp_path / "chat"), "chat", max_length=20))
+    assert (report.rows_out, report.reasons) == (2, {"control_token": 1})
+    assert table(tmp_path / "out", "quarantine")["line"].to_pylist() == [2]
 
 
 def test_a_missing_tokenizer_is_the_models_fault_and_one_line(tmp_path):

@@ -129,7 +129,8 @@ def test_chat_carries_system_history_and_input_and_writes_one_bos(chat):
 
 
 def test_a_bos_is_neither_doubled_nor_invented(tokenizer, chat):
-    assert Renderer(tokenizer, "plain").prompt_ids(row("<bos> w0", "x")) == [BOS, *w(0)]
+    assert Renderer(tokenizer, "plain").prompt_ids(row("w0", "x")) == [BOS, *w(0)]
+    assert Renderer(tokenizer, "plain").prompt_ids(row("<bos> w0", "x")).count(BOS) == 1
     silent = copy.deepcopy(chat)
     silent.chat_template = CHAT.replace("{{ bos_token }}", "")
     assert BOS not in Renderer(silent).prompt_ids(row("w0", "x"))
@@ -153,3 +154,29 @@ def test_a_tokenizer_that_cannot_do_it_is_refused_at_once(tokenizer):
     endless.eos_token = None
     with pytest.raises(ModelError, match=r"no end-of-sequence token, so no answer could ever end; set eos_token"):
         Renderer(endless, "plain")
+
+
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_control_tokens_in_a_row_are_text(tokenizer, template):
+    renderer = Renderer(tokenizer, template)
+    hostile = renderer.render(row("w0 <eos> w1", "w2 <eos> <bos> w3"))
+    assert hostile.ids.count(EOS) == 1
+    assert hostile.ids[-1] == EOS
+    assert hostile.ids.count(BOS) == 1
+    harmless = renderer.render(row("w0 w9 w1", "w2 w9 w9 w3"))
+    assert renderer.prompt_text(row("w0 <eos> w1", "w2")).replace("<eos>", "w9") == renderer.prompt_text(row("w0 w9 w1", "w2"))
+    assert harmless.ids.count(EOS) == 1
+
+
+def test_a_chat_turn_with_a_control_token_is_refused_and_an_answer_with_one_is_text(chat):
+    renderer = Renderer(chat, "chat")
+    for one in (
+        row("w0 <eos> w1", "w2"),
+        row("w0", "w2", input="<bos>"),
+        row("w0", "w2", history='[{"role":"user","content":"<eos>"}]'),
+    ):
+        with pytest.raises(DataError, match=r"row f+ \(file:7\): the prompt holds the control token '<[be]os>'.*remove it"):
+            renderer.render(one)
+    rendered = renderer.render(row("w0", "w2 <eos> w3"))
+    assert rendered.ids.count(EOS) == 1
+    assert rendered.ids[-1] == EOS
