@@ -25,7 +25,7 @@ from pharmacist_ray.evaluation.tasks import CHECKERS
 from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, place, write_parquet
+from pharmacist_ray.storage import Place, local_copy, place, write_parquet
 from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
 
 PROMPTS_PER_UNIT = 512
@@ -134,8 +134,11 @@ class Answerer:
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer] | None = None
         settings = spec.settings
+        judge = settings.judge_path
+        if judge is not None and "://" in judge:
+            judge = str(local_copy(judge))
         self.judges: dict[str, Judge] = {
-            kind: build_judge(settings.judge, JudgeSettings(path=settings.judge_path, prompts=kind, device=spec.device))
+            kind: build_judge(settings.judge, JudgeSettings(path=judge, prompts=kind, device=spec.device))
             for kind in ("harmful", "benign")
         }
 
