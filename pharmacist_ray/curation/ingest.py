@@ -276,8 +276,8 @@ def _entry(
     except BadRow as bad:
         text = bad.text or (item.decode(errors="replace") if isinstance(item, bytes) else repr(item))
         place = hashlib.blake2b(f"{chunk.name}:{line}".encode(), digest_size=16).hexdigest()
-        row = Row(id=place, prompt="", response="", source=chunk.name, raw=_printable(text))
-        reason, detail = bad.reason, _printable(bad.detail)
+        row = Row(id=place, prompt="", response="", source=chunk.name, raw=printable_start(text))
+        reason, detail = bad.reason, printable_start(bad.detail)
     return (*_VALUES(row), chunk.file, line, shard_of(row.id, shards), reason, detail)
 
 
@@ -361,6 +361,6 @@ def _remove_others(folder: Path, keep: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _printable(text: str) -> str:
+def printable_start(text: str) -> str:
     """Return the beginning of a text, as something that can be written."""
     return text[:_TEXT_CHARS].encode(errors="replace").decode()
