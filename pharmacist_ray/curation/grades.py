@@ -63,6 +63,7 @@ def grade_scores(candidates: Place, scores: Place, *, column: str, good: Collect
     grades = []
     for scorer in table.column_names[1:]:
         values = table.column(scorer).to_numpy()
+        values = np.where(np.isnan(values), -np.inf, values)  # what has no score is never kept
         top = np.lexsort((ids, -values))[:count]
         chosen = np.zeros(len(names), dtype=bool)
         chosen[top] = True

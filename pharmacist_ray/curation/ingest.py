@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 SHARD_BYTES = 16 << 20
 """Input bytes per shard; ours: large enough for few files, small enough for a worker to lose little when it is killed."""
 
+SHARD_ROWS = 16_384
+"""Rows per shard at most, on average; ours: a scoring actor holds one shard's rows, so its memory does not grow with the data."""
+
 MIN_SHARDS = 8
 
 QUARANTINE_SCHEMA = pa.schema(
@@ -122,7 +125,7 @@ def ingest(
     Args:
         source: What to read.
         out: Folder that every node sees under the same path.
-        shards: Number of files; by default the input's bytes over `SHARD_BYTES`, at least `MIN_SHARDS`.
+        shards: Number of files; by default as many as `SHARD_BYTES` and `SHARD_ROWS` ask for, at least `MIN_SHARDS`.
         render: If given, rows that cannot be rendered are quarantined.
         strict: Whether quarantined rows are an error. They are written nevertheless.
         num_cpus: Ray's CPUs per task.
@@ -144,11 +147,12 @@ def ingest(
     remove_tree(staging)
     try:
         chunks = _plan(source, staging, chunk_bytes)
-        shards = shards or max(MIN_SHARDS, -(-sum(chunk.size for chunk in chunks) // SHARD_BYTES))
+        size = sum(chunk.size for chunk in chunks)
         with plain_errors():
             chunks, rows_in = _count(chunks, chunk_bytes, num_cpus) if chunks else (chunks, 0)
             if not rows_in:
                 raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
+            shards = shards or max(MIN_SHARDS, -(-size // SHARD_BYTES), -(-rows_in // SHARD_ROWS))
             say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
             parse = partial(
                 _parse,
@@ -274,8 +278,8 @@ def _entry(
     except BadRow as bad:
         text = bad.text or (item.decode(errors="replace") if isinstance(item, bytes) else repr(item))
         place = hashlib.blake2b(f"{chunk.name}:{line}".encode(), digest_size=16).hexdigest()
-        row = Row(id=place, prompt="", response="", source=chunk.name, raw=_printable(text))
-        reason, detail = bad.reason, _printable(bad.detail)
+        row = Row(id=place, prompt="", response="", source=chunk.name, raw=printable_start(text))
+        reason, detail = bad.reason, printable_start(bad.detail)
     return (*_VALUES(row), chunk.file, line, shard_of(row.id, shards), reason, detail)
 
 
@@ -361,6 +365,6 @@ def _remove_others(folder: Place, keep: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _printable(text: str) -> str:
+def printable_start(text: str) -> str:
     """Return the beginning of a text, as something that can be written."""
     return text[:_TEXT_CHARS].encode(errors="replace").decode()

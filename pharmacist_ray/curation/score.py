@@ -3,32 +3,42 @@
 The unit of work is a shard of the ingested candidates, and a shard's output is one Parquet file of the same name, published by a
 rename. So a lost actor costs one shard, a rerun does what is missing and appends nothing, and the result does not depend on how many
 actors there were or in which order they worked. The driver sees a few numbers per shard.
+
+A row that cannot be scored, because it makes the scorer raise or ends its process, has null in every column (so that no selection
+takes it) and stands in ``quarantine/`` beside the folder of the scores; `curation.poison` finds it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name
+from pharmacist_ray.curation.poison import Isolation, attempt_file
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.data.render import Template
 from pharmacist_ray.data.rows import parquet_files
-from pharmacist_ray.data.schema import ROW_SCHEMA, rows_from_table, uniform
-from pharmacist_ray.errors import ArtifactError, ConfigError, one_of
+from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
+from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, one_of
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, place, read_table, row_count, write_parquet
-from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
+from pharmacist_ray.storage import Place, parquet_metadata, place, read_table, row_count, write_parquet
+from pharmacist_ray.training.remote import check_room, patient, per_worker, plain_errors, retries
+
+RETRIES = 100
+"""Times that Ray starts a shard anew after its worker's death; far above what finding its bad rows takes, whose own bounds name
+the rows (ours)."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,14 @@ class ScoreReport:
     """What scoring did."""
 
     rows: int
+    """Candidates: those with scores and the quarantined ones."""
     shards: int
     columns: list[str]
     seconds: float
     """Wall time of this call; shards found finished take none of it."""
+    quarantined: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Quarantined rows by reason: ``scorer_error`` or ``crashed_scorer``."""
 
 
 def score(
@@ -54,8 +68,9 @@ def score(
     fit: Place,
     out: Place,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> ScoreReport:
-    """Write ``out/part-*.parquet`` with ``id`` and one float64 column per score.
+    """Write ``out/part-*.parquet`` with ``id`` and one float64 column per score, and ``quarantine/part-*.parquet`` beside ``out``.
 
     Args:
         model: The model to harden.
@@ -68,10 +83,14 @@ def score(
         fit: The selector's folder.
         out: Folder to fill.
         progress: Called with (shards done, shards in all).
+        say: Called with a line of text about workers that died and rows that cannot be scored.
 
     Raises:
         ConfigError: An unknown scorer, or one that the settings cannot give.
         ArtifactError: The selector is incomplete, or the output does not hold each candidate once.
+        ModelError: So many rows make the scorer raise that it is not their fault.
+        ResourceError: The same with rows that end its process, or workers die of something else.
+        DataError: No row can be scored.
     """
     check_scorers(scoring, selector)
     started = time.perf_counter()
@@ -81,9 +100,15 @@ def score(
     if progress:
         progress(len(shards) - len(missing), len(shards))
     if missing:
-        _score_shards(missing, len(shards), model, template, max_length, selector, scoring, resources, fit, out, progress)
-    rows = _check_complete(shards, out)
-    return ScoreReport(rows, len(shards), columns_of(scoring), time.perf_counter() - started)
+        _score_shards(missing, len(shards), model, template, max_length, selector, scoring, resources, fit, out, progress, say)
+    rows, reasons = _check_complete(shards, out)
+    quarantined = reasons.total()
+    if quarantined and say:
+        broken = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        say(f"score: {rows} rows in = {rows - quarantined} scored + {quarantined} quarantined ({broken}; see {_quarantine(out)})")
+    if quarantined and quarantined == rows:
+        raise DataError(f"none of the {rows} candidates can be scored; {_quarantine(out)} has the reason of each")
+    return ScoreReport(rows, len(shards), columns_of(scoring), time.perf_counter() - started, quarantined, dict(reasons))
 
 
 def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
@@ -119,6 +144,7 @@ def _score_shards(
     fit: Place,
     out: Place,
     progress: Callable[[int, int], None] | None,
+    say: Callable[[str], None] | None,
 ) -> None:
     spec = ProbeSpec(
         model=model,
@@ -148,10 +174,15 @@ def _score_shards(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(missing))),
+        **retries(RETRIES, len(missing)),
     )
-    with plain_errors():
-        for _ in work.iter_rows():
+    with plain_errors("scoring"):
+        for shard in patient(work).iter_rows():
             done += 1
+            if say and shard["attempt"] > 1:
+                say(f"score: a worker died over {shard['shard']}; it was scored again (attempt {shard['attempt']})")
+            if say and shard["quarantined"]:
+                say(f"score: {shard['quarantined']} of the {shard['rows']} rows of {shard['shard']} cannot be scored")
             if progress:
                 progress(done, total)
 
@@ -175,38 +206,68 @@ class ShardScorer:
         self.out = place(out)
         self.spec = spec
 
+        self.needs_model = any(name != "random" for name in scoring.scorers)
+        self.loaded = False
+
     @property
     def probe(self) -> Probe:
         """The loaded model; not loaded if only random scores are asked for."""
         return _probe(self.spec)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Score the shards of a batch and return how many rows each had."""
-        counts = [self._score(place(str(shard))) for shard in batch["shard"]]
-        return {"rows": np.array(counts)}
+        """Score the shards of a batch and return what became of each."""
+        outcomes = [self._score(place(str(shard))) for shard in batch["shard"]]
+        return {name: np.array([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
 
-    def _score(self, shard: Place) -> int:
+    def _score(self, shard: Place) -> dict[str, Any]:
         rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
-        table = {"id": pa.array([row.id for row in rows], pa.string())}
-        models = [name for name in self.scoring.scorers if name != "random"]
-        signals = Signals(self.probe, rows) if models and rows else None
+        out = self.out / shard.name
+        if not self.needs_model or not rows:
+            write_parquet(pa.table(_in_full(range(len(rows)), rows, self._columns(rows))), out)
+            return {"shard": shard.name, "rows": len(rows), "quarantined": 0, "attempt": 1}
+        isolation = Isolation(shard.name, rows, attempt_file(out))
+        if not self.loaded:
+            isolation.load(lambda: self.probe)
+            self.loaded = True
+        places, columns = isolation.run(self._columns)
+        quarantined = isolation.quarantine(_quarantine(self.out) / shard.name)
+        write_parquet(pa.table(_in_full(places, rows, columns)), out)
+        isolation.done()
+        return {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
+
+    def _columns(self, rows: Sequence[Row]) -> dict[str, Sequence[float]]:
+        signals = Signals(self.probe, rows) if self.needs_model and rows else None
+        columns: dict[str, Sequence[float]] = {}
         for name in self.scoring.scorers:
             if name == "random":
                 for draw in range(self.scoring.random_draws):
                     seed = self.scoring.seed + draw
-                    table[f"random_{draw}"] = pa.array([uniform(row.id, seed) for row in rows], pa.float64())
+                    columns[f"random_{draw}"] = [uniform(row.id, seed) for row in rows]
             elif signals is None:
-                table[name] = pa.array([], pa.float64())
+                columns[name] = []
             elif name == "pharmacist" and self.iterative:
                 file = place(self.spec.fit) / "logits.parquet"
                 logits = _logits(file)
                 if strange := [row.id for row in rows if row.id not in logits]:
                     raise ArtifactError(f"{file} has no logit for row {strange[0]}: it was fitted on other candidates; fit again")
-                table[name] = pa.array([logits[row.id] for row in rows], pa.float64())
+                columns[name] = [logits[row.id] for row in rows]
             else:
-                table[name] = pa.array(SCORERS[name](signals), pa.float64())
-        write_parquet(pa.table(table), self.out / shard.name)
-        return len(rows)
+                columns[name] = SCORERS[name](signals).tolist()
+        return columns
+
+
+def _in_full(places: Sequence[int], rows: Sequence[Row], columns: dict[str, Sequence[float]]) -> dict[str, pa.Array]:
+    """Return a shard's score table: null in every column, the random ones too, for rows that are not at ``places``."""
+    table = {"id": pa.array([row.id for row in rows], pa.string())}
+    for name, values in columns.items():
+        known = dict(zip(places, values, strict=True))
+        table[name] = pa.array([known.get(place) for place in range(len(rows))], pa.float64())
+    return table
+
+
+def _quarantine(out: Place) -> Place:
+    """Return the folder of the rows that cannot be scored, beside that of the scores."""
+    return out.with_name("quarantine")
 
 
 @cache
@@ -222,15 +283,34 @@ def _logits(file: Place) -> dict[str, float]:
     return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
 
-def _check_complete(shards: Sequence[Place], out: Place) -> int:
-    """Hold that every candidate has exactly one score row: the same count, shard by shard, with nothing beside it."""
+def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[str]]:
+    """Hold that every candidate has exactly one score row, and is in quarantine if and only if that row is empty.
+
+    Shard by shard, with nothing beside it. Returns how many candidates there are, and how many are quarantined by reason.
+    """
     extra = {file.name for file in out.glob("*.parquet")} - {shard.name for shard in shards}
     if extra:
         raise ArtifactError(f"{out} holds scores of other candidates ({', '.join(sorted(extra)[:3])}); remove the folder")
-    total = 0
+    total, reasons = 0, Counter[str]()
+    aside = {file.name: file for file in _quarantine(out).glob("*.parquet")}
     for shard in shards:
         rows, scored = (row_count(file) for file in (shard, out / shard.name))
         if rows != scored:
             raise ArtifactError(f"{out / shard.name} has {scored} scores for {rows} candidates; remove it and score again")
+        found = read_table(aside[shard.name], columns=["reason"]).column(0).to_pylist() if shard.name in aside else []
+        if any(nulls != len(found) for nulls in _nulls(parquet_metadata(out / shard.name))):
+            raise ArtifactError(
+                f"{out / shard.name} lacks other scores than those of the {len(found)} quarantined rows; remove it and score again"
+            )
         total += rows
-    return total
+        reasons.update(found)
+    for file in out.glob(attempt_file(out / "*.parquet").name):
+        file.unlink(missing_ok=True)  # of a worker that died just after it had finished
+    return total, reasons
+
+
+def _nulls(scores: pq.FileMetaData) -> list[int]:
+    """Return how many rows of a score file are empty, column by column."""
+    groups = [scores.row_group(index) for index in range(scores.num_row_groups)]
+    columns = [index for index in range(scores.num_columns) if scores.schema.column(index).name != "id"]
+    return [sum(group.column(column).statistics.null_count for group in groups if group.num_rows) for column in columns]

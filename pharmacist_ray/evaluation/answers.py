@@ -26,10 +26,13 @@ from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import Place, local_copy, place, write_parquet
-from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
+from pharmacist_ray.training.remote import check_room, patient, per_worker, plain_errors, retries
 
 PROMPTS_PER_UNIT = 512
 """Prompts that one unit of work answers; large sets are spread over actors, small ones are not torn apart."""
+
+RETRIES = 10
+"""Times that a group of units is begun anew after its actor died; the units it had finished are kept (ours)."""
 
 ANSWER_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("set", "id", "prompt", "expected", "answer", "verdict")]
@@ -111,9 +114,10 @@ def answer_all(
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(groups))),
+        **retries(RETRIES, len(groups)),
     )
-    with plain_errors():
-        for row in work.iter_rows():
+    with plain_errors("evaluate"):
+        for row in patient(work).iter_rows():
             done += int(row["units"])
             if progress:
                 progress(done, len(questions))
@@ -147,7 +151,8 @@ class Answerer:
         counts = []
         for number in batch["id"]:
             for question in self.groups[int(number)]:
-                write_parquet(self._answer(question), place(question.file))
+                if not place(question.file).exists():  # or an actor that died in this group had answered it
+                    write_parquet(self._answer(question), place(question.file))
             counts.append(len(self.groups[int(number)]))
         return {"units": np.array(counts)}
 

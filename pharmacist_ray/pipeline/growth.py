@@ -28,8 +28,6 @@ from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
 
 STAGES = ("ingest", "fit", "score", "select")
 WORDS = 2000
-SHARD_ROWS = 12_500
-"""Rows of a shard: the unit of work that an actor holds, so memory is proportional to it and to nothing else."""
 FILE_ROWS = 100_000
 RATIO = 0.4
 
@@ -131,7 +129,6 @@ def _prepare(folder: Path, rows: int, actors: int) -> Path:
             "candidates": {"path": str(folder / "data")},
             "validation": {"path": str(folder / "validation.jsonl")},
             "harmful": {"path": str(folder / "harmful.jsonl")},
-            "shards": max(8, -(-rows // SHARD_ROWS)),
         },
         "resources": {"workers": 1, "actors": actors},
         "selector": {"warmup": train, "checkpoints": [20], "reference": None},

@@ -155,9 +155,10 @@ def run_score(run: Run) -> None:
                 fit=fitted,
                 out=folder / "rows",
                 progress=show,
+                say=lambda line: say(f"  {plain(line)}"),
             )
         artifact.finish(asdict(report))
-    say(f"  {report.rows} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
+    say(f"  {report.rows - report.quarantined} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
 
 
 def run_select(run: Run) -> None:

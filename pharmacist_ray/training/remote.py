@@ -13,6 +13,15 @@ from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ResourceError
 
+_GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.LocalRayletDiedError,
+)
+"""Ray's errors that mean that a process or a machine is gone."""
+
 
 def per_worker(resources: ResourcesConfig) -> dict[str, float]:
     """Return what one training worker or actor takes, by Ray's names; a GPU is named only where one is asked for."""
@@ -40,14 +49,49 @@ def check_room(needed: dict[str, float], count: int) -> None:
             )
 
 
+def retries(each: int, units: int) -> dict[str, int]:
+    """Return the bounds of an actor pool's retries, by the names that `map_batches` takes.
+
+    Ray Data by default retries and restarts for ever, and a unit of work that ends every process would go round and round. An actor
+    may die as often as all units together, for it may be given them all.
+
+    Args:
+        each: How often a unit is begun anew after its actor died.
+        units: Number of units.
+    """
+    return {"max_task_retries": each, "max_restarts": each * units}
+
+
+def patient(work: ray.data.Dataset) -> ray.data.Dataset:
+    """Return a data set whose actors may die while they start: by default the first machine that goes away then ends the run.
+
+    Ten in a row are a broken environment (ours).
+    """
+    work.context.max_consecutive_actor_init_deaths = 10
+    return work
+
+
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise the package's own errors again as such: of what a task raised, Ray hands over the traceback's text only."""
+def plain_errors(what: str = "this stage") -> Iterator[None]:
+    """Raise the package's own errors again as such: of what a task raised, Ray hands over the traceback's text only.
+
+    Args:
+        what: What is being done, for the message if its workers died.
+
+    Raises:
+        ResourceError: Workers died more often than they are replaced, or none could be started.
+    """
     try:
         yield
     except ray.exceptions.RayError as error:
         found = re.findall(r"^pharmacist_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-        if not found:
-            raise
-        name, message = found[-1]
-        raise getattr(errors, name)(message) from None
+        if found:
+            name, message = found[-1]
+            raise getattr(errors, name)(message) from None
+        if isinstance(error, _GONE):
+            why = " ".join(str(error).split())[:300]
+            raise ResourceError(
+                f"{what}: worker processes died again and again ({why}); look at the machines' memory, then run the same command "
+                "again: what is finished is kept"
+            ) from error
+        raise

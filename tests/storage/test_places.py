@@ -54,7 +54,7 @@ def test_a_uri_that_is_none_is_refused(text):
     ["s3://key:hunter2@bucket/run", "s3://hunter2@bucket/run", "https://u:hunter2@host/x", "s3://bucket/run?secret_key=hunter2"],
 )
 def test_credentials_are_refused_and_not_repeated(uri):
-    with pytest.raises(ConfigError, match="has credentials in it.*AWS_ACCESS_KEY_ID") as caught:
+    with pytest.raises(ConfigError, match=r"has credentials in it.*AWS_ACCESS_KEY_ID") as caught:
         place(uri)
     assert "hunter2" not in str(caught.value)
 
@@ -100,7 +100,7 @@ def test_a_storage_that_never_answers_ends_in_one_line(s3, monkeypatch):
 
 def test_what_waiting_does_not_mend_is_told_at_once(s3):
     started = time.monotonic()
-    with pytest.raises(ResourceError, match="cannot use .*check the bucket's name and the credentials"):
+    with pytest.raises(ResourceError, match=r"cannot use .*check the bucket's name and the credentials"):
         write_text("x", place(s3.uri("x").replace("bucket", "no-such-bucket")))
     with pytest.raises(FileNotFoundError):
         place(s3.uri("missing")).read_bytes()
