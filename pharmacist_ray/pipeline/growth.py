@@ -43,6 +43,8 @@ class Spent:
     stage: str
     seconds: float
     """Wall time with the start of Ray and of the workers."""
+    cpu_seconds: float
+    """CPU time of the driver and everything below it, which other work on the machine does not change."""
     driver_mib: float
     """Peak private memory of the driver."""
     worker_mib: float
@@ -58,6 +60,8 @@ class _Peaks:
     driver: int = 0
     worker: int = 0
     workers: int = 0
+    times: dict[int, float] = field(default_factory=dict)
+    """Process → its CPU seconds when it was seen last."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def watch(self, process: psutil.Process) -> None:
@@ -69,8 +73,10 @@ class _Peaks:
             except psutil.Error:
                 continue
             sizes = []
-            for one in below:
+            for one in (process, *below):
                 try:
+                    spent = one.cpu_times()
+                    self.times[one.pid] = spent.user + spent.system
                     if one.name().startswith("ray::"):
                         sizes.append(_private(one))
                 except psutil.Error:  # it has just ended
@@ -163,8 +169,10 @@ def _run(stage: str, config: Path, rows: int, store_mib: int) -> Spent:
     if process.returncode:
         raise ArtifactError(f"{stage} of {rows} rows ended with {process.returncode}: {' '.join(told.split())[-500:]}")
     mib = 2**20
-    spent = Spent(rows, stage, seconds, peaks.driver / mib, peaks.worker / mib, peaks.workers / mib)
-    say(f"  {stage}: {seconds:.1f} s, driver {spent.driver_mib:.0f} MiB, largest worker {spent.worker_mib:.0f} MiB")
+    spent = Spent(rows, stage, seconds, sum(peaks.times.values()), peaks.driver / mib, peaks.worker / mib, peaks.workers / mib)
+    say(
+        f"  {stage}: {seconds:.1f} s, {spent.cpu_seconds:.1f} CPU s, driver {spent.driver_mib:.0f} MiB, largest worker {spent.worker_mib:.0f} MiB"
+    )
     return spent
 
 
@@ -189,9 +197,11 @@ def _check(run: Path, rows: int) -> None:
 
 def _table(found: Sequence[Spent]) -> Table:
     table = Table(title="growth", title_justify="left")
-    for heading in ("rows", "stage", "s", "rows/s", "driver MiB", "largest worker MiB", "all workers MiB"):
+    for heading in ("rows", "stage", "s", "CPU s", "rows/s", "driver MiB", "largest worker MiB", "all workers MiB"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for one in found:
         memory = (f"{value:.0f}" for value in (one.driver_mib, one.worker_mib, one.workers_mib))
-        table.add_row(f"{one.rows:,}", one.stage, f"{one.seconds:.1f}", f"{one.rows / one.seconds:,.0f}", *memory)
+        table.add_row(
+            f"{one.rows:,}", one.stage, f"{one.seconds:.1f}", f"{one.cpu_seconds:.1f}", f"{one.rows / one.seconds:,.0f}", *memory
+        )
     return table
