@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -16,7 +16,7 @@ from pharmacist_ray.data.rows import write_text
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import plain, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest
+from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest, there
 
 TRIAL_CPUS = 0.1
 """What the process of a search's trial takes for itself: it starts workers and waits for them."""
@@ -33,21 +33,31 @@ def run_stage(name: str, config: Config, *, strict: bool = False) -> Run:
     Raises:
         PharmacistError: Whatever the stage raises.
     """
+    return run_stages((name,), config, strict=strict, headings=False)
+
+
+def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, headings: bool = True) -> Run:
+    """Run stages one after the other, with a heading each that says what is there already; see `run_stage`."""
     config = located(config)
     run = Run(config)
     check(run)
+    if "evaluate" in names:
+        run.require_evaluation()  # before an attack takes hours
     try:
         write_text(dump_config(config), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {plain(run.root)}[/]")
     with connected(config.resources):
-        if name == "run":
-            run_all(run, strict=strict)
-        elif name == "ingest":
-            run_ingest(run, strict=strict)
-        else:
-            STAGES[name](run)
+        for name in names:
+            if headings:
+                say(f"[bold]{name}[/]{there(run, name)}")
+            if name == "run":
+                run_all(run, strict=strict)
+            elif name == "ingest":
+                run_ingest(run, strict=strict)
+            else:
+                STAGES[name](run)
     return run
 
 
