@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,6 +51,7 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
     say(f"[dim]run directory: {plain(run.root)}[/]")
     with connected(config.resources):
         for name in names:
+            started = time.perf_counter()
             if headings:
                 say(f"[bold]{name}[/]{there(run, name)}")
             if name == "run":
@@ -58,6 +60,8 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
                 run_ingest(run, strict=strict)
             else:
                 STAGES[name](run)
+            if headings:
+                say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
     return run
 
 
@@ -90,6 +94,7 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: what concerns us comes as an exception
     if os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -101,7 +106,6 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
         return
     # By default Ray's workers yield to everything else on the machine; here they are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),

@@ -72,8 +72,9 @@ def check_paths(config: Config) -> None:
     """
     found = [f"{key}={path}" for key, path in _paths(config) if _relative(key, path)]
     if found:
+        named = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise ConfigError(
-            f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} relative, but a job starts in a temporary copy of its working "
+            f"{named} {'is' if len(found) == 1 else 'are'} relative, but a job starts in a temporary copy of its working "
             "directory; give an absolute path that all nodes reach, or a URI"
         )
 
@@ -404,7 +405,7 @@ def _plain_refusals(address: str, id: str | None = None, secrets: Any = ()) -> I
     try:
         yield
     except AuthenticationError as error:
-        if "required" in str(error):
+        if "Invalid authentication token" not in str(error):  # none was sent
             raise ResourceError(
                 f"Unauthorized: the cluster at {address} wants a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or "
                 "RAY_AUTH_TOKEN_PATH, or the file ~/.ray/auth_token) to the token of its head; only a cluster started with "

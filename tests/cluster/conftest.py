@@ -77,15 +77,23 @@ class Cluster:
             [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240, cwd=self.folder
         )
 
-    def state(self, what: str) -> list[dict[str, Any]]:
-        """Return what the head knows of its ``nodes``, ``actors`` or ``tasks``."""
+    def ask(self, path: str) -> Any:
+        """Return what the head's dashboard answers."""
         token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/v0/{what}?detail=1", headers=token), timeout=20) as reply:
-            return list(json.load(reply)["data"]["result"]["result"])
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api/{path}", headers=token), timeout=20) as reply:
+            return json.load(reply)
+
+    def job(self, id: str) -> dict[str, Any]:
+        """Return what the head knows of a job."""
+        return dict(self.ask(f"jobs/{id}"))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return what the head knows of its nodes."""
+        return list(self.ask("v0/nodes")["data"]["result"]["result"])
 
     def alive(self) -> set[str]:
         """Return the ids of the nodes that the head takes for alive."""
-        return {node["node_id"] for node in self.state("nodes") if node["state"] == "ALIVE"}
+        return {node["node_id"] for node in self.nodes() if node["state"] == "ALIVE"}
 
     def start_head(self) -> None:
         """Start the head; a port that somebody took meanwhile costs another attempt."""
@@ -113,7 +121,7 @@ class Cluster:
             worker.name = name
             self.workers.append(worker)
         wait_until(lambda: len(self.alive()) == number + 1, 90, "the worker nodes")
-        ids = {name: node["node_id"] for node in self.state("nodes") for name in node["resources_total"]}
+        ids = {name: node["node_id"] for node in self.nodes() for name in node["resources_total"]}
         for worker in self.workers:
             worker.id = ids[worker.name]
 
