@@ -1,4 +1,4 @@
-"""What every job does: read ``--config`` and overrides, run some stages, exit as the command line would."""
+"""What every job does: read ``--config`` and overrides, run some stages, say what there is now, exit as the command line would."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from collections.abc import Callable, Sequence
 
 from pharmacist_ray.cli.app import plain_failures
 from pharmacist_ray.config import Config, load_config
-from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.pipeline.session import run_stage
+from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.session import run_stages
+from pharmacist_ray.pipeline.submit import check_paths
 
 
-def job(description: str | None, stages: Sequence[str] = (), work: Callable[[Config], object] | None = None) -> None:
+def job(
+    description: str | None,
+    stages: Sequence[str] = (),
+    *,
+    result: Callable[[Run], None] | None = None,
+    work: Callable[[Config], object] | None = None,
+) -> None:
     """Run stages one after the other; a user's error is one line and its exit code.
 
     Args:
         description: For ``--help``.
         stages: Names of stages.
-        work: What to do after them.
+        result: Says what was made and where, if the last stage does not.
+        work: What to do in the place of stages.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="the run's YAML file; run_dir must be an absolute path all nodes reach")
+    parser.add_argument(
+        "--config", required=True, help="the run's YAML file; its paths must be absolute ones that all nodes reach"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides by dotted key")
     arguments = parser.parse_args()
     with plain_failures():
         config = load_config(arguments.config, arguments.overrides)
-        if not config.run_dir.is_absolute():
-            raise ConfigError(
-                f"run_dir={config.run_dir} is relative, but a job starts in a temporary copy of its working directory; "
-                "give an absolute path that all nodes reach"
-            )
-        for stage in stages:
-            run_stage(stage, config)
+        check_paths(config)
         if work is not None:
             work(config)
+            return
+        run = run_stages(stages, config)
+        if result is not None:
+            result(run)

@@ -31,6 +31,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
 
@@ -171,6 +172,20 @@ def s3() -> Iterator[Bucket]:
 def _scratch() -> Iterator[None]:
     yield
     shutil.rmtree(os.environ["PHARMACIST_SCRATCH"], ignore_errors=True)
+
+
+@pytest.fixture
+def placed_example(tmp_path: Path) -> dict[str, Any]:
+    """Return the configuration that `init` writes, as plain values, with a run directory and data that are absolute paths."""
+
+    def placed(values: Any) -> Any:
+        if isinstance(values, list):
+            return [placed(value) for value in values]
+        if isinstance(values, dict):
+            return {key: str(tmp_path / value) if key == "path" else placed(value) for key, value in values.items()}
+        return values
+
+    return placed(EXAMPLE) | {"run_dir": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session")

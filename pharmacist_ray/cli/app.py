@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pharmacist_ray.errors import ArtifactError, PharmacistError
+from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, one_of
 
 app = typer.Typer(
     name="pharmacist",
@@ -32,6 +32,22 @@ Strict = Annotated[bool, typer.Option("--strict", help="Make a broken row an err
 Defences = Annotated[
     str | None, typer.Option(help="Objectives to cross with every selection, for example sft,vaccine,booster; over the file's.")
 ]
+
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="URL of the head's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if a URL."),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The id that `submit` printed.")]
+
+job_app = typer.Typer(name="job", help="Look at submitted jobs of a cluster, or stop one.", no_args_is_help=True)
+app.add_typer(job_app)
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("submit", "job"):  # which talk to a cluster, with its token
+        private_ray()
 
 
 def main() -> None:
@@ -217,13 +233,104 @@ def grade(
     grade_run(load_config(config, overrides or []), column, good or ["clean"])
 
 
-def _environment() -> None:
-    """Set what Ray reads when it is imported; whoever sets these keeps theirs.
+@app.command()
+def submit(
+    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search or benchmark.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; for benchmark its own options, after `--`.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The run's YAML file, which travels with the job; not for benchmark.")
+    ] = None,
+    address: Address = None,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder to send along and start in, for example a checkout whose code is to run. Without .git, .venv, runs and what "
+            ".gitignore and .rayignore name. Default: nothing but the configuration is sent, and the nodes run what they have installed."
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A variable for the job and its workers, NAME=VALUE, or NAME to take the value from here; repeat for several. Whoever "
+            "has access to the cluster can read it: credentials are better mounted on the nodes."
+        ),
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id", help="An id of your own for the job.")] = None,
+    follow: Annotated[bool, typer.Option(help="Print the job's log until it ends, and exit with its exit code.")] = True,
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; with 0 it runs on the head.")] = 0,
+) -> None:
+    """Run a job on a Ray cluster. Submit the same line again after an interruption: what is finished is kept."""
+    from pharmacist_ray.pipeline import submit as jobs
 
-    A private Ray's ports are reachable from the machine's network: a token of this process's own keeps everybody else out.
+    if job not in jobs.JOBS:
+        raise one_of("job", job, jobs.JOBS)
+    if (config is None) != (job == "benchmark"):
+        raise ConfigError("benchmark takes no --config" if config else f"{job} needs --config FILE; `pharmacist init` writes one")
+    if config is not None:  # what is wrong in it is known before anything is sent
+        from pharmacist_ray.config import load_config
+
+        jobs.check_paths(load_config(config, arguments or []))
+    variables = jobs.environment(env or [])
+    client = jobs.connect(address)
+    given = jobs.submit(client, job, arguments or [], config=config, working_dir=working_dir, env=variables, id=id, cpus=cpus)
+    typer.echo(f"submitted {job} as job {given} to {client.get_address()}")
+    if not follow:
+        typer.echo(f"follow it: pharmacist job logs {given} --follow; stop it: pharmacist job stop {given}")
+        return
+    raise typer.Exit(jobs.follow(client, given))
+
+
+@job_app.command("list")
+def list_jobs(address: Address = None) -> None:
+    """List the submitted jobs, the latest first."""
+    from pharmacist_ray.pipeline import submit as jobs
+
+    jobs.show_jobs(jobs.connect(address))
+
+
+@job_app.command()
+def status(id: JobId, address: Address = None) -> None:
+    """Say how a job is."""
+    from pharmacist_ray.pipeline import submit as jobs
+
+    jobs.show_status(jobs.connect(address), id)
+
+
+@job_app.command()
+def logs(
+    id: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends; exit with its exit code.")] = False,
+) -> None:
+    """Print a job's log."""
+    from pharmacist_ray.pipeline import submit as jobs
+
+    if follow:
+        raise typer.Exit(jobs.follow(jobs.connect(address), id))
+    jobs.show_log(jobs.connect(address), id)
+
+
+@job_app.command()
+def stop(id: JobId, address: Address = None) -> None:
+    """Stop a job and wait until it has ended; what it had finished stays."""
+    from pharmacist_ray.pipeline import submit as jobs
+
+    jobs.stop(jobs.connect(address), id)
+
+
+def private_ray() -> None:
+    """Keep everybody else out of a private Ray, whose ports are reachable from the machine's network, by a token of this process.
+
+    Ray reads it when it is imported. Whoever has set a mode keeps it, and a cluster has a token of its own.
     """
     if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def _environment() -> None:
+    """Set what Ray reads when it is imported; whoever sets these keeps theirs."""
     defaults: dict[str, Any] = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "TRANSFORMERS_VERBOSITY": "error",

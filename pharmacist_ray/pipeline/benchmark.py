@@ -84,6 +84,13 @@ def benchmark(
     Raises:
         ConfigError: An objective is unknown.
     """
+    costs = measure(objectives, load, parameters)
+    show(costs, load, out)
+    return costs
+
+
+def measure(objectives: Sequence[str], load: Load, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cost]:
+    """Measure objectives in the process's own place, without a word; see `benchmark`."""
     for name in objectives:
         if name not in OBJECTIVES:
             raise one_of("objective", name, list(OBJECTIVES))
@@ -93,7 +100,7 @@ def benchmark(
     with spawn.Pool(1, maxtasksperchild=1) as pool:
         times, forwards = pool.apply(_take_turns, (names, load, parameters))
         peaks = {name: pool.apply(_peak, (name, load, parameters)) for name in names}
-    costs = [
+    return [
         Cost(
             name,
             statistics.median(times[name]),
@@ -103,16 +110,10 @@ def benchmark(
         )
         for name in names
     ]
-    _print(costs, load)
-    if out is not None:
-        write_text(
-            json.dumps({"load": asdict(load), "costs": [asdict(cost) for cost in costs]}, indent=1), out / "benchmark.json"
-        )
-        say(f"  written to {out / 'benchmark.json'}")
-    return costs
 
 
-def _print(costs: Sequence[Cost], load: Load) -> None:
+def show(costs: Sequence[Cost], load: Load, out: Path | None = None) -> None:
+    """Print what was measured, and write it to ``benchmark.json`` in a folder."""
     table = Table(
         title=f"{load.rows} rows of {load.length} tokens, {load.rounds} rounds on {load.device}",
         title_justify="left",
@@ -132,6 +133,11 @@ def _print(costs: Sequence[Cost], load: Load) -> None:
             f"{cost.peak_mib:.0f}",
         )
     console.print(table)
+    if out is not None:
+        write_text(
+            json.dumps({"load": asdict(load), "costs": [asdict(cost) for cost in costs]}, indent=1), out / "benchmark.json"
+        )
+        say(f"  written to {out / 'benchmark.json'}")
 
 
 def _take_turns(names: list[str], load: Load, parameters: Mapping[str, Any]) -> tuple[dict[str, list[float]], dict[str, float]]:

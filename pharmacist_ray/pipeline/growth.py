@@ -170,9 +170,8 @@ def _run(stage: str, config: Path, rows: int, store_mib: int) -> Spent:
         raise ArtifactError(f"{stage} of {rows} rows ended with {process.returncode}: {' '.join(told.split())[-500:]}")
     mib = 2**20
     spent = Spent(rows, stage, seconds, sum(peaks.times.values()), peaks.driver / mib, peaks.worker / mib, peaks.workers / mib)
-    say(
-        f"  {stage}: {seconds:.1f} s, {spent.cpu_seconds:.1f} CPU s, driver {spent.driver_mib:.0f} MiB, largest worker {spent.worker_mib:.0f} MiB"
-    )
+    memory = f"driver {spent.driver_mib:.0f} MiB, largest worker {spent.worker_mib:.0f} MiB"
+    say(f"  {stage}: {seconds:.1f} s, {spent.cpu_seconds:.1f} CPU s, {memory}")
     return spent
 
 

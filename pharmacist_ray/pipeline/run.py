@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pharmacist_ray.config.schema import AttackConfig, Config, Section, SourceConfig
+from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
@@ -205,6 +205,16 @@ class Run:
         start = self.model if cell.attack.adapter == "same" and weights == "lora" else self.model_of(cell.aligned)
         return _after(start, self.trained(cell).folder / "run", weights)
 
+    def require_evaluation(self) -> EvaluationConfig:
+        """Return the ``evaluation`` section.
+
+        Raises:
+            ConfigError: The configuration has none.
+        """
+        if self.config.evaluation is None:
+            raise ConfigError("there is no `evaluation` section in the configuration; `pharmacist init` shows one")
+        return self.config.evaluation
+
     @cached_property
     def evaluated(self) -> Artifact:
         """Answers, verdicts, ``summary.json`` and ``table.json``.
@@ -212,10 +222,9 @@ class Run:
         Raises:
             ConfigError: The configuration has no ``evaluation`` section.
         """
-        if self.config.evaluation is None:
-            raise ConfigError("there is no `evaluation` section in the configuration; `pharmacist init` shows one")
+        settings = self.require_evaluation()
         trained = [self.trained(c).fingerprint for cell in self.cells for c in (cell, *self.attacks_on(cell))]
-        config = {"draws": self.config.evaluation.bootstrap_draws, "cells": [cell.name for cell in self.cells]}
+        config = {"draws": settings.bootstrap_draws, "cells": [cell.name for cell in self.cells]}
         inputs = {"models": digest(trained), "asked": self._asked}
         return self._placed(Artifact(self.root / "evaluation", "evaluate", config, inputs))
 

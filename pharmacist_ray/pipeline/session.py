@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -15,7 +16,7 @@ from pharmacist_ray.config.schema import Config, ResourcesConfig
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import plain, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest
+from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest, there
 from pharmacist_ray.storage import write_text
 
 TRIAL_CPUS = 0.1
@@ -33,21 +34,34 @@ def run_stage(name: str, config: Config, *, strict: bool = False) -> Run:
     Raises:
         PharmacistError: Whatever the stage raises.
     """
+    return run_stages((name,), config, strict=strict, headings=False)
+
+
+def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, headings: bool = True) -> Run:
+    """Run stages one after the other, with a heading each that says what is there already; see `run_stage`."""
     config = located(config)
     run = Run(config)
     check(run)
+    if "evaluate" in names:
+        run.require_evaluation()  # before an attack takes hours
     try:
         write_text(dump_config(config), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {plain(run.root)}[/]")
     with connected(config.resources):
-        if name == "run":
-            run_all(run, strict=strict)
-        elif name == "ingest":
-            run_ingest(run, strict=strict)
-        else:
-            STAGES[name](run)
+        for name in names:
+            started = time.perf_counter()
+            if headings:
+                say(f"[bold]{name}[/]{there(run, name)}")
+            if name == "run":
+                run_all(run, strict=strict)
+            elif name == "ingest":
+                run_ingest(run, strict=strict)
+            else:
+                STAGES[name](run)
+            if headings:
+                say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
     return run
 
 
@@ -80,6 +94,7 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: what concerns us comes as an exception
     if os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -91,7 +106,6 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
         return
     # By default Ray's workers yield to everything else on the machine; here they are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),

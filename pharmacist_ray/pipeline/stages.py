@@ -25,7 +25,7 @@ from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.evaluation.evaluate import Subject, evaluate
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.load import empty_model
-from pharmacist_ray.pipeline.artifacts import digest
+from pharmacist_ray.pipeline.artifacts import Artifact, digest
 from pharmacist_ray.pipeline.console import bar, console, plain, say, watch_training
 from pharmacist_ray.pipeline.run import Cell, Run
 from pharmacist_ray.pipeline.sharing import alone, making
@@ -385,6 +385,22 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "report": run_report,
 }
 """In the order in which they run."""
+
+
+def there(run: Run, name: str) -> str:
+    """Return how much of what a stage makes was made before, in words that follow its name; nothing if none of it."""
+    artifacts: dict[str, Callable[[], list[Artifact]]] = {
+        "ingest": lambda: [run.ingested(source) for source in run.sources],
+        "fit": lambda: [run.fitted],
+        "score": lambda: [run.scored],
+        "select": lambda: [run.selected(arm) for arm in dict.fromkeys([run.main_arm, *run.arms])],
+        "align": lambda: [run.trained(cell) for cell in run.cells],
+        "attack": lambda: [run.trained(attacked) for cell in run.cells for attacked in run.attacks_on(cell)],
+        "evaluate": lambda: [run.evaluated],
+    }
+    wanted = artifacts[name]() if name in artifacts else []
+    ready = sum(artifact.ready for artifact in wanted)
+    return "" if not ready else f": {ready} of {len(wanted)} there already" if ready < len(wanted) else ": there already"
 
 
 def run_all(run: Run, *, strict: bool = False) -> None:

@@ -10,7 +10,6 @@ import yaml
 
 from pharmacist_ray.cli.app import main
 from pharmacist_ray.config import Config
-from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.errors import PharmacistError, ResourceError
 from pharmacist_ray.pipeline import search
 from pharmacist_ray.pipeline.run import Run
@@ -18,8 +17,8 @@ from pharmacist_ray.pipeline.stages import run_report
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    values = EXAMPLE | {"run_dir": str(tmp_path / "run"), "search": {"space": {"selection.ratio": [0.2, 0.4]}}}
+def file(placed_example: dict[str, Any], tmp_path: Path) -> Path:
+    values = placed_example | {"search": {"space": {"selection.ratio": [0.2, 0.4]}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "run.yaml"
 

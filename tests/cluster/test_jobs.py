@@ -1,0 +1,218 @@
+"""Jobs on a real cluster: submitted, followed, stopped, and with a node killed under them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
+from pharmacist_ray.testbed.world import World
+
+from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROWS, SHARDS = 640, 64
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the demo's data made small, a base with random weights, and the demo's configuration of a curation."""
+    folder = tmp_path_factory.mktemp("world")
+    made = World(seed=3)
+    others = (
+        "benign",
+        "attack_harmful",
+        "eval_harmful",
+        "eval_benign",
+        "classification_train",
+        "classification_test",
+        "harmful_pairs",
+    )
+    made.write_jsonl(folder / "data", {"alignment": ROWS, "validation": 24, "harmful": 24, **dict.fromkeys(others, 0)})
+    tokenizer = word_tokenizer(made.vocabulary())
+    tiny_llama(tokenizer, max_length=64).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    text = files("pharmacist_ray.testbed").joinpath("demo.yaml").read_text(encoding="utf-8").replace("{folder}", str(folder))
+    values: dict[str, Any] = yaml.safe_load(text)
+    for section in ("pretraining", "attacks", "evaluation", "alignment"):
+        del values[section]
+    del values["data"]["benign"]
+    values["data"]["shards"] = SHARDS
+    # Of two CPUs a node has, so that two actors are on two nodes.
+    values["resources"] = {"actors": 2, "cpus_per_worker": 1.5}
+    values["selector"] |= {"warmup": {"steps": 4, "batch_size": 8, "lr": 2e-3}, "checkpoints": [4], "reference": None}
+    values["scoring"]["scorers"] = ["pharmacist", "less", "low_loss", "ifd", "grad_norm", "random"]
+    values["comparison"] = {"selections": ["pharmacist"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def kept(run: Path) -> set[str]:
+    """Return the ids of a curated subset."""
+    return set(pq.read_table(run / "selections" / "pharmacist" / "rows", columns=["id"]).column("id").to_pylist())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(started: Cluster, world: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Return the run directory of a curation that nothing happened to, and what its submitter saw."""
+    started.start_workers(2)
+    run = world / "undisturbed"
+    return run, started.pharmacist("submit", "curate", "--config", world / "config.yaml", f"run_dir={run}", "--id", "undisturbed")
+
+
+def shards(run: Path) -> set[str]:
+    """Return the names of the score files that a run has published."""
+    return {file.name for file in (run / "scores" / "rows").glob("part-*.parquet")}
+
+
+def scorer_on(node: Node) -> psutil.Process | None:
+    """Return the node's actor that scores, as Ray names its process."""
+    for process in node.processes():
+        if any("ShardScorer" in part for part in process.cmdline()):
+            return process
+    return None
+
+
+def test_a_submitted_curation_is_followed_to_its_result(undisturbed):
+    run, done = undisturbed
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("submitted curate as job undisturbed to http://127.0.0.1:")
+    assert f"run directory: {run}" in lines
+    assert [line for line in lines if line in ("ingest", "fit", "score", "select")] == ["ingest", "fit", "score", "select"]
+    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in lines
+    assert len(kept(run)) == round(0.4 * (ROWS - 4))
+    assert lines[-1].startswith("job undisturbed succeeded, ")
+    # Progress is lines, for nothing redraws them in a log.
+    assert f"  score (shards): {SHARDS} of {SHARDS}" in lines
+    assert all(line.isprintable() for line in lines)
+
+
+def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
+    run, _ = undisturbed
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
+    again = cluster.pharmacist("submit", "curate", "--config", world / "config.yaml", f"run_dir={run}")
+    assert again.returncode == 0, (again.stdout, again.stderr)
+    lines = again.stdout.splitlines()
+    for stage in ("ingest", "fit", "score", "select"):
+        assert f"{stage}: there already" in lines
+    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in lines
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undisturbed):
+    """Kill one of two nodes with `SIGKILL` in the middle of a shard; the job finishes on the other, with the same selection."""
+    run = world / "disturbed"
+    submitted = cluster.run(
+        BIN / "ray", "job", "submit", "--no-wait", "--submission-id", "disturbed", "--working-dir", REPOSITORY, "--",
+        "python", "-m", "jobs.curate", "--config", world / "config.yaml", f"run_dir={run}",
+    )  # fmt: skip
+    assert submitted.returncode == 0, (submitted.stdout, submitted.stderr)
+    assert scorer_on(cluster.head) is None
+
+    # Ray brings the second actor up when the first has had work for seconds. So the first is held within a shard until the other has
+    # published some: what appears meanwhile is the other's work, and what the first holds is lost with its node.
+    wait_until(lambda: len(shards(run)) >= 3, 180, "the first shards")
+    [victim] = [worker for worker in cluster.workers if (scorer := scorer_on(worker)) and scorer.cpu_times().user > 1]
+    held = scorer_on(victim)
+    held.suspend()
+    time.sleep(1)  # for what it had handed over before
+    by_victim = shards(run)
+    survivor = next(worker for worker in cluster.workers if worker is not victim)
+    wait_until(lambda: len(shards(run)) >= len(by_victim) + 3, 90, "shards of the other node")
+    assert scorer_on(survivor) is not None
+    at_kill = shards(run)
+    victim.kill()
+    assert not held.is_running()
+    assert len(at_kill) < SHARDS - 8, "it was nearly over"
+    assert cluster.job("disturbed")["status"] == "RUNNING"
+
+    wait_until(lambda: cluster.alive() == {cluster.head.id, survivor.id}, 30, "the death of the node")
+    wait_until(lambda: cluster.job("disturbed")["status"] != "RUNNING", 180, "the end of the job")
+    log = cluster.pharmacist("job", "logs", "disturbed").stdout
+    assert cluster.job("disturbed")["status"] == "SUCCEEDED", log
+    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in log.splitlines()
+    assert len(shards(run)) == SHARDS
+    assert kept(run) == kept(undisturbed[0])
+    scores = [pq.read_table(place / "scores" / "rows").sort_by("id") for place in (run, undisturbed[0])]
+    assert scores[0].equals(scores[1])
+
+
+def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(cluster, world):
+    """The file and the code travel: the submitter finds an unknown key itself, the job an unknown objective."""
+    arguments = ("submit", "curate", "--config", world / "config.yaml", f"run_dir={world / 'never'}", "--working-dir", REPOSITORY)
+    done = cluster.pharmacist(
+        *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
+    )
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "pharmacist: unknown objective 'sfd' (did you mean 'sft'?)" in done.stdout.splitlines()
+    assert "job mistake failed with exit code 2" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+    variables = cluster.job("mistake")["runtime_env"]["env_vars"]
+    assert (variables["A_SECRET"], variables["GIVEN"]) == ("hunter2", "x=y")
+    assert not (world / "never").exists()
+    code = cluster.pharmacist("job", "logs", "mistake", "--follow")
+    assert (code.returncode, "unknown objective" in code.stdout) == (2, True)
+
+    known = one_line(cluster.pharmacist(*arguments, "selection.ratoi=1"), 2)
+    assert "unknown key 'selection.ratoi' (did you mean 'ratio'?)" in known
+    assert "run_dir=runs/x is relative" in one_line(cluster.pharmacist(*arguments, "run_dir=runs/x"), 2)
+    assert "curate needs --config FILE" in one_line(cluster.pharmacist("submit", "curate"), 2)
+    taken = one_line(cluster.pharmacist(*arguments, "--id", "mistake"), 2)
+    assert "--id mistake is taken on this cluster; choose another, or look at that job: pharmacist job logs mistake" in taken
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """Return what a command says that has to fail as users' errors do."""
+    assert (done.returncode, done.stdout) == (code, ""), (done.stdout, done.stderr)
+    assert done.stderr.startswith("pharmacist: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_ctrl_c_leaves_the_job_running_until_it_is_stopped(cluster, world):
+    submitter = subprocess.Popen(
+        [sys.executable, "-c", "from pharmacist_ray.cli.app import main; main()", "submit", "curate", "--config", world / "config.yaml",
+         f"run_dir={world / 'stopped'}", "--id", "long"],
+        env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cluster.folder,
+    )  # fmt: skip
+    assert submitter.stdout is not None
+    for line in submitter.stdout:  # the log is followed while it is written
+        if line.startswith("run directory: "):
+            break
+    submitter.send_signal(signal.SIGINT)
+    rest = submitter.stdout.read()
+    assert submitter.wait(30) == 130, rest
+    assert "job long goes on; follow it: pharmacist job logs long --follow; stop it: pharmacist job stop long" in rest
+    assert "Traceback" not in rest
+
+    assert "job long: RUNNING, " in cluster.pharmacist("job", "status", "long").stdout
+    assert f"run directory: {world / 'stopped'}" in cluster.pharmacist("job", "logs", "long").stdout
+    stopped = cluster.pharmacist("job", "stop", "long")
+    assert (stopped.returncode, "job long was stopped" in stopped.stdout) == (0, True), stopped
+    again = cluster.pharmacist("job", "stop", "long").stdout
+    assert again.startswith("job long had ended already\n")
+    assert "was stopped" in cluster.pharmacist("job", "status", "long").stdout
+    [row] = [line for line in cluster.pharmacist("job", "list").stdout.splitlines() if line.split()[:1] == ["long"]]
+    assert row.split()[:3] == ["long", "curate", "STOPPED"]
+
+
+def test_who_is_refused_is_told_what_to_set(cluster):
+    token = cluster.environment["RAY_AUTH_TOKEN"]
+    missing = one_line(cluster.pharmacist("job", "list", RAY_AUTH_MODE="", RAY_AUTH_TOKEN=""), 6)
+    assert "Unauthorized" in missing
+    assert "wants a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or" in missing
+    wrong = one_line(cluster.pharmacist("job", "list", RAY_AUTH_TOKEN=token[::-1]), 6)
+    assert "refuses this token; RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or the file ~/.ray/auth_token) must hold" in wrong
+    assert "has no job nowhere; `pharmacist job list` shows" in one_line(cluster.pharmacist("job", "logs", "nowhere"), 2)
