@@ -268,7 +268,7 @@ def _conclude(run: Run, records: Sequence[Record]) -> None:
     for record in failed:
         say(f"  [red]trial {record['trial']} failed[/] ({plain(told(record['parameters']))}): {plain(record['error'])}")
     if stopped := [record for record in records if record["status"] == "stopped"]:
-        say(f"  {len(stopped)} trials were stopped after the early look; see {plain(folder / 'trials.parquet')}")
+        say(f"  stopped after the early look: {len(stopped)} of {len(records)} trials; they stand for no choice")
     if not finished:
         (folder / "recommendation.json").unlink(missing_ok=True)
         raise ArtifactError(f"none of the {len(records)} trials finished; their errors are in {folder / 'trials'}")
