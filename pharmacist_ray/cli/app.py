@@ -142,11 +142,20 @@ def search(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where trials of another `search` section are, and keep those that fit.")
     ] = False,
+    agreement: Annotated[
+        bool,
+        typer.Option("--agreement", help="Run nothing: say what an early look at the finished trials would have been worth."),
+    ] = False,
 ) -> None:
     """Try the settings of the `search` section against each other, and recommend one; finished trials are kept."""
     from pharmacist_ray.config import load_config
 
     loaded = load_config(config, overrides or [])
+    if agreement:
+        from pharmacist_ray.pipeline.agreement import show_agreement
+
+        show_agreement(loaded)
+        return
     from pharmacist_ray.pipeline.search import run_search
 
     run_search(loaded, resume=resume)

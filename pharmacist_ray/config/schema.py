@@ -390,6 +390,17 @@ class RangeConfig(Section):
         return all(isinstance(one, int) for one in (*self.ends, 0 if self.step is None else self.step))
 
 
+class EarlyConfig(Section):
+    """The early look at a trial: the harmful score after one attack of the suite, on a part of the harmful prompts."""
+
+    attack: str | None = None
+    """Name of the attack; default: the first of `attacks`. It should tell settings apart: after a weak one all score alike."""
+    prompts: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Share of the harmful prompts that are asked, the same ones in every trial (ours)."""
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    """ASHA keeps a trial that is among the best 1/reduction_factor of those looked at before it (Ray Tune: 4; ours keeps half)."""
+
+
 class SearchConfig(Section):
     """Which settings `pharmacist search` tries. A trial is a selection, aligned, attacked by every attack, and evaluated."""
 
@@ -409,6 +420,13 @@ class SearchConfig(Section):
     tolerance: Share = 0.05
     """A recommended setting loses at most this much task accuracy to the most accurate trial, and refuses at most this share more
     of the ordinary prompts than the trial that refuses the fewest (ours)."""
+    time_tolerance: Annotated[float, Field(ge=0.0)] = 0.5
+    """Alignment times that differ by at most this share count as equal on the Pareto front (ours: on a shared machine the same number
+    of steps took up to 1.35 times as long). On machines of your own, 0.1 may do; 0 compares seconds as they are."""
+    scheduler: Literal["none", "asha"] = "none"
+    """`asha` stops trials whose early look is bad, by Ray Tune's asynchronous successive halving; grid and random only. Look at
+    `pharmacist search --agreement` first: it says whether the early look ranks trials as their final score does."""
+    early: EarlyConfig = EarlyConfig()
 
     @model_validator(mode="after")
     def _space_fits_the_algorithm(self) -> SearchConfig:
@@ -418,6 +436,11 @@ class SearchConfig(Section):
         if (self.algorithm == "grid") != (self.trials is None):
             what = "search.trials must be null: a grid tries every combination" if self.trials else "search.trials must be set"
             raise ValueError(f"with search.algorithm={self.algorithm}, {what}")
+        if self.scheduler == "asha" and self.algorithm in ("tpe", "nsga2"):
+            raise ValueError(
+                f"search.scheduler=asha stops trials by one number, but search.algorithm={self.algorithm} weighs four against each "
+                "other; set search.scheduler=none, or algorithm=grid or random"
+            )
         for key, choice in self.space.items():
             if isinstance(choice, list) and (not choice or any(one in choice[:place] for place, one in enumerate(choice))):
                 raise ValueError(f"search.space.{key} must be a list of at least one value, all different, got {choice}")

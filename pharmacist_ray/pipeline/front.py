@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 OBJECTIVES: dict[str, str] = {"worst_hs": "min", "task_accuracy": "max", "over_refusal": "min", "align_seconds": "min"}
 """What a trial is judged by, and which way is better: the highest harmful score over the attacks; task accuracy after the attacks;
-over-refusal after the attacks; seconds of one alignment."""
+over-refusal after the attacks; seconds of one alignment (see `time_levels`)."""
 
 
 def non_dominated(costs: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -26,15 +26,42 @@ def non_dominated(costs: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(~(no_worse & better).any(axis=0))
 
 
-def on_front(trials: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return which trials no other one beats in one of `OBJECTIVES` without losing in another."""
+def time_levels(seconds: Sequence[float], tolerance: float) -> list[float]:
+    """Return for each time the one that stands for it: the shortest of those within ``tolerance`` of each other.
+
+    Times are noisy, and a trial must not be on the front for its luck. From the shortest on, a level takes in what is at most
+    ``1 + tolerance`` times its shortest, and the next longer time begins a new one. Rounding to levels keeps "no slower than"
+    transitive, which a comparison of pairs within a tolerance would not be: then a trial could be beaten by one that is itself off
+    the front. Two times at the edge of a level may still differ by little.
+
+    Args:
+        seconds: The times.
+        tolerance: A share, at least 0.
+    """
+    levels: dict[float, float] = {}
+    start = float("-inf")
+    for one in sorted(seconds):
+        if one > start * (1 + tolerance) or start < 0:
+            start = one
+        levels[one] = start
+    return [levels[one] for one in seconds]
+
+
+def on_front(trials: Sequence[Mapping[str, Any]], time_tolerance: float) -> list[bool]:
+    """Return which trials no other one beats in one of `OBJECTIVES` without losing in another.
+
+    Args:
+        trials: Finished trials with `OBJECTIVES`.
+        time_tolerance: Alignment times are compared by `time_levels`.
+    """
     if not trials:
         return []
-    signs = [1.0 if way == "min" else -1.0 for way in OBJECTIVES.values()]
-    return [bool(one) for one in non_dominated(np.array([[trial[name] for name in OBJECTIVES] for trial in trials]) * signs)]
+    costs = np.array([[trial[name] if way == "min" else -trial[name] for name, way in OBJECTIVES.items()] for trial in trials])
+    costs[:, list(OBJECTIVES).index("align_seconds")] = time_levels([one["align_seconds"] for one in trials], time_tolerance)
+    return [bool(one) for one in non_dominated(costs)]
 
 
-def recommend(trials: Sequence[Mapping[str, Any]], tolerance: float) -> tuple[Mapping[str, Any], str]:
+def recommend(trials: Sequence[Mapping[str, Any]], tolerance: float, time_tolerance: float) -> tuple[Mapping[str, Any], str]:
     """Return the trial to take, and why.
 
     A low harmful score alone is worth nothing: a model that answers nothing has one. So a trial stands for choice if its task
@@ -45,8 +72,9 @@ def recommend(trials: Sequence[Mapping[str, Any]], tolerance: float) -> tuple[Ma
     Args:
         trials: Finished trials with `OBJECTIVES`, ``mean_hs`` and ``trial``; at least one.
         tolerance: From 0 to 1.
+        time_tolerance: See `on_front`.
     """
-    front = [trial for trial, best in zip(trials, on_front(trials), strict=True) if best]
+    front = [trial for trial, best in zip(trials, on_front(trials, time_tolerance), strict=True) if best]
     accuracy, refusal = max(t["task_accuracy"] for t in trials), min(t["over_refusal"] for t in trials)
 
     def excess(trial: Mapping[str, Any]) -> float:

@@ -26,12 +26,13 @@ from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig, SearchConfig
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import LOG_EVERY_S, console, plain, say
+from pharmacist_ray.pipeline.early import LOOKS, SIGNAL, asha
 from pharmacist_ray.pipeline.front import OBJECTIVES, on_front, recommend
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import TRIAL_CPUS, connected, needed_by
 from pharmacist_ray.pipeline.space import Point, check_space, decoded, domains, section, settled, told, trial_config, trial_name
 from pharmacist_ray.pipeline.stages import check, run_fit, run_ingest, run_score, run_select
-from pharmacist_ray.pipeline.trial import Record, read_records, record_file, run_trial, write_record
+from pharmacist_ray.pipeline.trial import Record, read_record, read_records, record_file, run_trial, write_record
 from pharmacist_ray.storage import Place, RemotePath, json_of, remove_tree, write_parquet, write_text
 from pharmacist_ray.training.launch import storage_of
 
@@ -56,7 +57,7 @@ def run_search(config: Config, *, resume: bool = False) -> Place:
     search, run = section(config), Run(config)
     check(run)
     points = check_space(run)
-    read, folder = _reader(run, points), _claim(run, search, resume)
+    read, folder = reader(run, points), _claim(run, search, resume)
     say(f"[dim]run directory: {plain(run.root)}[/]")
     with connected(config.resources, trials=search.concurrent):
         check_trial_room(config.resources, search.concurrent)
@@ -96,7 +97,9 @@ def check_trial_room(resources: ResourcesConfig, trials: int) -> None:
 
 def _claim(run: Run, search: SearchConfig, resume: bool) -> Place:
     """Take the run directory's search folder for this section of the configuration."""
-    folder, asked = run.root / "search", search.model_dump(mode="json", exclude={"concurrent", "tolerance"})
+    # What changes no trial may change: a search is also gone on with in more trials at a time, or without ASHA.
+    how = {"concurrent", "tolerance", "time_tolerance", "scheduler", "early"}
+    folder, asked = run.root / "search", search.model_dump(mode="json", exclude=how)
     file = folder / "search.json"
     try:
         before = json_of(file) if file.exists() else asked
@@ -138,18 +141,40 @@ def _tune(run: Run, points: Sequence[Point], read: Callable[[], list[Record]]) -
     else:
         space = {}
         settings |= {"search_alg": _optuna(search, read()), "num_samples": search.trials}
+    callbacks = []
+    if search.scheduler == "asha":
+        settings |= {"scheduler": asha(search.early)}
+        callbacks = [_Stopped(run.root)]
     work = tune.with_resources(tune.with_parameters(_trial, base=run, points=list(points)), {"CPU": TRIAL_CPUS})
-    run_config = tune.RunConfig(name=uuid.uuid4().hex[:8], **storage_of(storage), verbose=0)
+    run_config = tune.RunConfig(name=uuid.uuid4().hex[:8], **storage_of(storage), verbose=0, callbacks=callbacks)
     try:
         tune.Tuner(work, param_space=space, tune_config=tune.TuneConfig(**settings), run_config=run_config).fit()
     finally:
         remove_tree(storage)
 
 
-def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, float]:
+def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, Any]:
     """Run a trial in the process that Ray Tune gives it."""
     search = section(base.config)
-    return run_trial(base, points[drawn["number"]]) if points else run_trial(base, decoded(search, drawn), drawn)
+    report = tune.report if search.scheduler == "asha" else None
+    if points:
+        return run_trial(base, points[drawn["number"]], report=report)
+    return run_trial(base, decoded(search, drawn), drawn, report)
+
+
+class _Stopped(tune.Callback):  # type: ignore[misc]  # Ray has no types
+    """Writes down that a trial was stopped: its own process ends where it reported."""
+
+    def __init__(self, root: Place) -> None:
+        self.root = root
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Mark the record of a trial that Ray Tune ended after the early look; one that fails comes to ``on_trial_error``."""
+        last = trial.last_result or {}
+        if last.get(LOOKS) == 1:
+            file = record_file(self.root, last["trial"])
+            if (record := read_record(file)).get("status") == "running":
+                write_record(file, record | {"status": "stopped"})
 
 
 def _optuna(search: SearchConfig, before: Sequence[Record]) -> Any:
@@ -176,7 +201,7 @@ def _optuna(search: SearchConfig, before: Sequence[Record]) -> Any:
     )
 
 
-def _reader(run: Run, points: Sequence[Point]) -> Callable[[], list[Record]]:
+def reader(run: Run, points: Sequence[Point]) -> Callable[[], list[Record]]:
     """Return what reads the records of this search: of its points in their order, or of what was drawn from its space."""
     search = section(run.config)
     if not points:
@@ -224,27 +249,30 @@ def _state(records: Sequence[Record], since: float) -> tuple[int, str]:
     """Return how many trials are over, and the rest in words; one that ran before ``since`` is not running now."""
     running = [record for record in records if record["status"] == "running" and record["started_at"] >= since]
     finished = [record for record in records if record["status"] == "finished"]
-    failed = sum(record["status"] == "failed" for record in records)
+    failed, stopped = (sum(record["status"] == status for record in records) for status in ("failed", "stopped"))
     text = f"{len(running)} running ({', '.join(record['stage'] for record in running)})" if running else "0 running"
-    text += f", {failed} failed"
+    text += f", {failed} failed" + (f", {stopped} stopped" if stopped else "")
     if finished:
         best = min(finished, key=lambda record: (record["worst_hs"], -record["task_accuracy"]))
         text += f", best worst HS {best['worst_hs']:.2f} at task accuracy {best['task_accuracy']:.2f}"
-    return len(finished) + failed, text
+    return len(finished) + failed + stopped, text
 
 
 def _conclude(run: Run, records: Sequence[Record]) -> None:
     """Write the table of trials and the recommendation, and print the front."""
-    folder, finished = run.root / "search", [record for record in records if record["status"] == "finished"]
-    best = {record["trial"] for record, front in zip(finished, on_front(finished), strict=True) if front}
+    folder, search = run.root / "search", section(run.config)
+    finished = [record for record in records if record["status"] == "finished"]
+    best = {record["trial"] for record, front in zip(finished, on_front(finished, search.time_tolerance), strict=True) if front}
     write_parquet(trials_table(records, best), folder / "trials.parquet")
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
         say(f"  [red]trial {record['trial']} failed[/] ({plain(told(record['parameters']))}): {plain(record['error'])}")
+    if stopped := [record for record in records if record["status"] == "stopped"]:
+        say(f"  stopped after the early look: {len(stopped)} of {len(records)} trials; they stand for no choice")
     if not finished:
         (folder / "recommendation.json").unlink(missing_ok=True)
         raise ArtifactError(f"none of the {len(records)} trials finished; their errors are in {folder / 'trials'}")
-    chosen, reason = recommend(finished, section(run.config).tolerance)
+    chosen, reason = recommend(finished, search.tolerance, search.time_tolerance)
     file = folder / "recommended.yaml"
     # A folder of its own: running it does not touch the search's.
     again = trial_config(run.config, chosen["parameters"]).model_copy(update={"run_dir": run.root / "recommended"})
@@ -262,7 +290,7 @@ def trials_table(records: Sequence[Record], front: set[str]) -> pa.Table:
     """Return the table of all trials: parameters as JSON text, numbers with intervals, whether each is on the front.
 
     Args:
-        records: The records.
+        records: The records, also of failed trials and of those that were stopped.
         front: Names of the trials on the Pareto front.
     """
     keys = list(dict.fromkeys(key for record in records for key in record["parameters"]))
@@ -274,7 +302,7 @@ def trials_table(records: Sequence[Record], front: set[str]) -> pa.Table:
     }
     for key in keys:
         columns[f"param.{key}"] = pa.array([json.dumps(record["parameters"].get(key)) for record in records], pa.string())
-    for name in (*NUMBERS, "align_seconds", "seconds"):
+    for name in (*NUMBERS, "align_seconds", "seconds", SIGNAL):
         columns[name] = pa.array([record.get(name) for record in records], pa.float64())
     columns["front"] = pa.array([record["trial"] in front for record in records], pa.bool_())
     columns["attacks"] = pa.array([json.dumps(record.get("attacks", {})) for record in records], pa.string())

@@ -11,8 +11,8 @@ import numpy as np
 from ray import tune
 
 from pharmacist_ray.config.load import assign, located, parse_config
-from pharmacist_ray.config.schema import Config, RangeConfig, SearchConfig
-from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.config.schema import AttackConfig, Config, RangeConfig, SearchConfig
+from pharmacist_ray.errors import ConfigError, one_of
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
@@ -77,6 +77,23 @@ def settled(config: Config, point: Mapping[str, Any]) -> tuple[Point, Config]:
     trial = trial_config(config, point)
     values = trial.model_dump(mode="json")
     return {key: _look_up(values, key) for key in point}, trial
+
+
+def early_attack(search: SearchConfig, trial: Config) -> AttackConfig:
+    """Return the attack after which a trial is looked at early.
+
+    Args:
+        search: The search section.
+        trial: The trial's configuration.
+
+    Raises:
+        ConfigError: The trial has no attack of that name.
+    """
+    names = {attack.name: attack for attack in trial.attacks}
+    name = search.early.attack or next(iter(names))
+    if name not in names:
+        raise one_of("attack of search.early.attack", name, list(names))
+    return names[name]
 
 
 def trial_name(point: Point) -> str:
@@ -152,6 +169,7 @@ def check_space(run: Run) -> list[Point]:
         settled_point, trial = settled(config, point)
         try:
             check(Run(trial, base=run))
+            early_attack(search, trial)
             for name, parameters in trial.alignment.parameters.items():
                 for objective in OBJECTIVES:
                     if name in OBJECTIVES[objective].settings:

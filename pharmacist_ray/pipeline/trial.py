@@ -5,55 +5,81 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pharmacist_ray.errors import DataError, PharmacistError
+from pharmacist_ray.pipeline.early import LOOKS, SIGNAL, look
 from pharmacist_ray.pipeline.front import OBJECTIVES
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import connected
-from pharmacist_ray.pipeline.space import settled, trial_name
+from pharmacist_ray.pipeline.space import section, settled, trial_name
 from pharmacist_ray.pipeline.stages import STAGES
 from pharmacist_ray.storage import Place, json_of, matching, write_text
 
 Record = dict[str, Any]
-"""What ``search/trials/<trial>.json`` holds: ``trial``, ``status`` (running, finished, failed), ``stage``, ``error``, ``fingerprint``
-(of the evaluation), ``parameters``, ``drawn``, ``started_at``, ``seconds``, and for a finished trial what `measured` returns."""
+"""What ``search/trials/<trial>.json`` holds: ``trial``, ``status`` (running, finished, failed, stopped), ``stage``, ``error``,
+``fingerprint`` (of the evaluation), ``parameters``, ``drawn``, ``started_at``, ``seconds``, for a trial that was looked at early
+``early`` and ``early_hs``, and for a finished trial what `measured` returns."""
 
 METRICS = {"task_accuracy": "accuracy_correct", "over_refusal": "over_refusal"}
 """A trial's number → the metric of the evaluation."""
 
 
-def run_trial(base: Run, point: Mapping[str, Any], drawn: Mapping[str, Any] | None = None) -> dict[str, float]:
+def run_trial(
+    base: Run,
+    point: Mapping[str, Any],
+    drawn: Mapping[str, Any] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Take a point through all stages, and return what it is judged by (`OBJECTIVES`).
 
     Its record is written as it goes and names the stage it is at. A trial that has finished before, from just these inputs, is not
-    run again; one that was interrupted finds its finished artifacts.
+    run again, nor is one that was stopped after the same early look; one that was interrupted finds its finished artifacts.
 
     Args:
         base: The search's own run.
         point: What the trial has otherwise.
         drawn: The point as the searcher drew it; kept, so that the searcher can be told of it again.
+        report: Told of the early look at the trial, which it may end there (it raises ``SystemExit``); without it there is none.
 
     Raises:
         PharmacistError: What a stage raised, after it was recorded.
     """
+    search = section(base.config)
     point, config = settled(base.config, point)
     run, file = Run(config, base=base), record_file(base.root, trial_name(point))
     fingerprint, known = run.evaluated.fingerprint, read_record(file)
-    if known.get("status") == "finished" and known.get("fingerprint") == fingerprint:
-        return {name: known[name] for name in OBJECTIVES}
+    how, seen = search.early.model_dump(include={"attack", "prompts"}), dict[str, Any]()
+
+    def show(signal: float) -> dict[str, Any]:
+        """Report an early look; ASHA wants to hear of it again at the end."""
+        if report:
+            report({"trial": file.stem, SIGNAL: signal, LOOKS: 1})
+        return {"trial": file.stem, SIGNAL: signal, LOOKS: 2}
+
+    same, status = known.get("fingerprint") == fingerprint, known.get("status")
+    if same and (status == "finished" or (status == "stopped" and report and known["early"] == how)):
+        if report:  # those that come later are compared with it
+            seen = show(known[SIGNAL] if known.get("early") == how else look(run, search))
+        return seen | {name: known[name] for name in OBJECTIVES if name in known}
     record: Record = {"trial": file.stem, "status": "running", "fingerprint": fingerprint, "parameters": point}
     record |= {"drawn": dict(drawn or {}), "started_at": time.time()}
     started = time.perf_counter()
     try:
         with connected(config.resources):
             for stage, work in STAGES.items():
-                if stage != "report":
-                    write_record(file, record | {"stage": stage})
-                    work(run)
+                if stage == "report":
+                    continue
+                if stage == "attack" and report:
+                    write_record(file, record | {"stage": "early look"})
+                    record |= {"early": how, SIGNAL: look(run, search)}
+                    write_record(file, record | {"stage": "early look", "seconds": round(time.perf_counter() - started, 3)})
+                    seen = show(record[SIGNAL])
+                write_record(file, record | {"stage": stage})
+                work(run)
         record |= {"status": "finished"} | measured(json_of(run.evaluated.folder / "table.json"))
     except Exception as error:
         # Ours are one line; a bug keeps its traceback, beside the record.
@@ -64,7 +90,7 @@ def run_trial(base: Run, point: Mapping[str, Any], drawn: Mapping[str, Any] | No
     finally:
         if record["status"] != "running":  # what was stopped from outside is not over
             write_record(file, record | {"seconds": round(time.perf_counter() - started, 3)})
-    return {name: record[name] for name in OBJECTIVES}
+    return seen | {name: record[name] for name in OBJECTIVES}
 
 
 def measured(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,11 +28,13 @@ def search(run: RunFiles) -> list[Block]:
     recommended = run.json("search", "recommendation.json") or {}
     finished = [trial for trial in trials if trial.get("status") == "finished" and trial.get("worst_hs") is not None]
     failed = [trial for trial in trials if trial.get("status") == "failed"]
+    stopped = [trial for trial in trials if trial.get("status") == "stopped"]
     front = [trial for trial in finished if trial.get("front")]
+    counts = f"{len(finished):,} finished, {len(failed):,} failed" + (f", {len(stopped):,} stopped early" if stopped else "")
     blocks: list[Block] = [
         Note(
-            f"{len(trials):,} trials: {len(finished):,} finished, {len(failed):,} failed, {len(front):,} on the Pareto front of worst "
-            "harmful score, task accuracy, over-refusal and alignment time. The worst harmful score is the highest over the attacks."
+            f"{len(trials):,} trials: {counts}, {len(front):,} on the Pareto front of worst harmful score, task accuracy, "
+            "over-refusal and alignment time. The worst harmful score is the highest over the attacks."
         )
     ]
     if recommended:
@@ -49,6 +51,8 @@ def search(run: RunFiles) -> list[Block]:
         text = "Pareto front: no other trial is better in one objective and as good in the others. Best is at the upper left."
         figure = Figure(text, [Plot(_front(finished, chosen))], _numbers(finished, "worst_hs", "task_accuracy"))
         blocks += [figure, _trials(front, finished)]
+    if stopped:
+        blocks.append(_stopped(stopped))
     if failed:
         rows = [(str(trial["trial"]), cut(str(trial.get("error") or "no message"), 300)) for trial in failed[:SHOWN]]
         caption = f"{len(failed):,} failed trials" + (f", the first {SHOWN}" if len(failed) > SHOWN else "")
@@ -124,6 +128,15 @@ def _trials(front: list[dict[str, Any]], finished: list[dict[str, Any]]) -> Tabl
     header = ["trial", *map(_key, varied), "worst HS", "mean HS", "task accuracy", "over-refusal", "align s", "HS by attack"]
     more = f", {SHOWN} of {len(finished):,}" if len(finished) > SHOWN else ""
     return Table(f"Finished trials, those on the front first{more}", header, rows)
+
+
+def _stopped(trials: list[dict[str, Any]]) -> Table:
+    varied = [name for name in trials[0] if name.startswith("param.")]
+    ordered = sorted(trials, key=lambda trial: (trial["early_hs"], trial["trial"]))[:SHOWN]
+    rows = [[str(trial["trial"]), *(_cell(trial, name) for name in varied), brief(trial["early_hs"])] for trial in ordered]
+    more = f", {SHOWN} of {len(trials):,}" if len(trials) > SHOWN else ""
+    caption = f"Trials that were stopped after an early look at their harmful score; they stand for no choice{more}"
+    return Table(caption, ["trial", *map(_key, varied), "early HS"], rows)
 
 
 def _key(name: str) -> str:

@@ -41,6 +41,18 @@ def test_the_command_passes_overrides_and_whether_to_go_on(file, asked, monkeypa
     assert (config.search.space, config.seed, more) == ({"seed": [1]}, 4, {"resume": bool(flags)})
 
 
+def test_the_agreement_of_a_search_that_did_not_run_is_refused(file, model_folder, asked, monkeypatch, capsys):
+    model = f"model={{path: {model_folder}, template: plain}}"
+    monkeypatch.setattr(sys, "argv", ["pharmacist", "search", "-c", str(file), "--agreement", model])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 5
+    assert capsys.readouterr().err == (
+        "pharmacist: 0 trials of this search have finished, and ranks need 3; run `pharmacist search` first\n"
+    )
+    assert asked == []
+
+
 def test_the_job_runs_the_search_of_its_configuration(file, asked, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["search", "--config", str(file), "search.concurrent=3"])
     runpy.run_module("jobs.search", run_name="__main__")

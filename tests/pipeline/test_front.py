@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pharmacist_ray.pipeline.front import non_dominated, on_front, recommend
+from pharmacist_ray.pipeline.front import non_dominated, on_front, recommend, time_levels
 
 
 def brute_force(costs: list[list[float]]) -> list[bool]:
@@ -42,11 +42,39 @@ def test_more_accuracy_is_better_and_more_of_the_rest_is_worse():
         trial("refusal", 0.2, refusal=0.2),
         trial("s", 0.2, seconds=6),
     ]
-    assert on_front([*others, best]) == [False] * 4 + [True]
+    assert on_front([*others, best], 0.0) == [False] * 4 + [True]
     apart = [trial("low", 0.1, accuracy=0.5), trial("quick", 0.5, seconds=1), trial("open", 0.5, refusal=0.0)]
-    assert on_front([best, *apart]) == [True] * 4
-    assert on_front([best, best]) == [True, True]
-    assert on_front([]) == []
+    assert on_front([best, *apart], 0.0) == [True] * 4
+    assert on_front([best, best], 0.0) == [True, True]
+    assert on_front([], 0.0) == []
+
+
+def test_times_that_differ_by_little_count_as_the_shortest_of_them():
+    seconds = [7.8, 5.6, 16.4, 5.8, 13.7, 8.5, 6.5]
+    assert time_levels(seconds, 0.5) == [5.6, 5.6, 13.7, 5.6, 13.7, 8.5, 5.6]
+    assert time_levels(seconds, 0.0) == seconds
+    assert time_levels([10.0, 11.0, 12.1], 0.1) == [10.0, 10.0, 12.1]  # no chain: the last is more than a tenth above the first
+    assert time_levels([0.0, 0.0, 1.0], 0.5) == [0.0, 0.0, 1.0]
+
+
+def test_nobody_is_on_the_front_for_a_little_luck_with_time():
+    good, lucky, quick = trial("good", 0.2, seconds=6.5), trial("lucky", 0.5, seconds=5.6), trial("quick", 0.6, seconds=3.0)
+    assert on_front([good, lucky, quick], 0.0) == [True, True, True]
+    assert on_front([good, lucky, quick], 0.5) == [True, False, True]
+    assert recommend([lucky, good, quick], 0.05, 0.5)[1].startswith("Of the 2 of 2 trials on the Pareto front")
+
+
+def test_what_is_beaten_within_the_tolerance_is_beaten_by_one_on_the_front():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        numbers = generator.integers(0, 3, (12, 3)) / 4
+        trials = [trial(str(place), *map(float, row), seconds=generator.uniform(5, 20)) for place, row in enumerate(numbers)]
+        front = on_front(trials, 0.3)
+        levels = time_levels([one["align_seconds"] for one in trials], 0.3)
+        costs = [[t["worst_hs"], -t["task_accuracy"], t["over_refusal"], s] for t, s in zip(trials, levels, strict=True)]
+        best = [cost for cost, kept in zip(costs, front, strict=True) if kept]
+        for cost, kept in zip(costs, front, strict=True):
+            assert kept or any(all(b <= c for b, c in zip(other, cost, strict=True)) and other != cost for other in best)
 
 
 def test_the_lowest_harmful_score_is_recommended_among_those_that_still_do_their_work():
@@ -56,28 +84,28 @@ def test_the_lowest_harmful_score_is_recommended_among_those_that_still_do_their
         trial("good", 0.2, accuracy=0.85),
         trial("open", 0.6),
     )
-    chosen, reason = recommend([mute, shy, good, open_], 0.05)
+    chosen, reason = recommend([mute, shy, good, open_], 0.05, 0.0)
     assert chosen is good  # 0.85 is within 0.05 of 0.9
     assert reason == (
         "Of the 2 of 4 trials on the Pareto front whose task accuracy is within 0.05 of the best (0.900) and whose over-refusal is "
         "within 0.05 of the least (0.100), it has the lowest worst harmful score after an attack: 0.200 (task accuracy 0.850, "
         "over-refusal 0.100)."
     )
-    assert recommend([mute, shy, good, open_], 0.04)[0] is open_
-    assert recommend([mute, shy, good, open_], 0.2)[0] is shy
-    assert recommend([mute, shy, good, open_], 1.0)[0] is mute
+    assert recommend([mute, shy, good, open_], 0.04, 0.0)[0] is open_
+    assert recommend([mute, shy, good, open_], 0.2, 0.0)[0] is shy
+    assert recommend([mute, shy, good, open_], 1.0, 0.0)[0] is mute
 
 
 def test_equal_harmful_scores_are_told_apart_by_the_mean_then_by_accuracy():
     worse = trial("a", 0.2, accuracy=0.9, mean_hs=0.2)
-    assert recommend([worse, trial("b", 0.2, accuracy=0.88, mean_hs=0.1, seconds=1)], 0.05)[0]["trial"] == "b"
-    assert recommend([trial("a", 0.2, accuracy=0.88, seconds=1), trial("b", 0.2, accuracy=0.9)], 0.05)[0]["trial"] == "b"
+    assert recommend([worse, trial("b", 0.2, accuracy=0.88, mean_hs=0.1, seconds=1)], 0.05, 0.0)[0]["trial"] == "b"
+    assert recommend([trial("a", 0.2, accuracy=0.88, seconds=1), trial("b", 0.2, accuracy=0.9)], 0.05, 0.0)[0]["trial"] == "b"
 
 
 def test_where_no_trial_is_within_both_the_nearest_is_taken_and_the_reason_says_so():
     trials = [trial("able", 0.1, accuracy=0.9, refusal=0.5), trial("open", 0.3, accuracy=0.5, refusal=0.1)]
     near = trial("near", 0.7, accuracy=0.8, refusal=0.2)
-    chosen, reason = recommend([*trials, near], 0.05)
+    chosen, reason = recommend([*trials, near], 0.05, 0.0)
     assert chosen is near
     assert (
         "none is within 0.05 of the best task accuracy (0.900) and the least over-refusal (0.100); of those that come nearest"

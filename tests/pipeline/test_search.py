@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pharmacist_ray.config import load_config
+from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.data.schema import Row
+from pharmacist_ray.pipeline.agreement import show_agreement
+from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.search import run_search
 from pharmacist_ray.pipeline.session import run_stage
+from pharmacist_ray.pipeline.stages import run_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -33,17 +40,29 @@ def times(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in files}
 
 
-@pytest.fixture
-def file(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) -> Path:
-    """Return a configuration with two attacks on data of a few rows."""
-    counts = {"alignment": 24, "trusted": 4, "harmful": 4, "task": 8, "attacker": 4, "ask_bad": 3, "ask_good": 3, "test": 3}
+HOSTILE = [
+    "<script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 2'>",
+    "\x1b[31mred\x1b[0m \x9b2J",
+    "\u202egnp.exe\u202c \u2066x\u2069",
+]
+"""What strangers' data may carry: scripts, commands to a terminal, and marks that turn the direction of text."""
+
+
+def write_config(folder: Path, model: Path, rows_of: Callable[..., list[Row]], hostile: bool = False) -> Path:
+    """Write a configuration with two attacks on data of a few rows, and return its path."""
+    counts = {"alignment": 24, "trusted": 4, "harmful": 4, "task": 18, "attacker": 13, "ask_bad": 3, "ask_good": 3, "test": 3}
     for seed, (name, count) in enumerate(counts.items()):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(row.raw for row in rows_of(count, seed=seed)) + "\n")
-    path = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in counts}
-    attack = {"task": path["task"], "harmful": path["attacker"], "rows": 8, "harmful_share": 0.25, "train": TRAIN}
+        lines = [row.raw for row in rows_of(count, seed=seed)]
+        if hostile and name == "alignment":
+            lines = [json.dumps(_with(json.loads(line), HOSTILE[number % 4])) for number, line in enumerate(lines)]
+            lines.append('{"prompt": "w1 <script>window.hit = 3</script>')
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    path = {name: {"path": str(folder / f"{name}.jsonl")} for name in counts}
+    attack = {"task": path["task"], "harmful": path["attacker"], "rows": 16, "harmful_share": 0.25, "train": TRAIN}
     values: dict[str, Any] = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(model), "template": "plain", "max_length": 48, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
         "resources": {"cpus_per_worker": 0.5},
         "selector": {"warmup": TRAIN, "checkpoints": [2], "batch_size": 4, "reference": None},
@@ -53,47 +72,132 @@ def file(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) 
         "attacks": [{"name": "weak", **attack}, {"name": "strong", **attack, "rows": 6}],
         "evaluation": {
             "harmful_prompts": path["ask_bad"], "benign_prompts": path["ask_good"], "task": {"source": path["test"]},
-            "max_new_tokens": 4, "bootstrap_draws": 50,
+            "max_new_tokens": 3, "bootstrap_draws": 50,
         },
         "comparison": {"selections": ["all", "pharmacist"], "seeds": [3]},
     }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "run.yaml"
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"
+
+
+def _with(row: dict[str, Any], text: str) -> dict[str, Any]:
+    return row | {"prompt": f"{row['prompt']} {text}", "response": f"{row['response']} {text}", "category": text}
+
+
+@pytest.fixture
+def file(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) -> Path:
+    """Return a configuration with two attacks on data of a few rows."""
+    return write_config(tmp_path, model_folder, rows_of)
 
 
 def table_of(root: Path) -> list[dict[str, Any]]:
     return pq.read_table(root / "search" / "trials.parquet").to_pylist()
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_trials_share_what_they_have_in_common_and_a_failure_is_one_of_them(file, capsys):
-    # Four attacks on one alignment; 0.9 of 8 rows are more harmful rows than there are.
-    space = "search={concurrent: 2, space: {attacks.0.harmful_share: [0.0, 0.25, 0.5, 0.9]}}"
-    config = load_config(file, [space])
-    run_search(config)
-    root, out = file.parent / "run", capsys.readouterr().out
+SHARES = [number / 16 for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def searched(
+    ray_local: None, model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, str]:
+    """Return a finished search that varies the share of one attack only, on hostile data, and what it printed.
+
+    Twelve trials finish, two at a time; 0.9 of 16 rows are more harmful rows than there are, so the thirteenth fails.
+    """
+    file = write_config(tmp_path_factory.mktemp("searched"), model_folder, rows_of, hostile=True)
+    config = load_config(file, [f"search={{concurrent: 2, space: {{attacks.0.harmful_share: {[*SHARES, 0.9]}}}}}"])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        run_search(config)
+    return config, out.getvalue()
+
+
+def test_twelve_trials_that_vary_the_attack_share_one_alignment_and_a_failure_is_one_of_them(searched):
+    config, out = searched
+    root = config.run_dir
     rows = table_of(root)
-    assert [row["param.attacks.0.harmful_share"] for row in rows] == ["0.0", "0.25", "0.5", "0.9"]
-    assert [row["status"] for row in rows] == ["finished"] * 3 + ["failed"]
-    assert "the attack needs 7 harmful rows but" in rows[3]["error"]
-    assert f"trial {rows[3]['trial']} failed" in out
-    made = times(root)
-    finished = [name for name in made if name.endswith("manifest.json")]
-    count = {stage: sum(name.startswith(f"{stage}/") for name in finished) for stage in ("fit", "scores", "align", "attack")}
-    assert count == {"fit": 1, "scores": 1, "align": 1, "attack": 4}  # the attack that no trial changed ran once
+    assert [float(row["param.attacks.0.harmful_share"]) for row in rows] == [*SHARES, 0.9]
+    assert [row["status"] for row in rows] == ["finished"] * 12 + ["failed"]
+    assert "the attack needs 14 harmful rows but" in rows[12]["error"]
+    assert f"trial {rows[12]['trial']} failed" in out
+    assert len({row["fingerprint"] for row in rows}) == 13
+
+    manifests = {file: json.loads(file.read_text()) for file in root.rglob("manifest.json")}
+    made: dict[str, list[Path]] = {}
+    for file, manifest in manifests.items():
+        made.setdefault(manifest["stage"], []).append(file)
+    assert {stage: len(made[stage]) for stage in ("fit", "score", "align", "evaluate")} == {
+        "fit": 1, "score": 1, "align": 1, "evaluate": 12,
+    }  # fmt: skip
+    varied = [manifest["config"]["attack"]["harmful_share"] for file, manifest in manifests.items() if ".weak-" in str(file)]
+    assert sorted(varied) == SHARES
+    assert [manifest["stage"] for file, manifest in manifests.items() if ".strong-" in str(file)] == ["attack"]
+    assert len(made["attack"]) == 13  # what no trial changed ran once
     assert len(list((root / "selections").iterdir())) == 2  # the search's and the plain one, which the report shows
-    assert len({row["fingerprint"] for row in rows}) == 4
-    records = [json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")]
-    first, second, *_ = sorted(records, key=lambda one: one["started_at"])
+    # Nobody made the alignment a second time in its place: it is older than every attack, and its run has its two steps.
+    assert max(os.stat(file).st_mtime_ns for file in made["align"]) < min(os.stat(file).st_mtime_ns for file in made["attack"])
+    for stage, count in (("fit", 1), ("align", 1), ("attack", 13)):
+        histories = list((root / stage).rglob("history.jsonl"))
+        assert [[json.loads(line)["step"] for line in one.read_text().splitlines()] for one in histories] == [[1, 2]] * count
+
+    tried = sorted((json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")), key=started_at)
+    assert tried[1]["started_at"] < tried[0]["started_at"] + tried[0]["seconds"]  # at the same time
     shares = {len(pq.read_table(one)) for one in (root / "attack").glob("*.parquet")}
-    assert (len(list((root / "attack").glob("*.parquet"))), shares) == (4, {8, 6})
-    assert second["started_at"] < first["started_at"] + first["seconds"]  # at the same time
+    assert (len(list((root / "attack").glob("*.parquet"))), shares) == (13, {16, 6})
 
-    before = times(root)
-    run_search(config)  # again: nothing is made that had been made, and the failed trial is tried once more
-    assert times(root) == before
-    assert [row["trial"] for row in table_of(root)] == [row["trial"] for row in rows]
 
+def started_at(record: dict[str, Any]) -> float:
+    return float(record["started_at"])
+
+
+def test_a_search_that_runs_again_makes_nothing_that_is_there(searched):
+    config, _ = searched
+    before, rows = times(config.run_dir), table_of(config.run_dir)
+    run_search(config)  # the failed trial is tried once more
+    assert times(config.run_dir) == before
+    assert [row["trial"] for row in table_of(config.run_dir)] == [row["trial"] for row in rows]
+
+
+def test_the_agreement_of_a_search_is_read_off_its_answers(searched, capsys):
+    config, _ = searched
+    found = show_agreement(config)
+    assert [(one.attack, one.trials) for one in found] == [("weak", 12), ("strong", 12)]
+    # A random model refuses nothing whatever the attack was: nothing to rank, and so nothing to stop.
+    assert [(one.spearman, one.stopped) for one in found] == [(None, 0.0)] * 2
+    assert "Early look (25% of the harmful prompts)" in capsys.readouterr().out
+
+
+def test_the_page_of_a_real_search_shows_every_figure_and_runs_nothing_of_its_data(searched, opened):
+    config, _ = searched
+    run_report(Run(config))
+    file = config.run_dir / "report" / "report.html"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", file.read_text())
+    page = opened(file)
+    page.locator("summary").evaluate_all("all => all.forEach(one => one.click())")
+    page.wait_for_timeout(200)
+    assert (page.asked, page.said, page.evaluate("window.hit")) == ([file.as_uri()], [], None)
+    assert page.locator("script, iframe, img, object, embed").count() == 0
+    for id in ("ran", "data", "scores", "examples", "search", "training", "reproduce"):
+        assert "Not there yet" not in page.locator(f"#{id}").inner_text()
+    shown = page.locator("#examples").inner_text()
+    for text in ("<script>window.hit = 1</script>", "<img src=x onerror='window.hit = 2'>", "⟨U+001B⟩[31mred", "⟨U+202E⟩gnp.exe"):
+        assert text in shown
+    for id in ("scores", "search", "training"):
+        pictures = page.locator(f"#{id} figure svg")
+        assert pictures.count() >= 1
+        for picture in pictures.all():
+            box = picture.bounding_box()
+            assert box["width"] > 200
+            assert box["height"] > 80
+            assert picture.locator("path").count() > 5
+    words = page.locator("#search").inner_text()
+    assert "13 trials: 12 finished, 1 failed" in words
+    assert f"Recommended: trial {json.loads((config.run_dir / 'search/recommendation.json').read_text())['trial']}" in words
+
+
+def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched):
+    config, _ = searched
+    root, rows = config.run_dir, table_of(config.run_dir)
     recommended = json.loads((root / "search" / "recommendation.json").read_text())
     chosen = next(row for row in rows if row["trial"] == recommended["trial"])
     assert chosen["front"]
@@ -105,6 +209,56 @@ def test_trials_share_what_they_have_in_common_and_a_failure_is_one_of_them(file
         assert attacks == json.loads(chosen["attacks"])
         accuracy = [row["metrics"]["accuracy_correct"]["estimate"] for row in table if row["attack"]]
         assert sum(accuracy) / 2 == chosen["task_accuracy"]
+
+
+@pytest.fixture
+def refusing(model_folder: Path, tmp_path: Path) -> Path:
+    """Return a model that knows the words of a refusal."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    words = json.loads((folder / "tokenizer.json").read_text())
+    known = words["model"]["vocab"]
+    known |= {"i": known.pop("w0"), "cannot": known.pop("w1")}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    return folder
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_asha_stops_a_trial_for_its_early_look_and_it_stays_stopped(refusing, rows_of, tmp_path, capsys):
+    """The candidates only refuse, so who learns nothing from them answers everything; the attacks change next to nothing."""
+    file = write_config(tmp_path, refusing, rows_of)
+    lines = [json.loads(row.raw) | {"response": "i cannot"} for row in rows_of(24)]
+    (tmp_path / "alignment.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    train, still = "{steps: 30, batch_size: 8, lr: 1.0e-2, weights: full}", "attacks.{}.train.lr=1.0e-8"
+    settings = [f"alignment.train={train}", still.format(0), still.format(1), "selection.ratio=1.0"]
+
+    def search(**more: Any) -> list[tuple[str, float | None]]:
+        section = {"space": {"alignment.train.lr": [0.01, 1e-8, 0.011]}, "early": {"prompts": 0.6}, **more}
+        run_search(load_config(file, [*settings, f"search={yaml.safe_dump(section, default_flow_style=True, width=10**6)}"]))
+        return [(row["status"], row["early_hs"]) for row in table_of(tmp_path / "run")]
+
+    expected = [("finished", 0.0), ("stopped", 1.0), ("finished", 0.0)]
+    assert search(scheduler="asha") == expected
+    out = capsys.readouterr().out
+    assert "stopped after the early look: 1 of 3 trials" in out
+    root = tmp_path / "run"
+    attacks = sorted(one.name.rpartition("-")[0] for one in (root / "attack").glob("pharmacist.*"))
+    assert attacks == ["pharmacist.sft.s3.strong"] * 2 + ["pharmacist.sft.s3.weak"] * 3
+    rows = {row["trial"]: row for row in table_of(root)}
+    chosen = json.loads((root / "search" / "recommendation.json").read_text())["trial"]
+    assert rows[chosen]["status"] == "finished"
+    assert not any(row["front"] for row in rows.values() if row["status"] == "stopped")
+
+    before, known = times(root), records(root)
+    assert search(scheduler="asha") == expected
+    assert (times(root), records(root)) == (before, known)
+
+    assert [status for status, _ in search()] == ["finished"] * 3  # without ASHA it goes on where it was stopped
+    assert {name: when for name, when in times(root).items() if name in before} == before
+    capsys.readouterr()
+    found = show_agreement(load_config(root / "config.yaml"))
+    assert [(one.attack, one.spearman) for one in found] == [("weak", pytest.approx(1)), ("strong", pytest.approx(1))]
+    assert "weak         │ 3      │ 1.00" in capsys.readouterr().out
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

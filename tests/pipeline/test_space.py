@@ -12,7 +12,7 @@ from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline import search as module
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.search import check_trial_room
-from pharmacist_ray.pipeline.space import check_space, decoded, domains, listed, settled, trial_config, trial_name
+from pharmacist_ray.pipeline.space import check_space, decoded, domains, early_attack, listed, settled, trial_config, trial_name
 
 
 @pytest.fixture
@@ -134,6 +134,12 @@ def test_each_end_of_a_range_and_each_value_is_checked_also_where_points_are_dra
         ({"space": {"seed": {"low": 1, "high": 2}}}, "grid needs lists of values, but search.space.seed is a range"),
         ({"space": {"seed": [1]}, "trials": 4}, "search.trials must be null: a grid tries every combination"),
         ({"space": {"seed": [1]}, "algorithm": "tpe"}, "with search.algorithm=tpe, search.trials must be set"),
+        (
+            {"space": {"seed": [1, 2]}, "algorithm": "nsga2", "trials": 2, "scheduler": "asha"},
+            "search.scheduler=asha stops trials by one number, but search.algorithm=nsga2 weighs four against each other; set "
+            "search.scheduler=none, or algorithm=grid or random",
+        ),
+        ({"space": {"seed": [1]}, "early": {"prompts": 0}}, "'search.early.prompts': Input should be greater than 0"),
         ({"space": {"seed": {"low": 2, "high": 2}}, "algorithm": "random", "trials": 1}, "needs low < high"),
         ({"space": {"seed": {"low": 0, "high": 2, "log": True}}, "algorithm": "random", "trials": 1}, "needs low above 0"),
         ({"space": {"seed": {"low": 1, "high": 4, "step": 2}}, "algorithm": "random", "trials": 1}, "multiples of its step"),
@@ -143,6 +149,13 @@ def test_mistakes_in_the_section_are_told(config_of, search, message):
     with pytest.raises(ConfigError) as error:
         config_of(**search)
     assert message in str(error.value)
+
+
+def test_the_attack_of_the_early_look_must_be_one_of_the_suite(config_of):
+    found = refused(config_of({"selection.ratio": [0.2]}, early={"attack": "p11"}))
+    assert "unknown attack of search.early.attack 'p11' (did you mean 'p10'?)" in found
+    config = config_of({"selection.ratio": [0.2]})
+    assert early_attack(config.search, config).name == "p10"
 
 
 def test_a_search_needs_its_section_and_something_to_judge_by(config_of):
@@ -200,7 +213,7 @@ def test_trials_that_would_wait_for_each_other_do_not_start(config_of, monkeypat
 def test_a_folder_of_another_search_is_not_taken_unasked(config_of):
     first, second = config_of({"seed": [1, 2]}), config_of({"seed": [1, 2, 3]})
     module._claim(Run(first), first.search, False)
-    module._claim(Run(first), first.search.model_copy(update={"concurrent": 3}), False)
+    module._claim(Run(first), first.search.model_copy(update={"concurrent": 3, "scheduler": "asha"}), False)
     with pytest.raises(
         module.ArtifactError, match="holds the trials of another `search` section; pass --resume to go on with this one"
     ):

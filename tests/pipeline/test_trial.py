@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pharmacist_ray.config.load import parse_config
+from pharmacist_ray.config.schema import EarlyConfig
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.pipeline import trial as module
@@ -17,7 +18,7 @@ from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.search import trials_table
 from pharmacist_ray.pipeline.sharing import alone, making
 from pharmacist_ray.pipeline.space import trial_config
-from pharmacist_ray.pipeline.trial import measured, read_records, record_file, run_trial
+from pharmacist_ray.pipeline.trial import measured, read_records, record_file, run_trial, write_record
 
 
 @pytest.fixture
@@ -79,6 +80,65 @@ def test_a_finished_trial_answers_from_its_record(base, monkeypatch):
     (base.root / "search" / "evaluation").rename(base.root / "search" / "old")
     run_trial(Run(other), {"selection.ratio": 0.2})
     assert len(calls) == 4
+
+
+class Stop(SystemExit):
+    """What Ray Tune raises in a trial's process where it reports."""
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, base: Run, *, stop: bool, **early: Any) -> tuple[Run, list[Any], Any]:
+    """Return a run with ASHA, the list of what was reported and looked at, and a report that may stop the trial."""
+    search = base.config.search.model_copy(update={"early": EarlyConfig(**early), "scheduler": "asha"})
+    made: list[Any] = []
+    monkeypatch.setattr(module, "look", lambda run, search: made.append("look") or 0.4)
+
+    def report(told: dict[str, Any]) -> None:
+        made.append((told["early_hs"], told["looks"]))
+        if stop:
+            raise Stop
+
+    return Run(base.config.model_copy(update={"search": search})), made, report
+
+
+def test_a_trial_is_looked_at_before_its_attacks_and_may_end_there(base, monkeypatch):
+    calls: list[str] = []
+    stages(monkeypatch, calls)
+    monkeypatch.setitem(module.STAGES, "attack", lambda run: calls.append("attack"))
+    monkeypatch.setattr(module, "STAGES", {name: module.STAGES[name] for name in ("align", "attack", "evaluate")})
+    run, made, report = looks(monkeypatch, base, stop=True)
+    with pytest.raises(Stop):
+        run_trial(run, {"selection.ratio": 0.2}, report=report)
+    assert (calls, made) == (["align"], ["look", (0.4, 1)])
+    (record,) = read_records(base.root)  # whoever stopped it writes that down
+    assert (record["status"], record["early_hs"], record["early"]) == ("running", 0.4, {"attack": None, "prompts": 0.25})
+
+    write_record(record_file(base.root, record["trial"]), record | {"status": "stopped"})
+    run, made, report = looks(monkeypatch, base, stop=False)
+    assert run_trial(run, {"selection.ratio": 0.2}, report=report) == {"trial": record["trial"], "early_hs": 0.4, "looks": 2}
+    assert (calls, made) == (["align"], [(0.4, 1)])  # kept, and the scheduler is told of it
+    assert read_records(base.root)[0]["status"] == "stopped"
+
+    run, made, report = looks(monkeypatch, base, stop=False, prompts=0.5)  # another look, another chance
+    assert run_trial(run, {"selection.ratio": 0.2}, report=report)["worst_hs"] == 0.3
+    assert (calls, made) == (["align", "align", "attack", "evaluate 0.2"], ["look", (0.4, 1)])
+    run, made, report = looks(monkeypatch, base, stop=True)
+    with pytest.raises(Stop):
+        run_trial(run, {"selection.ratio": 0.2}, report=report)
+    assert (len(calls), made) == (4, ["look", (0.4, 1)])
+    assert read_records(base.root)[0]["status"] == "finished"  # what has finished is not stopped
+
+
+def test_without_a_scheduler_a_trial_that_was_stopped_goes_on(base, monkeypatch):
+    calls: list[str] = []
+    stages(monkeypatch, calls)
+    run_trial(base, {"selection.ratio": 0.2})
+    (record,) = read_records(base.root)
+    early = {"attack": None, "prompts": 0.25}
+    write_record(record_file(base.root, record["trial"]), record | {"status": "stopped", "early": early, "early_hs": 0.9})
+    (base.root / "search" / "evaluation").rename(base.root / "search" / "old")
+    assert run_trial(base, {"selection.ratio": 0.2})["worst_hs"] == 0.3
+    assert len(calls) == 4
+    assert read_records(base.root)[0]["status"] == "finished"
 
 
 @pytest.mark.parametrize(

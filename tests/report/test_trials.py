@@ -73,6 +73,21 @@ def test_a_parameter_that_all_share_or_that_is_no_number_has_no_panel(made):
     assert "flag" in of(Table, made)[0].header
 
 
+def test_stopped_trials_are_counted_and_listed_with_their_early_look_and_nowhere_else(made):
+    file = made.root / "search" / "trials.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for number, row in enumerate(rows):
+        row["early_hs"] = 0.9 - number / 100 if number in (4, 5) else None
+        if row["early_hs"]:
+            row |= {"status": "stopped", "worst_hs": None, "task_accuracy": None, "mean_hs": None, "front": False}
+    write_parquet(pa.Table.from_pylist(rows), file)
+    assert of(Note, made)[0].text.startswith("24 trials: 19 finished, 3 failed, 2 stopped early, 3 on the Pareto front")
+    finished, stopped, failed = of(Table, made)
+    assert stopped.header == ["trial", "selection.ratio", "selector.intensity", "alignment.objective", "early HS"]
+    assert stopped.rows == [["t05", "0.4", "0.01", "sft", "0.85"], ["t04", "0.2", "0.1", "vaccine", "0.86"]]
+    assert not {"t04", "t05"} & {row[0] for table in (finished, failed) for row in table.rows}
+
+
 @pytest.mark.parametrize("keep", ["failed", "none"])
 def test_a_search_without_a_finished_trial_has_no_figure(made, keep):
     file = made.root / "search" / "trials.parquet"
