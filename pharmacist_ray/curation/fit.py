@@ -25,6 +25,7 @@ from pharmacist_ray.data.rows import (
     count_rows,
     iterate_rows,
     read_rows,
+    room_for,
     row_at,
     sample_rows,
     write_parquet,
@@ -166,10 +167,11 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
-    for step in job.selector.checkpoints:
-        _directions(job, step, ranks)
-    if job.selector.mode == "iterative":
-        _learn_logits(job, ranks)
+    with room_for(Path(job.out)):
+        for step in job.selector.checkpoints:
+            _directions(job, step, ranks)
+        if job.selector.mode == "iterative":
+            _learn_logits(job, ranks)
 
 
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:

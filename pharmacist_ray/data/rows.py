@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import uuid
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, table_from_rows, uniform
-from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.errors import ArtifactError, PharmacistError, ResourceError
 
 
 def parquet_files(path: Path | str) -> list[Path]:
@@ -104,10 +105,38 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a name beside ``path`` to write to; it takes the place of ``path`` if the block succeeds, and is removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Say in one line what to do when there is no room to write; whatever library writes.
+
+    Args:
+        path: What is written, for the message.
+
+    Raises:
+        ResourceError: The disk is full, a quota is used up, or a file may not grow as large.
+    """
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise ResourceError(
+            f"no space is left to write {path}; free some, then run the same command again: it goes on"
+        ) from error
+
+
+def no_room(error: Exception) -> bool:
+    """Say whether an error means that a disk is full; Arrow and safetensors have it in their text only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    known = isinstance(error, OSError) and error.errno in numbers
+    return known or (not isinstance(error, PharmacistError) and any(os.strerror(number) in str(error) for number in numbers))

@@ -77,8 +77,9 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
     """
     over = threading.Event()
     total = sum(steps)
+    attempts: dict[Path, int] = {}
 
-    def done() -> tuple[float, str]:
+    def done(tell: bool = True) -> tuple[float, str]:
         count, latest = 0.0, []
         for folder, number in zip(folders, steps, strict=True):
             if (folder / "result.json").exists():
@@ -86,6 +87,12 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
                 continue
             try:
                 values = json.loads(folder.with_name(f"{folder.name}.progress.json").read_text())
+                if tell and values["attempt"] > attempts.get(folder, 1):
+                    say(
+                        f"  {plain(values['name'])} was interrupted; it goes on after step {values['resumed']} of {values['total']} "
+                        f"(attempt {values['attempt']})"
+                    )
+                attempts[folder] = values["attempt"]
                 count += values["step"]
                 latest.append(
                     f"loss {values['loss']:.3g}, gradient {values['grad_norm']:.2g}, {values['tokens_per_s']:.0f} tokens/s"
@@ -101,6 +108,7 @@ def watch_training(what: str, folders: list[Path], steps: list[int]) -> Iterator
                 count, note = done()
                 show(count, total, note)
 
+        done(tell=False)  # what an earlier command left
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:

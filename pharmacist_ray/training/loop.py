@@ -16,10 +16,11 @@ import torch
 
 from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
 from pharmacist_ray.data.render import Renderer, Template
-from pharmacist_ray.data.rows import write_text
+from pharmacist_ray.data.rows import room_for, write_text
 from pharmacist_ray.errors import ConfigError, TrainingError
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.training.blame import rows_that_fail
 from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
 from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
@@ -75,11 +76,16 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         ranks: This worker; by default found from the process group.
 
     Raises:
-        TrainingError: The loss is not finite; names the step and the rows of the micro-batch.
+        TrainingError: The loss is not finite, or rows make the model raise; names the step and the rows.
         DataError: A set has fewer rows than a batch.
         ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
+        ResourceError: The disk is full.
     """
-    ranks = ranks or current_ranks()
+    with room_for(Path(task.out)):
+        return _run_task(task, ranks or current_ranks())
+
+
+def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     out = Path(task.out)
     if (out / "result.json").exists():
         return dict(json.loads((out / "result.json").read_text()))
@@ -87,8 +93,7 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     check_task(task)
     objective = OBJECTIVES[task.objective]
     draft = out.with_name(f"{out.name}.partial")
-    if ranks.first:
-        _claim(draft, task)
+    attempt = _claim(draft, task) if ranks.first else 1
     ranks.barrier()
     saved = newest_state(draft)
     values: dict[str, Any] = read_values(saved) if saved else {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -118,6 +123,9 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                     settings=_described(task),
                 )
             )
+        told = {"name": task.name, "total": task.train.steps, "attempt": attempt, "resumed": values["step"]}
+        if attempt > 1:
+            write_text(json.dumps({**told, **values}), progress_file(out))
         started, reported = time.perf_counter() - values["seconds"], 0.0
         for number in range(values["step"], task.train.steps):
             batches, positions = stream.step(number, ranks, task.train.accumulation)
@@ -132,10 +140,22 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                 harmful=harmful.step(number, ranks, task.train.accumulation)[0] if harmful else (),
                 state=state,
             )
+            if ranks.first:
+                ranks.tell(f"{task.name}: step {number + 1} of {task.train.steps}, rows {_named(stream.whole(number))}")
             losses = []
-            for loss in objective.run(step):
-                losses.append(loss.detach().float())
-                engine.backward(loss)
+            try:
+                for loss in objective.run(step):
+                    losses.append(loss.detach().float())
+                    engine.backward(loss)
+            except Exception as error:
+                streams = [stream, harmful] if harmful else [stream]
+                if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):
+                    raise TrainingError(
+                        f"{task.name}: rows {_named(failed)} make the model raise at step {number + 1} of {task.train.steps} "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); take them out of the data, or mend the "
+                        "model or its tokenizer"
+                    ) from error
+                raise  # a bug, or another worker that is gone
             everyone = ranks.gather(torch.stack(losses))
             _check_finite(task, everyone, stream, number, ranks)
             rate = max(group["lr"] for group in engine.optimizer.param_groups)
@@ -163,7 +183,7 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                 log(number + 1, {key: value for key, value in values.items() if key != "step"})
                 if time.perf_counter() - reported > REPORT_EVERY_S or number + 1 == task.train.steps:
                     reported = time.perf_counter()
-                    write_text(json.dumps({"name": task.name, "total": task.train.steps, **values}), progress_file(out))
+                    write_text(json.dumps({**told, **values}), progress_file(out))
             if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
                 if ranks.first:
                     history.flush()
@@ -223,24 +243,31 @@ def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number:
         return
     rank, micro = divmod(bad[0], task.train.accumulation)
     ids = stream.ids(number, rank, ranks.workers, task.train.accumulation, micro)
-    named = ", ".join(ids[:4]) + (" …" if len(ids) > 4 else "")
     own = "".join(
         f", {name}={dict(values)}" for name, values in task.parameters.items() if name in OBJECTIVES[task.objective].settings
     )
     raise TrainingError(
-        f"{task.name}: the loss is {float(losses[bad[0]])} at step {number + 1} of {task.train.steps}, rows {named}; "
+        f"{task.name}: the loss is {float(losses[bad[0]])} at step {number + 1} of {task.train.steps}, rows {_named(ids)}; "
         f"lower the learning rate ({task.train.lr:g}) or the perturbation ({task.objective}{own}), or look at these rows"
     )
 
 
-def _claim(draft: Path, task: TrainTask) -> None:
-    """Keep what an interrupted attempt at the same task left behind; remove anything else."""
+def _named(ids: list[str]) -> str:
+    return ", ".join(ids[:4]) + (f" … ({len(ids)} in all)" if len(ids) > 4 else "")
+
+
+def _claim(draft: Path, task: TrainTask) -> int:
+    """Keep what an interrupted attempt at the same task left behind, remove anything else, and return the number of this attempt."""
     identity = hashlib.sha256(json.dumps(_described(task), sort_keys=True, default=str).encode()).hexdigest()
     marker = draft / "task.sha256"
     if not marker.exists() or marker.read_text() != identity:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write_text(identity, marker)
+    attempts = draft / "attempts"
+    number = 1 + (int(attempts.read_text()) if attempts.exists() else 0)
+    write_text(str(number), attempts)
+    return number
 
 
 def _described(task: TrainTask) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def test_rows_that_fail_only_together_are_nobodys_fault(tmp_path: Path) -> None:
             raise kind
         return [row.prompt for row in some]
 
-    for kind in (Gone(), MemoryError("no room")):
+    kind: BaseException
+    for kind in (Gone(), MemoryError("no room")):  # noqa: B007 - score raises it
         with pytest.raises(ResourceError, match=r"can be scored one by one but not together .* lower scoring\.tokens_per_batch"):
             attempts(16, score, tmp_path / "attempt.json")
     kind = ValueError("a bug")
@@ -169,7 +170,7 @@ def test_workers_that_die_before_any_row_end_the_run(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(Gone):
             Isolation("part-00000.parquet", rows(8), tmp_path / "attempt.json").load(load)
-    with pytest.raises(ResourceError, match="^3 scoring workers died while they loaded the model, before any row; "):
+    with pytest.raises(ResourceError, match=r"^3 scoring workers died while they loaded the model, before any row; "):
         Isolation("part-00000.parquet", rows(8), tmp_path / "attempt.json")
     isolation = Isolation("part-00000.parquet", rows(8), tmp_path / "attempt.json")
     isolation.load(lambda: None)
