@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, one_of
+from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, one_of
 
 app = typer.Typer(
     name="pharmacist",
@@ -69,6 +69,17 @@ def plain_failures() -> Iterator[None]:
 
         print(f"pharmacist: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
+    except Exception as error:
+        from pharmacist_ray.storage import no_room  # a library that writes by itself, as Ray does
+
+        if not no_room(error):
+            raise
+        where = getattr(error, "filename", None) or "the run directory or Ray's temporary folder"
+        print(  # noqa: T201
+            f"pharmacist: no space is left to write {where}; free some, then run the same command again: it goes on",
+            file=sys.stderr,
+        )
+        sys.exit(ResourceError.exit_code)
 
 
 def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = False) -> None:

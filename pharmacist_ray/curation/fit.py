@@ -24,7 +24,7 @@ from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, local_copy, place, replacing, write_parquet, write_text
+from pharmacist_ray.storage import Place, local_copy, place, replacing, room_for, write_parquet, write_text
 from pharmacist_ray.training.launch import run_on_workers
 from pharmacist_ray.training.loop import TrainTask, progress_file, run_task
 from pharmacist_ray.training.ranks import Ranks
@@ -157,10 +157,11 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
-    for step in job.selector.checkpoints:
-        _directions(job, step, ranks)
-    if job.selector.mode == "iterative":
-        _learn_logits(job, ranks)
+    with room_for(place(job.out)):
+        for step in job.selector.checkpoints:
+            _directions(job, step, ranks)
+        if job.selector.mode == "iterative":
+            _learn_logits(job, ranks)
 
 
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:

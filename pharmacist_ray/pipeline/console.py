@@ -78,8 +78,9 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
     total = sum(steps)
     # Every look is a request for each run, where they lie in an object store.
     every = 5.0 if any(isinstance(folder, RemotePath) for folder in folders) else 0.5
+    attempts: dict[Place, int] = {}
 
-    def done() -> tuple[float, str]:
+    def done(tell: bool = True) -> tuple[float, str]:
         count, latest = 0.0, []
         for folder, number in zip(folders, steps, strict=True):
             if (folder / "result.json").exists():
@@ -87,6 +88,12 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
                 continue
             try:
                 values = json_of(folder.with_name(f"{folder.name}.progress.json"))
+                if tell and values["attempt"] > attempts.get(folder, 1):
+                    say(
+                        f"  {plain(values['name'])} was interrupted; it goes on after step {values['resumed']} of {values['total']} "
+                        f"(attempt {values['attempt']})"
+                    )
+                attempts[folder] = values["attempt"]
                 count += values["step"]
                 latest.append(
                     f"loss {values['loss']:.3g}, gradient {values['grad_norm']:.2g}, {values['tokens_per_s']:.0f} tokens/s"
@@ -102,6 +109,7 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
                 count, note = done()
                 show(count, total, note)
 
+        done(tell=False)  # what an earlier command left
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:

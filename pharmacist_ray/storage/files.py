@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from pyarrow import fs
 
-from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.errors import PharmacistError, ResourceError
 from pharmacist_ray.storage.places import Place, RemotePath, patient, place
 
 _BLOCK = 8 << 20  # bytes of one part on the way
@@ -100,19 +101,47 @@ def replacing(path: Place) -> Iterator[Path]:
     In a folder it lies beside ``path`` and is renamed; to an object store it is uploaded, where a file is there as a whole or not
     at all.
     """
-    if isinstance(path, RemotePath):
-        temporary = scratch() / f"{uuid.uuid4().hex}.tmp"
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
+    with room_for(path):
         if isinstance(path, RemotePath):
-            _upload(temporary, path)
+            temporary = scratch() / f"{uuid.uuid4().hex}.tmp"
         else:
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            yield temporary
+            if isinstance(path, RemotePath):
+                _upload(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def room_for(path: Place) -> Iterator[None]:
+    """Say in one line what to do when there is no room to write; whatever library writes.
+
+    Args:
+        path: What is written, for the message.
+
+    Raises:
+        ResourceError: The disk is full, a quota is used up, or a file may not grow as large.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise ResourceError(
+            f"no space is left to write {path}; free some, then run the same command again: it goes on"
+        ) from error
+
+
+def no_room(error: Exception) -> bool:
+    """Say whether an error means that a disk is full; Arrow and safetensors have it in their text only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    known = isinstance(error, OSError) and error.errno in numbers
+    return known or (not isinstance(error, PharmacistError) and any(os.strerror(number) in str(error) for number in numbers))
 
 
 def remove_tree(folder: Place) -> None:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pharmacist_ray.config.schema import ResourcesConfig
-from pharmacist_ray.errors import PharmacistError
-from pharmacist_ray.storage import Place, RemotePath
+from pharmacist_ray.errors import PharmacistError, TrainingError
+from pharmacist_ray.storage import Place, RemotePath, room_for
+from pharmacist_ray.training.board import Board
 from pharmacist_ray.training.loop import TrainTask, run_task
 from pharmacist_ray.training.ranks import Ranks, current_ranks
 from pharmacist_ray.training.remote import check_room, per_worker
+
+MAX_PREEMPTIONS = 1000
+"""Machines that a training run may lose with notice, which Ray counts apart from failures and by default without bound: more than
+weeks on preemptible machines take (ours)."""
 
 Work = Callable[[Any, Ranks], Any]
 """What runs on every worker: (payload, this worker) → a small picklable value, of which the first worker's is kept."""
@@ -27,6 +34,7 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resou
 
     A worker that dies is replaced (with its whole group) up to ``resources.max_failures`` times, and the work starts again; work
     that leaves finished parts on disk therefore only does what is missing. Errors of our own are not retried: they would come again.
+    If not all workers meet them, the group starts once more, to be told of it and to end.
 
     Args:
         work: A module-level function.
@@ -37,25 +45,38 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resou
 
     Raises:
         PharmacistError: What the work raised.
-        ResourceError: The cluster never had room for the workers.
+        ResourceError: The cluster never had room for the workers, or the disk is full.
+        TrainingError: Workers died more often than they are replaced.
     """
     needed = per_worker(resources)
     check_room(needed, resources.workers)
+    attempt = f"{name}-{uuid.uuid4().hex[:8]}"
+    board = Board(attempt)
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"work": work, "payload": payload, "threads": max(1, int(resources.cpus_per_worker))},
+        train_loop_config={"work": work, "payload": payload, "threads": max(1, int(resources.cpus_per_worker)), "board": board},
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=needed
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             # A name of its own per attempt: what is finished is known from the artifacts, not from Ray Train's snapshot.
-            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            name=attempt,
             **storage_of(storage),
-            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=3, max_preemption_failures=MAX_PREEMPTIONS
+            ),
         ),
     )
-    value, error = trainer.fit().return_value  # the return value: metrics without a checkpoint are not kept
+    try:
+        with room_for(storage):
+            value, error = trainer.fit().return_value  # the return value: metrics without a checkpoint are not kept
+    except TrainingFailedError as failure:
+        error = board.error() or _why(failure, name, board, resources)
+        if error is failure:
+            raise
+    finally:
+        board.clear()
     if error is not None:
         raise error
     return value
@@ -66,6 +87,23 @@ def storage_of(folder: Place) -> dict[str, Any]:
     if isinstance(folder, RemotePath):
         return {"storage_path": folder.inner, "storage_filesystem": folder.filesystem}
     return {"storage_path": str(folder.resolve())}
+
+
+def _why(
+    failure: TrainingFailedError, name: str, board: Board, resources: ResourcesConfig
+) -> TrainingFailedError | TrainingError:
+    """Return what to raise when Ray Train has given up: one line if a worker died, else the failure, with where it was."""
+    told = board.told()
+    failures = failure.worker_failures.values() if isinstance(failure, WorkerGroupError) else ()
+    gone = [one for one in failures if isinstance(getattr(one, "health_check_failure", one), ray.exceptions.RayError)]
+    if not gone:
+        failure.add_note(f"{name}: {told or 'before the first step'}")
+        return failure
+    return TrainingError(
+        f"{name}: its workers died {resources.max_failures + 1} times (resources.max_failures={resources.max_failures}), the last "
+        f"time at {told or 'the start'}; if it is always there, look at these rows, else at the machines' memory; the same command "
+        "again goes on from the last saved state"
+    )
 
 
 def train_all(tasks: Sequence[TrainTask], *, name: str, storage: Place, resources: ResourcesConfig) -> list[dict[str, Any]]:
@@ -101,8 +139,15 @@ def run_tasks(tasks: Sequence[TrainTask], ranks: Ranks) -> list[dict[str, Any]]:
 
 def _on_worker(config: dict[str, Any]) -> tuple[Any, PharmacistError | None]:
     torch.set_num_threads(config["threads"])
-    ranks = current_ranks()
-    try:
-        return config["work"](config["payload"], ranks), None
-    except PharmacistError as error:
-        return None, error
+    board: Board = config["board"]
+    ranks = replace(current_ranks(), tell=board.tell)
+    error = board.error()  # of a group before this one
+    if error is None:
+        try:
+            return config["work"](config["payload"], ranks), None
+        except PharmacistError as raised:
+            error = raised
+    board.post(ranks.rank, error)
+    if not board.all_posted(ranks.workers):
+        raise error  # the others may wait for this worker for ever: only a failure ends the group
+    return None, error

@@ -27,9 +27,11 @@ from pharmacist_ray.storage import (
     pull_tree,
     push_tree,
     remove_tree,
+    room_for,
     working_folder,
     write_text,
 )
+from pharmacist_ray.training.blame import rows_that_fail
 from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
 from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
@@ -85,11 +87,16 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         ranks: This worker; by default found from the process group.
 
     Raises:
-        TrainingError: The loss is not finite; names the step and the rows of the micro-batch.
+        TrainingError: The loss is not finite, or rows make the model raise; names the step and the rows.
         DataError: A set has fewer rows than a batch.
         ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
+        ResourceError: The disk is full.
     """
-    ranks = ranks or current_ranks()
+    with room_for(place(task.out)):
+        return _run_task(task, ranks or current_ranks())
+
+
+def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     out = place(task.out)
     if (out / "result.json").exists():
         return dict(json_of(out / "result.json"))
@@ -98,8 +105,7 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     objective = OBJECTIVES[task.objective]
     draft = out.with_name(f"{out.name}.partial")
     work = working_folder(draft)
-    if ranks.first:
-        _claim(draft, work, task)
+    attempt = _claim(draft, work, task) if ranks.first else 1
     ranks.barrier()
     saved = newest_state(draft)
     values: dict[str, Any] = read_values(saved) if saved else {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -129,6 +135,9 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                     settings=_described(task),
                 )
             )
+        told = {"name": task.name, "total": task.train.steps, "attempt": attempt, "resumed": values["step"]}
+        if attempt > 1:
+            write_text(json.dumps({**told, **values}), progress_file(out))
         started, reported = time.perf_counter() - values["seconds"], 0.0
         for number in range(values["step"], task.train.steps):
             batches, positions = stream.step(number, ranks, task.train.accumulation)
@@ -143,10 +152,22 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                 harmful=harmful.step(number, ranks, task.train.accumulation)[0] if harmful else (),
                 state=state,
             )
+            if ranks.first:
+                ranks.tell(f"{task.name}: step {number + 1} of {task.train.steps}, rows {_named(stream.whole(number))}")
             losses = []
-            for loss in objective.run(step):
-                losses.append(loss.detach().float())
-                engine.backward(loss)
+            try:
+                for loss in objective.run(step):
+                    losses.append(loss.detach().float())
+                    engine.backward(loss)
+            except Exception as error:
+                streams = [stream, harmful] if harmful else [stream]
+                if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):
+                    raise TrainingError(
+                        f"{task.name}: rows {_named(failed)} make the model raise at step {number + 1} of {task.train.steps} "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); take them out of the data, or mend the "
+                        "model or its tokenizer"
+                    ) from error
+                raise  # a bug, or another worker that is gone
             everyone = ranks.gather(torch.stack(losses))
             _check_finite(task, everyone, stream, number, ranks)
             rate = max(group["lr"] for group in engine.optimizer.param_groups)
@@ -174,7 +195,7 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
                 log(number + 1, {key: value for key, value in values.items() if key != "step"})
                 if time.perf_counter() - reported > REPORT_EVERY_S or number + 1 == task.train.steps:
                     reported = time.perf_counter()
-                    write_text(json.dumps({"name": task.name, "total": task.train.steps, **values}), progress_file(out))
+                    write_text(json.dumps({**told, **values}), progress_file(out))
             if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
                 if ranks.first:
                     history.flush()
@@ -234,27 +255,34 @@ def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number:
         return
     rank, micro = divmod(bad[0], task.train.accumulation)
     ids = stream.ids(number, rank, ranks.workers, task.train.accumulation, micro)
-    named = ", ".join(ids[:4]) + (" …" if len(ids) > 4 else "")
     own = "".join(
         f", {name}={dict(values)}" for name, values in task.parameters.items() if name in OBJECTIVES[task.objective].settings
     )
     raise TrainingError(
-        f"{task.name}: the loss is {float(losses[bad[0]])} at step {number + 1} of {task.train.steps}, rows {named}; "
+        f"{task.name}: the loss is {float(losses[bad[0]])} at step {number + 1} of {task.train.steps}, rows {_named(ids)}; "
         f"lower the learning rate ({task.train.lr:g}) or the perturbation ({task.objective}{own}), or look at these rows"
     )
 
 
-def _claim(draft: Place, work: Path, task: TrainTask) -> None:
-    """Keep what an interrupted attempt at the same task left behind; remove anything else."""
+def _named(ids: list[str]) -> str:
+    return ", ".join(ids[:4]) + (f" … ({len(ids)} in all)" if len(ids) > 4 else "")
+
+
+def _claim(draft: Place, work: Path, task: TrainTask) -> int:
+    """Keep what an interrupted attempt at the same task left behind, remove anything else, and return the number of this attempt."""
     identity = hashlib.sha256(json.dumps(_described(task), sort_keys=True, default=str).encode()).hexdigest()
     marker = draft / "task.sha256"
     if marker.exists() and marker.read_text() == identity:
         pull_tree(draft, work)
-        return
-    remove_tree(draft)
-    remove_tree(work)
-    write_text(identity, work / marker.name)
-    push_tree(work, draft)
+    else:
+        remove_tree(draft)
+        remove_tree(work)
+        write_text(identity, work / marker.name)
+        push_tree(work, draft)
+    attempts = draft / "attempts"
+    number = 1 + (int(attempts.read_text()) if attempts.exists() else 0)
+    write_text(str(number), attempts)
+    return number
 
 
 def _described(task: TrainTask) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +20,8 @@ class Ranks:
     rank: int
     workers: int
     device: torch.device
+    tell: Callable[[str], None] = lambda what: None
+    """Says what the group is about to do, to whoever asks if it never says anything again."""
 
     @property
     def first(self) -> bool:

@@ -63,6 +63,18 @@ class Stream:
         rows = self.order.micro_batches(number, rank=rank, workers=workers, accumulation=accumulation)[micro]
         return [str(self.table.column("id")[row]) for row in rows]
 
+    def rows(self, number: int, ranks: Ranks, accumulation: int) -> list[list[int]]:
+        """Return the row numbers of one worker's micro-batches of a step."""
+        return self.order.micro_batches(number, rank=ranks.rank, workers=ranks.workers, accumulation=accumulation)
+
+    def whole(self, number: int) -> list[str]:
+        """Return the row ids of a step's whole batch."""
+        return self.ids(number, 0, 1, 1, 0)
+
+    def alone(self, row: int) -> Batch:
+        """Return a batch of one row."""
+        return self._collate([row])
+
     def _collate(self, rows: list[int]) -> Batch:
         batch = self._renderer.collate([self._sample(row) for row in rows])
         for place, row in enumerate(rows):
