@@ -367,7 +367,7 @@ def run_evaluate(run: Run) -> None:
 def run_report(run: Run) -> None:
     """Print the comparison and write it to ``report/``, with a page of whatever part of the run there is."""
     if run.config.evaluation is None or not run.evaluated.manifest():
-        if run.config.search is None:
+        if not (run.root / "search" / "trials.parquet").exists():
             say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")
     else:
         write_report(run.evaluated.require(), run.root / "report", console)
