@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -356,6 +358,33 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, tmp_path):
     now = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix="whole/")["Contents"]}
     changed = {key for key in now if now[key] != dates.get(key)}
     assert {key.split("/")[1] for key in changed} <= {"report", "config.yaml"}
+
+
+def test_a_storage_that_refuses_while_scoring_changes_nothing(done, files, s3):
+    root, _ = done
+    refused = len(s3.refused)
+
+    def refuse() -> None:
+        while not any(key.startswith("refusing/fit/manifest") for key in s3.keys("refusing/")):
+            time.sleep(0.05)
+        s3.refusing.set()  # what is written next are scores
+        time.sleep(10)
+        s3.refusing.clear()
+
+    arguments = ("--config", files / "run.yaml", f"run_dir={s3.uri('refusing')}")
+    for stage in ("ingest", "fit"):
+        assert pharmacist(stage, *arguments).code == 0
+    thread = threading.Thread(target=refuse, daemon=True)
+    thread.start()
+    for stage in ("score", "select"):
+        outcome = pharmacist(stage, *arguments)
+        assert outcome.code == 0, outcome
+    thread.join()
+    assert len(s3.refused) > refused
+    shard = "selections/pharmacist/rows/part-00000.parquet"
+    body = s3.client.get_object(Bucket="bucket", Key=f"refusing/{shard}")["Body"].read()
+    assert pq.read_table(io.BytesIO(body)).equals(pq.read_table(root / shard))
+    assert len([key for key in s3.keys("refusing/scores/rows/") if key.endswith(".parquet")]) == 2
 
 
 def test_a_bucket_with_credentials_in_its_name_is_refused_before_anything_is_written(files):
