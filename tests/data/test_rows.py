@@ -15,6 +15,7 @@ from pharmacist_ray.data.rows import (
     iterate_rows,
     parquet_files,
     read_rows,
+    room_for,
     row_at,
     sample_rows,
     write_parquet,
@@ -22,7 +23,7 @@ from pharmacist_ray.data.rows import (
     write_text,
 )  # fmt: skip
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, table_from_rows, uniform
-from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.errors import ArtifactError, ResourceError
 
 Rows = Callable[..., list[Row]]
 
@@ -131,3 +132,37 @@ def test_extra_columns_of_a_file_do_not_disturb(rows_of: Rows, tmp_path: Path):
     pq.write_table(table_from_rows([row]).append_column("score", [[0.5]]), tmp_path / "x.parquet")
     assert list(iterate_rows(tmp_path)) == [row]
     assert sample_rows(tmp_path, 1, 0) == [row]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
+def test_no_room_is_said_in_one_line():
+    def write() -> None:
+        with open("/dev/full", "w") as file:  # opened, never renamed over: root could replace the device
+            file.write("text")
+
+    line = r"^no space is left to write run/scores; free some, then run the same command again: it goes on$"
+    with pytest.raises(ResourceError, match=line), room_for(Path("run/scores")):
+        write()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(122, "Disk quota exceeded"),
+        OSError(27, "File too large"),
+    ],
+    ids=["arrow", "safetensors", "quota", "limit"],
+)
+def test_what_libraries_say_of_a_full_disk_is_understood(error):
+    """Their words as `tests/faults/test_disk.py` meets them."""
+    with pytest.raises(ResourceError, match="no space is left to write x; "), room_for(Path("x")):
+        raise error
+
+
+def test_other_errors_pass_as_they_are():
+    for error in (OSError(13, "Permission denied"), ValueError("a bug"), ArtifactError("x: No space left on device")):
+        with pytest.raises(type(error)) as raised, room_for(Path("somewhere")):
+            raise error
+        assert raised.value is error
