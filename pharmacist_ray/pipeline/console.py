@@ -88,12 +88,13 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
                 continue
             try:
                 values = json_of(folder.with_name(f"{folder.name}.progress.json"))
-                if tell and values["attempt"] > attempts.get(folder, 1):
+                attempt = values.get("attempt", 1)
+                if tell and attempt > attempts.get(folder, 1):
                     say(
                         f"  {plain(values['name'])} was interrupted; it goes on after step {values['resumed']} of {values['total']} "
-                        f"(attempt {values['attempt']})"
+                        f"(attempt {attempt})"
                     )
-                attempts[folder] = values["attempt"]
+                attempts[folder] = attempt
                 count += values["step"]
                 latest.append(
                     f"loss {values['loss']:.3g}, gradient {values['grad_norm']:.2g}, {values['tokens_per_s']:.0f} tokens/s"

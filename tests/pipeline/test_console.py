@@ -90,5 +90,18 @@ def test_training_is_followed_through_the_files_it_leaves(tmp_path, monkeypatch,
     assert capsys.readouterr().out == "  align: 13 of 30\n"
 
 
+def test_an_interruption_is_told_once_and_not_that_of_an_earlier_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "LOG_EVERY_S", 1e9)
+    file = tmp_path / "run.progress.json"
+    values = {"name": "a [task]", "step": 4, "total": 9, "attempt": 2, "resumed": 3}
+    file.write_text(json.dumps(values))
+    with watch_training("align", [tmp_path / "run"], [9]):
+        file.write_text(json.dumps({**values, "attempt": 3, "resumed": 4}))
+        time.sleep(1.2)
+    out = capsys.readouterr().out
+    assert out.startswith("  a [task] was interrupted; it goes on after step 4 of 9 (attempt 3)\n")
+    assert out.count("interrupted") == 1
+
+
 def test_the_console_follows_what_stdout_is_now(capsys):
     assert module.console.file is sys.stdout

@@ -226,3 +226,37 @@ def test_parquet_of_a_bucket_is_what_pyarrow_reads_there(s3):
     write_parquet(TABLE, place(s3.uri("plain.parquet")))
     found = place(s3.uri("plain.parquet"))
     assert pq.read_table(found.inner, filesystem=found.filesystem).equals(TABLE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no device that is always full")
+def test_no_room_is_said_in_one_line():
+    def write() -> None:
+        with open("/dev/full", "w") as file:  # opened, never renamed over: root could replace the device
+            file.write("text")
+
+    line = r"^no space is left to write run/scores; free some, then run the same command again: it goes on$"
+    with pytest.raises(ResourceError, match=line), room_for(Path("run/scores")):
+        write()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(122, "Disk quota exceeded"),
+        OSError(27, "File too large"),
+    ],
+    ids=["arrow", "safetensors", "quota", "limit"],
+)
+def test_what_libraries_say_of_a_full_disk_is_understood(error):
+    """Their words as `tests/faults/test_disk.py` meets them."""
+    with pytest.raises(ResourceError, match="no space is left to write x; "), room_for(Path("x")):
+        raise error
+
+
+def test_other_errors_pass_as_they_are():
+    for error in (OSError(13, "Permission denied"), ValueError("a bug"), ArtifactError("x: No space left on device")):
+        with pytest.raises(type(error)) as raised, room_for(Path("somewhere")):
+            raise error
+        assert raised.value is error
