@@ -57,7 +57,8 @@ def look(run: Run, search: SearchConfig) -> float:
     place = run.root / "search" / "early" / digest([row.id for row in rows])[:8]
 
     def folder(cell: Cell) -> Place:
-        return run.answers(cell) if run.evaluated.ready else place / run.answers(cell).name
+        whole = run.answers(cell)
+        return whole if run.evaluated.ready and any(whole.glob("*.parquet")) else place / whole.name
 
     def answered(cell: Cell) -> bool:
         return any(folder(cell).glob("*.parquet")) and count_rows(folder(cell)) >= len(rows)

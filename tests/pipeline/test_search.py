@@ -23,6 +23,7 @@ import yaml
 
 from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.pipeline.agreement import show_agreement
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.search import run_search
@@ -229,36 +230,25 @@ def test_asha_stops_a_trial_for_its_early_look_and_it_stays_stopped(refusing, ro
     file = write_config(tmp_path, refusing, rows_of)
     lines = [json.loads(row.raw) | {"response": "i cannot"} for row in rows_of(24)]
     (tmp_path / "alignment.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    train, still = "{steps: 30, batch_size: 8, lr: 1.0e-2, weights: full}", "attacks.{}.train.lr=1.0e-8"
-    settings = [f"alignment.train={train}", still.format(0), still.format(1), "selection.ratio=1.0"]
-
-    def search(**more: Any) -> list[tuple[str, float | None]]:
-        section = {"space": {"alignment.train.lr": [0.01, 1e-8, 0.011]}, "early": {"prompts": 0.6}, **more}
-        run_search(load_config(file, [*settings, f"search={yaml.safe_dump(section, default_flow_style=True, width=10**6)}"]))
-        return [(row["status"], row["early_hs"]) for row in table_of(tmp_path / "run")]
-
-    expected = [("finished", 0.0), ("stopped", 1.0), ("finished", 0.0)]
-    assert search(scheduler="asha") == expected
-    out = capsys.readouterr().out
-    assert "stopped after the early look: 1 of 3 trials" in out
-    root = tmp_path / "run"
+    train, still = "{steps: 150, batch_size: 8, lr: 1.0e-2, weights: full}", "attacks.{}.train.lr=1.0e-8"
+    space = "space: {alignment.train.lr: [1.0e-2, 1.0e-8]}, early: {prompts: 0.6}"
+    settings = [f"alignment.train={train}", still.format(0), still.format(1), f"search={{scheduler: asha, {space}}}"]
+    config, root = load_config(file, settings), tmp_path / "run"
+    seen = []
+    for _ in range(2):  # the second time nothing is made and nothing changes
+        run_search(config)
+        good, bad = table_of(root)
+        assert (good["status"], good["early_hs"], good["worst_hs"], good["front"]) == ("finished", 0.0, 0.0, True)
+        assert (bad["status"], bad["early_hs"], bad["worst_hs"], bad["front"]) == ("stopped", 1.0, None, False)
+        assert "stopped after the early look: 1 of 2 trials" in capsys.readouterr().out
+        assert json.loads((root / "search" / "recommendation.json").read_text())["trial"] == good["trial"]
+        seen.append((times(root), records(root)))
+    assert seen[0] == seen[1]
     attacks = sorted(one.name.rpartition("-")[0] for one in (root / "attack").glob("pharmacist.*"))
-    assert attacks == ["pharmacist.sft.s3.strong"] * 2 + ["pharmacist.sft.s3.weak"] * 3
-    rows = {row["trial"]: row for row in table_of(root)}
-    chosen = json.loads((root / "search" / "recommendation.json").read_text())["trial"]
-    assert rows[chosen]["status"] == "finished"
-    assert not any(row["front"] for row in rows.values() if row["status"] == "stopped")
-
-    before, known = times(root), records(root)
-    assert search(scheduler="asha") == expected
-    assert (times(root), records(root)) == (before, known)
-
-    assert [status for status, _ in search()] == ["finished"] * 3  # without ASHA it goes on where it was stopped
-    assert {name: when for name, when in times(root).items() if name in before} == before
-    capsys.readouterr()
-    found = show_agreement(load_config(root / "config.yaml"))
-    assert [(one.attack, one.spearman) for one in found] == [("weak", pytest.approx(1)), ("strong", pytest.approx(1))]
-    assert "weak         │ 3      │ 1.00" in capsys.readouterr().out
+    assert attacks == ["pharmacist.sft.s3.strong", "pharmacist.sft.s3.weak", "pharmacist.sft.s3.weak"]
+    assert len(list((root / "answers").iterdir())) == 3  # of the one that finished: aligned, and after each attack
+    with pytest.raises(ArtifactError, match="1 trials of this search were stopped, so their final scores are not known"):
+        show_agreement(config)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

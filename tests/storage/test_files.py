@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.errors import ArtifactError, ResourceError
 from pharmacist_ray.storage import files as module
 from pharmacist_ray.storage import (
     local_copy,
@@ -22,7 +22,7 @@ from pharmacist_ray.storage import (
     pull_tree,
     push_tree,
     read_table,
-    remove_tree,
+    remove_tree, room_for,
     row_count,
     working_folder,
     write_parquet,
