@@ -16,8 +16,11 @@ import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from transformers import LlamaConfig
 
 from pharmacist_ray.config import load_config
+from pharmacist_ray.pipeline.estimate import memory, setup_of, total
+from pharmacist_ray.pipeline.shape import shape_of
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -309,6 +312,18 @@ def test_the_job_runs_an_entry_point_and_a_configuration_that_the_image_has() ->
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_configuration_is_one(path: Path) -> None:
     assert load_config(str(path)).run_dir.is_absolute()
+
+
+def test_eight_billion_fit_the_gpus_that_are_promised(tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
+        vocab_size=128256, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    config = load_config(str(CLUSTER / "llama-3-8b.yaml"), [f"model.path={tmp_path}"])
+    shape = shape_of(config.model)
+    assert config.selector.reference is not None
+    for train in (config.selector.warmup, config.selector.reference, config.alignment.train):
+        assert total(memory(shape, setup_of(config, train, config.alignment.objective))) < 40e9
 
 
 # --- the image

@@ -126,13 +126,13 @@ def _seen(environment: dict[str, str], script: subprocess.Popen[str]) -> dict[st
 
 @pytest.mark.slow
 def test_the_job_runs_on_the_whole_cluster_and_leaves_nothing_behind(slurm: dict[str, str]) -> None:
-    script = _start(slurm, "--config", "a b.yaml", "run_dir=/shared/x")
+    script = _start(slurm, "--config", "a b.yaml", "run_dir=/mnt/cluster/x")
     seen = _seen(slurm, script)
     output = script.communicate(timeout=60)[0]
 
     assert script.returncode == 3, output  # the job's own
     assert "jobs.curate ended with 3" in output
-    assert seen["arguments"] == ["--config", "a b.yaml", "run_dir=/shared/x"]
+    assert seen["arguments"] == ["--config", "a b.yaml", "run_dir=/mnt/cluster/x"]
     assert (seen["alive"], seen["cpus"]) == (2, 2)
 
     head, worker = (Path(slurm["CALLS"]) / "srun").read_text().splitlines()
