@@ -94,7 +94,6 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of this process: what concerns us comes as an exception
     if os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -106,6 +105,7 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
         return
     # By default Ray's workers yield to everything else on the machine; here they are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
     ray.init(
         num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -105,7 +107,7 @@ class Cluster:
                 f"--temp-dir={self.folder}", "--num-cpus=0",
             )  # fmt: skip
             try:
-                wait_until(lambda: self.head.process.poll() is not None or len(self.alive()) == 1, 60)
+                wait_until(lambda: self.head.process.poll() is not None or len(self.alive()) == 1, 120)
                 self.head.id = next(iter(self.alive()))
                 return
             except (TimeoutError, OSError, StopIteration):
@@ -143,8 +145,22 @@ class Cluster:
         ]  # fmt: skip
         with (self.folder / "start.log").open("ab") as log:
             return Node(
-                subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
+                subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self.folder,
+                    start_new_session=True,
+                    preexec_fn=_end_with_me,
+                )
             )
+
+
+def _end_with_me() -> None:
+    """Have the kernel end this process when the tests' own does, also where that is killed: `ray start` then ends all of its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def free_ports(number: int) -> list[int]:

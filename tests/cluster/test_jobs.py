@@ -22,7 +22,7 @@ from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROWS, SHARDS = 640, 64
+ROWS, UNIQUE, SHARDS = 240, 237, 24
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Of two CPUs a node has, so that two actors are on two nodes.
     values["resources"] = {"actors": 2, "cpus_per_worker": 1.5}
     values["selector"] |= {"warmup": {"steps": 4, "batch_size": 8, "lr": 2e-3}, "checkpoints": [4], "reference": None}
-    values["scoring"]["scorers"] = ["pharmacist", "less", "low_loss", "ifd", "grad_norm", "random"]
+    values["scoring"]["scorers"] = ["pharmacist", "less", "low_loss", "grad_norm", "random"]
     values["comparison"] = {"selections": ["pharmacist"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     return folder
@@ -91,8 +91,8 @@ def test_a_submitted_curation_is_followed_to_its_result(undisturbed):
     assert lines[0].startswith("submitted curate as job undisturbed to http://127.0.0.1:")
     assert f"run directory: {run}" in lines
     assert [line for line in lines if line in ("ingest", "fit", "score", "select")] == ["ingest", "fit", "score", "select"]
-    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in lines
-    assert len(kept(run)) == round(0.4 * (ROWS - 4))
+    assert f"  kept {len(kept(run))} of {UNIQUE} rows: {run}/selections/pharmacist" in lines
+    assert len(kept(run)) == round(0.4 * UNIQUE)
     assert lines[-1].startswith("job undisturbed succeeded, ")
     # Progress is lines, for nothing redraws them in a log.
     assert f"  score (shards): {SHARDS} of {SHARDS}" in lines
@@ -107,7 +107,7 @@ def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
     lines = again.stdout.splitlines()
     for stage in ("ingest", "fit", "score", "select"):
         assert f"{stage}: there already" in lines
-    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in lines
+    assert f"  kept {len(kept(run))} of {UNIQUE} rows: {run}/selections/pharmacist" in lines
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
@@ -123,26 +123,26 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
 
     # Ray brings the second actor up when the first has had work for seconds. So the first is held within a shard until the other has
     # published some: what appears meanwhile is the other's work, and what the first holds is lost with its node.
-    wait_until(lambda: len(shards(run)) >= 3, 180, "the first shards")
+    wait_until(lambda: len(shards(run)) >= 2, 240, "the first shards")
     [victim] = [worker for worker in cluster.workers if (scorer := scorer_on(worker)) and scorer.cpu_times().user > 1]
     held = scorer_on(victim)
     held.suspend()
     time.sleep(1)  # for what it had handed over before
     by_victim = shards(run)
     survivor = next(worker for worker in cluster.workers if worker is not victim)
-    wait_until(lambda: len(shards(run)) >= len(by_victim) + 3, 90, "shards of the other node")
+    wait_until(lambda: len(shards(run)) >= len(by_victim) + 2, 120, "shards of the other node")
     assert scorer_on(survivor) is not None
     at_kill = shards(run)
     victim.kill()
-    assert not held.is_running()
-    assert len(at_kill) < SHARDS - 8, "it was nearly over"
+    assert not held.is_running() or held.status() == psutil.STATUS_ZOMBIE
+    assert len(at_kill) < SHARDS - 4, "it was nearly over"
     assert cluster.job("disturbed")["status"] == "RUNNING"
 
     wait_until(lambda: cluster.alive() == {cluster.head.id, survivor.id}, 30, "the death of the node")
     wait_until(lambda: cluster.job("disturbed")["status"] != "RUNNING", 180, "the end of the job")
     log = cluster.pharmacist("job", "logs", "disturbed").stdout
     assert cluster.job("disturbed")["status"] == "SUCCEEDED", log
-    assert f"  kept {len(kept(run))} of {ROWS - 4} rows: {run}/selections/pharmacist" in log.splitlines()
+    assert f"  kept {len(kept(run))} of {UNIQUE} rows: {run}/selections/pharmacist" in log.splitlines()
     assert len(shards(run)) == SHARDS
     assert kept(run) == kept(undisturbed[0])
     scores = [pq.read_table(place / "scores" / "rows").sort_by("id") for place in (run, undisturbed[0])]
