@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -96,7 +97,8 @@ def score(
     started = time.perf_counter()
     shards = parquet_files(candidates)
     out.mkdir(parents=True, exist_ok=True)
-    missing = [shard for shard in shards if not (out / shard.name).exists()]
+    there = {file.name for file in out.glob("*.parquet")}
+    missing = [shard for shard in shards if shard.name not in there]
     if progress:
         progress(len(shards) - len(missing), len(shards))
     if missing:
@@ -291,9 +293,9 @@ def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[s
     extra = {file.name for file in out.glob("*.parquet")} - {shard.name for shard in shards}
     if extra:
         raise ArtifactError(f"{out} holds scores of other candidates ({', '.join(sorted(extra)[:3])}); remove the folder")
-    total, reasons = 0, Counter[str]()
     aside = {file.name: file for file in _quarantine(out).glob("*.parquet")}
-    for shard in shards:
+
+    def check(shard: Place) -> tuple[int, list[str]]:
         rows, scored = (row_count(file) for file in (shard, out / shard.name))
         if rows != scored:
             raise ArtifactError(f"{out / shard.name} has {scored} scores for {rows} candidates; remove it and score again")
@@ -302,8 +304,13 @@ def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[s
             raise ArtifactError(
                 f"{out / shard.name} lacks other scores than those of the {len(found)} quarantined rows; remove it and score again"
             )
-        total += rows
-        reasons.update(found)
+        return rows, found
+
+    total, reasons = 0, Counter[str]()
+    with ThreadPoolExecutor(16) as pool:  # an object store takes its time for each
+        for rows, found in pool.map(check, shards):
+            total += rows
+            reasons.update(found)
     for file in out.glob(attempt_file(out / "*.parquet").name):
         file.unlink(missing_ok=True)  # of a worker that died just after it had finished
     return total, reasons
