@@ -31,7 +31,7 @@ WORDS = 2000
 FILE_ROWS = 100_000
 RATIO = 0.4
 
-_SAMPLE_S = 0.2
+_SAMPLE_S = 0.5
 _COMMAND = "from pharmacist_ray.cli.app import main; main()"
 
 
@@ -90,7 +90,7 @@ def growth(sizes: Sequence[int], out: Path, *, actors: int = 2, store_mib: int =
 
     Args:
         sizes: Numbers of rows.
-        out: Folder for data and runs; what an earlier measurement left there is taken over, not measured again.
+        out: Folder for data and runs; stages that an earlier measurement finished are taken over.
         actors: Scoring actors.
         store_mib: Ray's object store, the same for all sizes, so that it cannot hide growth.
 
@@ -102,13 +102,15 @@ def growth(sizes: Sequence[int], out: Path, *, actors: int = 2, store_mib: int =
     for rows in sizes:
         folder = out / str(rows)
         made = folder / "spent.json"
-        if not made.exists():
+        spent = json_of(made) if made.exists() else []
+        if len(spent) < len(STAGES):
             say(f"[bold]{rows:,} rows[/]")
             config = _prepare(folder, rows, actors)
-            spent = [_run(stage, config, rows, store_mib) for stage in STAGES]
+            for stage in STAGES[len(spent) :]:
+                spent.append(asdict(_run(stage, config, rows, store_mib)))
+                write_text(json.dumps(spent, indent=1), made)
             _check(folder / "run", rows)
-            write_text(json.dumps([asdict(one) for one in spent], indent=1), made)
-        found += [Spent(**one) for one in json_of(made)]
+        found += [Spent(**one) for one in spent]
     write_text(json.dumps([asdict(one) for one in found], indent=1), out / "growth.json")
     console.print(_table(found))
     say(f"  {psutil.cpu_count()} cores; written to {plain(out / 'growth.json')}")
