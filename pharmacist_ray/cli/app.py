@@ -356,6 +356,10 @@ def _environment() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
+    if (
+        os.environ.get("PHARMACIST_AUTOSCALING") == "1"
+    ):  # a node with GPUs takes minutes to come, and Ray Train gives up after one
+        defaults["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "1800"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pharmacist_ray.config.schema import ResourcesConfig
-from pharmacist_ray.errors import PharmacistError, TrainingError
+from pharmacist_ray.errors import PharmacistError, ResourceError, TrainingError
 from pharmacist_ray.storage import Place, RemotePath, room_for
 from pharmacist_ray.training.board import Board
 from pharmacist_ray.training.loop import TrainTask, run_task
@@ -24,6 +24,9 @@ from pharmacist_ray.training.remote import check_room, per_worker
 MAX_PREEMPTIONS = 1000
 """Machines that a training run may lose with notice, which Ray counts apart from failures and by default without bound: more than
 weeks on preemptible machines take (ours)."""
+
+_NO_ROOM = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError", "InsufficientClusterResourcesError")
+# Ray Train's names for a group that could not be started; the classes are private.
 
 Work = Callable[[Any, Ranks], Any]
 """What runs on every worker: (payload, this worker) → a small picklable value, of which the first worker's is kept."""
@@ -91,10 +94,13 @@ def storage_of(folder: Place) -> dict[str, Any]:
 
 def _why(
     failure: TrainingFailedError, name: str, board: Board, resources: ResourcesConfig
-) -> TrainingFailedError | TrainingError:
-    """Return what to raise when Ray Train has given up: one line if a worker died, else the failure, with where it was."""
+) -> TrainingFailedError | PharmacistError:
+    """Return what to raise when Ray Train has given up: one line if workers died or there was no room, else the failure itself."""
     told = board.told()
     failures = failure.worker_failures.values() if isinstance(failure, WorkerGroupError) else ()
+    if isinstance(failure, ControllerError) and type(failure.controller_failure).__name__ in _NO_ROOM:
+        why = " ".join(str(failure.controller_failure).split())[:300]
+        return ResourceError(f"{name}: the cluster gave no room for {resources.workers} workers ({why}); see `pharmacist doctor`")
     gone = [one for one in failures if isinstance(getattr(one, "health_check_failure", one), ray.exceptions.RayError)]
     if not gone:
         failure.add_note(f"{name}: {told or 'before the first step'}")

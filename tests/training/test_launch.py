@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+from pharmacist_ray.config.schema import ResourcesConfig
+from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.training import launch
+from pharmacist_ray.training.board import Board
+
+
+@pytest.fixture
+def silent(monkeypatch) -> Board:
+    """Return a board on which nothing was written, without a cluster."""
+    monkeypatch.setattr(Board, "told", lambda self: "")
+    return Board("nobody")
+
+
+def test_a_group_that_could_not_be_started_is_told_in_one_line(silent):
+    failure = ControllerError(WorkerGroupStartupTimeoutError(2))
+    found = launch._why(failure, "align", silent, ResourcesConfig(workers=2))
+    assert isinstance(found, ResourceError)
+    assert str(found).startswith("align: the cluster gave no room for 2 workers (")
+    assert "\n" not in str(found)
+
+
+def test_a_bug_of_the_controller_keeps_its_traceback(silent):
+    failure = ControllerError(ValueError("a bug"))
+    assert launch._why(failure, "align", silent, ResourcesConfig()) is failure
+
+
+@pytest.mark.parametrize(("mode", "seconds"), [("1", "1800"), ("0", "None")])
+def test_a_cluster_that_grows_is_given_time(mode, seconds):
+    code = "import os, pharmacist_ray.cli.app; print(os.environ.get('RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S'))"
+    environment = {**os.environ, "PHARMACIST_AUTOSCALING": mode}
+    environment.pop("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == seconds
