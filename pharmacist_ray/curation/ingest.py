@@ -54,7 +54,7 @@ QUARANTINE_SCHEMA = pa.schema(
 """The columns of a quarantine file: where, why (a key of `layouts.REASONS`), and the first `_TEXT_CHARS` characters."""
 
 _TEXT_CHARS = 2000
-_BLOCK_BYTES = 16 << 20  # of raw text in one block of parsed rows
+_BLOCK_BYTES = 2 << 20  # of raw text parsed at a time: as Python objects it takes twenty times as much
 # On the way: a row, or a broken one with its reason, its text in `raw` and an id made of its place.
 _WAY_SCHEMA = pa.schema(
     [
