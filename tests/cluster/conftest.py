@@ -1,4 +1,7 @@
-"""A real Ray cluster on this machine: a head without CPUs and two worker nodes, each a `ray start` of its own, on loopback alone."""
+"""A real Ray cluster on this machine: a head without CPUs and two worker nodes, each a `ray start` of its own.
+
+Ray replaces 127.0.0.1 by the machine's address for all but the dashboard, so it is the token that keeps others out.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,6 @@ class Node:
     """What one `ray start` started."""
 
     process: subprocess.Popen[bytes]
-    name: str = ""
-    """The resource that this node alone has."""
     id: str = ""
     """Ray's id of the node."""
 
@@ -115,17 +116,23 @@ class Cluster:
         raise RuntimeError(f"no head came up: {(self.folder / 'start.log').read_text()[-2000:]}")
 
     def start_workers(self, number: int) -> None:
-        """Have so many worker nodes that are alive."""
+        """Have so many worker nodes that are alive; they start one after the other, for two at a time may choose the same sockets."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
-        while len(self.workers) < number:
-            name = f"worker-{secrets.token_hex(4)}"
-            worker = self._start(f"--address={self.address}", f"--num-cpus={WORKER_CPUS}", f'--resources={{"{name}": 1}}')
-            worker.name = name
-            self.workers.append(worker)
-        wait_until(lambda: len(self.alive()) == number + 1, 90, "the worker nodes")
-        ids = {name: node["node_id"] for node in self.nodes() for name in node["resources_total"]}
-        for worker in self.workers:
-            worker.id = ids[worker.name]
+        wait_until(lambda: len(self.alive()) == 1 + len(self.workers), 60, "the deaths of others")
+        for _ in range(3 * number):
+            if len(self.workers) == number:
+                return
+            known = self.alive()
+            worker = self._start(f"--address={self.address}", f"--num-cpus={WORKER_CPUS}")
+            wait_until(
+                lambda known=known, worker=worker: worker.process.poll() is not None or self.alive() - known, 90, "a worker"
+            )
+            if new := self.alive() - known:
+                worker.id = new.pop()
+                self.workers.append(worker)
+            else:
+                worker.kill()
+        raise RuntimeError(f"no worker came up: {(self.folder / 'start.log').read_text()[-2000:]}")
 
     def stop(self) -> None:
         """End everything that was started here."""
