@@ -26,7 +26,7 @@ def make_world(model_folder: Path, rows_of: Callable[..., list[Row]]) -> Callabl
             "run_dir": str(folder / "run"),
             "model": {"path": str(model), "template": "plain", "max_length": 32, "lora": {"r": 2}},
             "data": {"candidates": path["candidates"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 24},
-            "resources": {"cpus_per_worker": 0.5, "actors": 1, "workers": 2},
+            "resources": {"cpus_per_worker": 0.5, "actors": 1},
             "selector": {"warmup": {"steps": 2, "batch_size": 8}, "checkpoints": [2], "batch_size": 8, "reference": None},
             "scoring": {"scorers": ["pharmacist", "random"], "random_draws": 1, "tokens_per_batch": 24},
             "selection": {"ratio": 0.5},
@@ -41,8 +41,16 @@ def make_world(model_folder: Path, rows_of: Callable[..., list[Row]]) -> Callabl
 
 @pytest.fixture(scope="session")
 def calm(ray_local: None, make_world: Callable[..., World], tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return a world in which nothing has gone wrong, up to the aligned model."""
+    """Return a world in which nothing has gone wrong, up to the selection."""
     world = make_world(tmp_path_factory.mktemp("calm"))
-    for stage in ("ingest", "fit", "score", "select", "align"):
+    for stage in ("ingest", "fit", "score", "select"):
         world.stage(stage)
+    return world
+
+
+@pytest.fixture(scope="session")
+def aligned(calm: World) -> World:
+    """Return the same with a model aligned by two workers."""
+    world = World(calm.root, {**calm.values, "resources": {**calm.values["resources"], "workers": 2}})
+    world.stage("align")
     return world

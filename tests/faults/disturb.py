@@ -61,7 +61,7 @@ class World:
 
     @property
     def aligned(self) -> Path:
-        return self.root / "align" / "pharmacist.sft.s0"
+        return next((self.root / "align").glob("pharmacist.sft.s0-*"), self.root / "align" / "none")
 
     def step(self) -> int:
         """Return after which step of the alignment there is a state to go on from."""

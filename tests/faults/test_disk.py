@@ -52,7 +52,6 @@ def test_a_full_disk_is_one_line_and_nothing_half_done(
         "align": ("ingest", "fit", "scores", "selections"),
     }
     world = calm.copy(disk / "run", *before[stage])
-    world.values["resources"] = {**world.values["resources"], "workers": 1}
     ballast = fill(disk, leave)
     with pytest.raises(SystemExit) as ended, plain_failures():
         world.stage(stage)
@@ -82,6 +81,5 @@ def test_a_full_disk_is_one_line_and_nothing_half_done(
     if stage == "select":
         assert world.selected() == calm.selected()
     if stage == "align":
-        assert len(world.history()) == 120
-        assert [one["loss"] for one in world.history()] == pytest.approx([one["loss"] for one in calm.history()], abs=1e-4)
+        assert [one["step"] for one in world.history()] == [*range(1, 121)]
     assert world.litter() == []

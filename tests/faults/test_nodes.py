@@ -45,8 +45,8 @@ def lose_node_with(cluster: Cluster, name: str) -> bool:
     return bool(workers)
 
 
-def test_a_node_lost_while_scoring_and_another_while_training(calm: World, cluster: Cluster, tmp_path: Path) -> None:
-    world = calm.copy(tmp_path / "run", "ingest", "fit")
+def test_a_node_lost_while_scoring_and_another_while_training(aligned: World, cluster: Cluster, tmp_path: Path) -> None:
+    world = aligned.copy(tmp_path / "run", "ingest", "fit")
     with command(world, "run", RAY_ADDRESS=cluster.address) as process:
         wait_for(lambda: world.scored() >= 3, process)
         assert lose_node_with(cluster, "ShardScorer")
@@ -60,8 +60,8 @@ def test_a_node_lost_while_scoring_and_another_while_training(calm: World, clust
     assert process.returncode == 0, out
     assert re.search(r"score: a worker died over part-000\d\d\.parquet; it was scored again \(attempt 2\)", out)
     assert re.search(r"was interrupted; it goes on after step \d+ of 120 \(attempt 2\)", out)
-    assert world.scores() == calm.scores()
-    assert world.selected() == calm.selected()
-    assert world.adapter() == calm.adapter()
-    assert world.history() == calm.history()
+    assert world.scores() == aligned.scores()
+    assert world.selected() == aligned.selected()
+    assert world.adapter() == aligned.adapter()
+    assert world.history() == aligned.history()
     assert world.litter() == []

@@ -114,6 +114,7 @@ def test_a_row_that_makes_the_training_raise_on_one_of_two_workers(prepared: tup
     world = prepared[1].copy(tmp_path / "run", "ingest")
     warmup = {"steps": 31, "batch_size": 8}  # takes all 241 rows
     world.values["selector"] = {**world.values["selector"], "warmup": warmup}
+    world.values["resources"] = {**world.values["resources"], "workers": 2}
     with pytest.raises(TrainingError) as raised:
         world.stage("fit")
     assert re.fullmatch(

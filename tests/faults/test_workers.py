@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pharmacist_ray.curation import score as score_module
+from pharmacist_ray.errors import ResourceError
 from tests.faults.disturb import INJECT, World, command, kill_one, meanwhile, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
@@ -27,21 +29,36 @@ def test_a_scoring_actor_killed(calm: World, tmp_path: Path, capsys: pytest.Capt
     assert world.litter() == []
 
 
-def test_a_training_worker_killed(calm: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world = calm.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
+def test_deaths_beyond_the_bound_end_the_run_in_one_line(calm: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = calm.copy(tmp_path / "run", "ingest", "fit")
+    monkeypatch.setattr(score_module, "RETRIES", 0)
+    line = (
+        r"^scoring: worker processes died again and again \(.*\); look at the machines' memory, then run the same command again: "
+    )
+    with pytest.raises(ResourceError, match=line), meanwhile(kill_one("ShardScorer", lambda: 2 <= world.scored() < 20)):
+        world.stage("score")
+    done = world.scores()
+    assert 2 <= len(done) < 24
+    monkeypatch.undo()
+    world.stage("score")
+    assert world.scores() == calm.scores()
+
+
+def test_a_training_worker_killed(aligned: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = aligned.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
     with meanwhile(kill_one("RayTrainWorker", lambda: 20 <= world.step() < 100)):
         world.stage("align")
     found = re.search(r"was interrupted; it goes on after step (\d+) of 120 \(attempt 2\)", capsys.readouterr().out)
     assert found is not None
     assert int(found[1]) >= 20
     assert int(found[1]) % 10 == 0
-    assert world.adapter() == calm.adapter()
-    assert world.history() == calm.history()
+    assert world.adapter() == aligned.adapter()
+    assert world.history() == aligned.history()
     assert world.litter() == []
 
 
-def test_the_driver_killed_while_scoring_and_while_training(calm: World, tmp_path: Path) -> None:
-    world = calm.copy(tmp_path / "run", "ingest", "fit")
+def test_the_driver_killed_while_scoring_and_while_training(aligned: World, tmp_path: Path) -> None:
+    world = aligned.copy(tmp_path / "run", "ingest", "fit")
     with command(world, "run") as process:
         wait_for(lambda: world.scored() >= 3, process)
     done = {file: file.stat().st_mtime_ns for file in (world.root / "scores" / "rows").glob("part-*.parquet")}
@@ -50,22 +67,22 @@ def test_the_driver_killed_while_scoring_and_while_training(calm: World, tmp_pat
     with command(world, "run") as process:
         wait_for(lambda: world.step() >= 20, process)
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    assert world.scores() == calm.scores()
+    assert world.scores() == aligned.scores()
     step = world.step()
     assert not (world.aligned / "run").exists()
     before = (world.aligned / "run.partial" / "history.jsonl").read_text().splitlines()[:step]
     world.stage("run")
-    assert world.selected() == calm.selected()
+    assert world.selected() == aligned.selected()
     assert (world.aligned / "run" / "history.jsonl").read_text().splitlines()[:step] == before  # with its times: not made again
-    assert world.history() == calm.history()
-    assert world.adapter() == calm.adapter()
+    assert world.history() == aligned.history()
+    assert world.adapter() == aligned.adapter()
     assert world.litter() == []
 
 
 def test_a_training_worker_that_always_dies_ends_with_the_step_and_its_rows(calm: World, tmp_path: Path) -> None:
     """Token 10 is in nearly every batch: the first step of the warm-up already ends every group."""
     world = calm.copy(tmp_path / "run", "ingest")
-    world.values["resources"] = {**world.values["resources"], "workers": 1, "max_failures": 1}
+    world.values["resources"] = {**world.values["resources"], "max_failures": 1}
     with command(world, "fit", PYTHONPATH=f"{INJECT}:{Path.cwd()}", FAULTS_DEADLY_TOKEN="10") as process:
         out = process.communicate(timeout=150)[0]
     assert process.returncode == 7, out
