@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -23,6 +24,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.data.context import ShuffleStrategy
 
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
@@ -166,12 +168,13 @@ def ingest(
             )
             for folder in (rows, quarantine):
                 folder.mkdir(parents=True, exist_ok=True)
-            stats = (
-                _tasks(chunks, chunk_bytes)
-                .map_batches(parse, batch_size=None, num_cpus=num_cpus)
-                .groupby("shard", num_partitions=min(shards, 1000))
-                .map_groups(partial(_write_shard, out=out), batch_format="pyarrow", num_cpus=num_cpus)
-            )
+            with _sorted_shuffle():
+                stats = (
+                    _tasks(chunks, chunk_bytes)
+                    .map_batches(parse, batch_size=None, num_cpus=num_cpus)
+                    .groupby("shard", num_partitions=min(shards, 1000))
+                    .map_groups(partial(_write_shard, out=out), batch_format="pyarrow", num_cpus=num_cpus)
+                )
             totals: Counter[str] = Counter()
             written: set[tuple[str, int]] = set()
             said = time.monotonic()
@@ -220,6 +223,21 @@ def _plan(source: Source, staging: Place, chunk_bytes: int) -> list[Chunk]:
         if staged:
             names[staged.inner if isinstance(staged, RemotePath) else str(staged)] = f"{path}[{source.split}]"
     return [replace(chunk, name=names.get(chunk.path, chunk.name)) for chunk in plan(paths, chunk_bytes=chunk_bytes)]
+
+
+@contextmanager
+def _sorted_shuffle() -> Iterator[None]:
+    """Shuffle the data sets made in the block through the object store, which spills to disk.
+
+    Ray Data's default, a hash shuffle, holds whole partitions in the memory of its actors, which then grow with the data.
+    """
+    context = ray.data.DataContext.get_current()
+    before = context.shuffle_strategy
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    try:
+        yield
+    finally:
+        context.shuffle_strategy = before
 
 
 def _tasks(chunks: list[Chunk], chunk_bytes: int) -> ray.data.Dataset:
