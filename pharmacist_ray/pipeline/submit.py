@@ -212,13 +212,22 @@ def pack(package: Path, config: Path | None, working_dir: Path | None) -> None:
         working_dir: A folder; `EXCLUDED` and what its ``.gitignore`` and ``.rayignore`` files name stays here.
 
     Raises:
-        ConfigError: There is no such folder, or the package is larger than `PACKAGE_LIMIT`.
+        ConfigError: There is no such folder, a file in it cannot be read, or the package is larger than `PACKAGE_LIMIT`.
     """
     if working_dir is not None and not working_dir.is_dir():
         raise ConfigError(f"--working-dir {working_dir} is not a folder")
-    files = dict(_travelling(working_dir, working_dir)) if working_dir else {}
-    if config:
-        files[f"{SUBMITTED}/{config.name}"] = config
+    try:
+        files = dict(_travelling(working_dir, working_dir)) if working_dir else {}
+        if config:
+            files[f"{SUBMITTED}/{config.name}"] = config
+        _write_package(package, files)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot send {error.filename}: {error.strerror}; make it readable, or name it in a .rayignore file"
+        ) from error
+
+
+def _write_package(package: Path, files: Mapping[str, Path]) -> None:
     with ZipFile(package, "w") as archive:
         for name, file in sorted(files.items()):
             entry = ZipInfo(name)  # without the file's time
@@ -234,7 +243,7 @@ def _travelling(folder: Path, top: Path, ignored: Sequence[tuple[Path, GitIgnore
     """Yield the files below a folder that no ignore file names, by their names in the package; links to folders are not followed."""
     lines = [*EXCLUDED] if folder == top else []
     for file in (folder / ".gitignore", folder / ".rayignore"):
-        lines += file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        lines += file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     ignored = [*ignored, (folder, GitIgnoreSpec.from_lines(lines))]
     for place in sorted(folder.iterdir()):
         mark = "/" if place.is_dir() else ""
