@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pharmacist_ray.curation.curated import replacing, write_curated
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
+from pharmacist_ray.data.rows import room_for
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.storage import Place
 
@@ -154,6 +155,7 @@ def write_selection(
     Raises:
         ConfigError: Unknown scorer.
         DataError: The rule fits no row (see `select_ids`), or a column of the data is called ``pharmacist_…``.
+        ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
     shards = find_shards(scores, candidates, rule.scorer)
@@ -167,7 +169,7 @@ def write_selection(
             worst.append(pc.min_max(table["score"])["min" if rule.descending else "max"].as_py())
     cut = min(worst) if rule.descending else max(worst)
     report = SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of))
-    with replacing(out) as folder:
+    with room_for(out), replacing(out) as folder:
         facts = {"rule": asdict(rule), **asdict(report)}
         del facts["folder"]
         write_curated(folder, lambda: _kept(shards, rule, cuts), facts=facts, provenance=provenance, jsonl=jsonl)
