@@ -163,8 +163,9 @@ def test_the_agreement_of_a_search_is_read_off_its_answers(searched, capsys):
     config, _ = searched
     found = show_agreement(config)
     assert [(one.attack, one.trials) for one in found] == [("weak", 12), ("strong", 12)]
-    # A random model refuses nothing whatever the attack was: nothing to rank, and so nothing to stop.
-    assert [(one.spearman, one.stopped) for one in found] == [(None, 0.0)] * 2
+    # The attack that all share is the worst one for all, and a look after it sees the same everywhere: nothing to rank, or to stop.
+    assert [one.spearman for one in found] == [None, None]
+    assert found[1].stopped == 0.0
     assert "Early look (25% of the harmful prompts)" in capsys.readouterr().out
 
 
