@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from pharmacist_ray.curation.curated import replacing, write_curated
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
-from pharmacist_ray.data.rows import room_for
 from pharmacist_ray.errors import ConfigError, DataError
-from pharmacist_ray.storage import Place
+from pharmacist_ray.storage import Place, room_for
 
 _MAX_CATEGORIES = 1000  # counted one by one; with quotas this bounds the memory at 0.5 GB
 
