@@ -5,6 +5,7 @@ Ray replaces 127.0.0.1 by the machine's address for all but the dashboard, so it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -50,6 +51,7 @@ class Node:
         """End it as a power cut would: raylet, agents and workers by SIGKILL, none of which can say goodbye."""
         while alive := [process for process in self.processes() if process.status() != psutil.STATUS_ZOMBIE]:
             for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
                 process.kill()
             psutil.wait_procs(alive[1:], timeout=5)
             self.process.wait(10)
@@ -140,6 +142,7 @@ class Cluster:
             node.kill()
         for process in psutil.process_iter(["cmdline"]):  # what was orphaned names our folder
             if any(str(self.folder) in part for part in process.info["cmdline"] or []):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
                 process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -157,7 +157,7 @@ def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(cluster
         *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
     )
     assert done.returncode == 2, (done.stdout, done.stderr)
-    assert "pharmacist: unknown objective 'sfd' (did you mean 'sft'?)" in done.stdout.splitlines()
+    assert "pharmacist: unknown objective 'sfd' (did you mean 'sft'?)" in done.stdout
     assert "job mistake failed with exit code 2" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
     variables = cluster.job("mistake")["runtime_env"]["env_vars"]
