@@ -52,7 +52,7 @@ class Node:
         while alive := [process for process in self.processes() if process.status() != psutil.STATUS_ZOMBIE]:
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
-                process.kill()
+                    process.kill()
             psutil.wait_procs(alive[1:], timeout=5)
             self.process.wait(10)
 
@@ -143,7 +143,7 @@ class Cluster:
         for process in psutil.process_iter(["cmdline"]):  # what was orphaned names our folder
             if any(str(self.folder) in part for part in process.info["cmdline"] or []):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
-                process.kill()
+                    process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *arguments: str) -> Node:
