@@ -392,6 +392,7 @@ def _took(info: Any) -> str:
 
 
 def _print_log(text: str) -> None:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # Ray colours its own warnings
     print(printable(text, keep="\n\t"), end="", flush=True)  # noqa: T201 (lines of a log, not ours to lay out)
 
 
