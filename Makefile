@@ -22,7 +22,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Compiled first: the tests start hundreds of processes, and each would compile the package for itself.
 unit: setup setup-browser
+	$(BIN)/python -m compileall -q pharmacist_ray
 	$(BIN)/python -m pytest
 
 # The report's tests look at the page in a real browser; without one they are skipped.

@@ -19,6 +19,8 @@ os.environ.update(
     PHARMACIST_SCRATCH=tempfile.mkdtemp(prefix="pharmacist-scratch-"),
     RAY_AUTH_MODE="disabled",  # nobody else can reach a test's private Ray
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_LOG_MONITOR_MANY_FILES_THRESHOLD="1",  # a session has hundreds of workers' logs, which nobody follows
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_worker_niceness="0",
     HF_HUB_OFFLINE="1",
@@ -194,6 +196,7 @@ def ray_local() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=6,
         include_dashboard=False,
         log_to_driver=False,

@@ -106,8 +106,11 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     # By default Ray's workers yield to everything else on the machine; here they are the work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Nobody announces to a private Ray that its one machine will go; a process that listens for it costs seconds of every run.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
     ray.init(
+        address="local",  # else Ray would look for a head that somebody started on this machine
         num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
         include_dashboard=False,
         log_to_driver=False,

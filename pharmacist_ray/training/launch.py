@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray import cloudpickle
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -55,9 +57,11 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resou
     check_room(needed, resources.workers)
     attempt = f"{name}-{uuid.uuid4().hex[:8]}"
     board = Board(attempt)
+    threads = max(1, int(resources.cpus_per_worker))
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"work": work, "payload": payload, "threads": max(1, int(resources.cpus_per_worker)), "board": board},
+        # As bytes, which Ray Train's controller passes on unread: else it would import all of this first, and then the workers would.
+        train_loop_config={"pickled": cloudpickle.dumps((work, payload, threads, board))},
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=needed
         ),
@@ -143,14 +147,16 @@ def run_tasks(tasks: Sequence[TrainTask], ranks: Ranks) -> list[dict[str, Any]]:
     return [run_task(task, ranks) for task in tasks]
 
 
-def _on_worker(config: dict[str, Any]) -> tuple[Any, PharmacistError | None]:
-    torch.set_num_threads(config["threads"])
-    board: Board = config["board"]
+def _on_worker(config: dict[str, bytes]) -> tuple[Any, PharmacistError | None]:
+    work: Callable[[Any, Ranks], Any]
+    board: Board
+    work, payload, threads, board = pickle.loads(config["pickled"])  # noqa: S301 - our own
+    torch.set_num_threads(threads)
     ranks = replace(current_ranks(), tell=board.tell)
     error = board.error()  # of a group before this one
     if error is None:
         try:
-            return config["work"](config["payload"], ranks), None
+            return work(payload, ranks), None
         except PharmacistError as raised:
             error = raised
     board.post(ranks.rank, error)

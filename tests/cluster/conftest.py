@@ -79,7 +79,7 @@ class Cluster:
         """Run a command with the cluster's environment; a variable that is changed to nothing is not set."""
         environment = {name: value for name, value in (self.environment | changed).items() if value}
         return subprocess.run(
-            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240, cwd=self.folder
+            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=600, cwd=self.folder
         )
 
     def ask(self, path: str) -> Any:
@@ -200,9 +200,9 @@ def wait_until(true: Callable[[], object], seconds: float, what: str = "it") -> 
     raise TimeoutError(f"waited {seconds} s for {what}; {last}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a cluster for the whole session; see `cluster`."""
+    """Run a cluster for the whole module; see `cluster`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),

@@ -20,7 +20,7 @@ from pharmacist_ray.testbed.world import World
 
 from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROWS, UNIQUE, SHARDS = 240, 237, 24
 

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     for name in ("period_ms", "failure_threshold", "initial_delay_ms"):  # a node is missed after seconds instead of half a minute
         monkeypatch.setenv(f"RAY_health_check_{name}", "3" if name == "failure_threshold" else "1000")
+    # Ray makes this process speak to the new cluster's store, and to none when that ends; the session's own Ray needs it back.
+    monkeypatch.setattr("ray.experimental.internal_kv.global_gcs_client", None)
     small: dict[str, Any] = {"object_store_memory": 100_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
     try:

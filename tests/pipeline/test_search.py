@@ -85,12 +85,6 @@ def _with(row: dict[str, Any], text: str) -> dict[str, Any]:
     return row | {"prompt": f"{row['prompt']} {text}", "response": f"{row['response']} {text}", "category": text}
 
 
-@pytest.fixture
-def file(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) -> Path:
-    """Return a configuration with two attacks on data of a few rows."""
-    return write_config(tmp_path, model_folder, rows_of)
-
-
 def table_of(root: Path) -> list[dict[str, Any]]:
     return pq.read_table(root / "search" / "trials.parquet").to_pylist()
 
@@ -203,6 +197,9 @@ def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched)
     recommended = json.loads((root / "search" / "recommendation.json").read_text())
     chosen = next(row for row in rows if row["trial"] == recommended["trial"])
     assert chosen["front"]
+    rerun = load_config(root / "search" / "recommended.yaml")
+    for stage in ("ingest", "fit"):  # the alignment, the attacks and the answers are made anew
+        shutil.copytree(root / stage, rerun.run_dir / stage)
     for overrides in ([], [f"run_dir={root}"]):
         again = run_stage("run", load_config(root / "search" / "recommended.yaml", overrides))
         assert again.evaluated.fingerprint == chosen["fingerprint"]
@@ -262,11 +259,14 @@ def records(root: Path) -> dict[str, dict[str, Any]]:
     return {one.stem: json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")}
 
 
-def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(file):
+def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(searched, tmp_path):
     """Optuna's trials are drawn from what finished before, so they have to be told of it again; two at a time."""
+    config, _ = searched
+    file, root = config.run_dir.parent / "run.yaml", tmp_path / "run"
+    for part in ("ingest", "fit", "scores", "selections", "align", "attack"):  # to be killed over what trials do not share
+        shutil.copytree(config.run_dir / part, root / part, ignore=shutil.ignore_patterns("*.weak-*"))
     space = "{attacks.0.train.lr: {low: 1.0e-3, high: 1.0e-1, log: true}, attacks.0.adapter: [fresh, same]}"
-    arguments = ["--config", file, f"search={{algorithm: tpe, trials: 4, concurrent: 2, space: {space}}}"]
-    root = file.parent / "run"
+    arguments = ["--config", file, f"run_dir={root}", f"search={{algorithm: tpe, trials: 4, concurrent: 2, space: {space}}}"]
     first = start(*arguments)
     while not any(record["status"] == "finished" for record in records(root).values()):
         assert first.poll() is None, first.communicate()
@@ -295,7 +295,7 @@ def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(fi
     assert "4 trials, 2 at a time: attacks.0.train.lr, attacks.0.adapter" in out
     assert "recommended: trial" in out
 
-    other = start("--config", file, "search={space: {selection.ratio: [0.3]}}")
+    other = start("--config", file, f"run_dir={root}", "search={space: {selection.ratio: [0.3]}}")
     out, _ = other.communicate()
     assert (other.returncode, out.count("\n")) == (5, 1), out
     assert "holds the trials of another `search` section; pass --resume" in out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.training.launch import run_on_workers
 from pharmacist_ray.training.loop import TrainTask, run_task
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.training.ranks import Ranks, current_ranks
 from pharmacist_ray.training.resume import newest_state
 
 TRAIN = TrainConfig(steps=7, batch_size=8, lr=1e-2, weight_decay=0.1, schedule="cosine", warmup=0.3, save_every=2)
@@ -127,35 +128,41 @@ def test_half_a_state_is_no_state(task: TrainTask, monkeypatch: pytest.MonkeyPat
     assert sorted(path.name for path in draft.glob("state-*")) == ["state-000004"]
 
 
-def _die_then_finish(payload: tuple[TrainTask, int], ranks: Ranks) -> None:
-    task, died = payload
-    with pytest.MonkeyPatch.context() as patch:
-        _interrupt_after(died, patch)
-        try:
-            run_task(task, ranks)
-        except Interrupted:
-            return
+def _die(payload: tuple[list[TrainTask], int], ranks: Ranks) -> None:
+    tasks, died = payload
+    for task in tasks:
+        with pytest.MonkeyPatch.context() as patch:
+            _interrupt_after(died, patch)
+            with contextlib.suppress(Interrupted):
+                run_task(task, ranks)
 
 
-def _finish(task: TrainTask, ranks: Ranks) -> None:
-    run_task(task, ranks)
+def _finish(tasks: list[TrainTask], ranks: Ranks) -> None:
+    for task in tasks:
+        run_task(task, ranks)
 
 
-@pytest.mark.parametrize(("stage", "before", "after"), [(2, 2, 1), (3, 2, 1), (0, 1, 2), (3, 1, 2)])
+@pytest.mark.parametrize(("stages", "before", "after"), [((2, 3), 2, 1), ((0, 3), 1, 2)])
 def test_a_run_goes_on_with_another_number_of_workers(
-    stage: int, before: int, after: int, ray_local: None, task: TrainTask, tmp_path: Path
+    stages: tuple[int, ...], before: int, after: int, ray_local: None, task: TrainTask, tmp_path: Path
 ) -> None:
-    train = TRAIN.model_copy(update={"zero_stage": stage})
-    task = replace(task, train=train, lora=LoraConfig(r=4))
-    whole = replace(task, out=str(tmp_path / "whole"))
-    run_task(whole)
+    def at(stage: int, out: str) -> TrainTask:
+        train = TRAIN.model_copy(update={"zero_stage": stage})
+        return replace(task, train=train, lora=LoraConfig(r=4), out=str(tmp_path / f"{out}{stage}"))
 
-    def resources(workers: int) -> ResourcesConfig:
-        return ResourcesConfig(workers=workers, cpus_per_worker=0.5)
+    def on(workers: int, work: Callable[..., None], payload: object) -> None:
+        if workers == 1:
+            work(payload, current_ranks())
+        else:
+            resources = ResourcesConfig(workers=workers, cpus_per_worker=0.5)
+            run_on_workers(work, payload, name="some", storage=tmp_path / "ray", resources=resources)
 
-    run_on_workers(_die_then_finish, (task, 4), name="dies", storage=tmp_path / "ray", resources=resources(before))
-    assert newest_state(tmp_path / "out.partial") is not None
-    run_on_workers(_finish, task, name="ends", storage=tmp_path / "ray", resources=resources(after))
-    for ours, theirs in zip(_curve(task), _curve(whole), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours["lr"] == theirs["lr"]
+    tasks, whole = [at(stage, "out") for stage in stages], [at(stage, "whole") for stage in stages]
+    _finish(whole, current_ranks())
+    on(before, _die, (tasks, 4))
+    assert all(newest_state(Path(f"{one.out}.partial")) is not None for one in tasks)
+    on(after, _finish, tasks)
+    for one, other in zip(tasks, whole, strict=True):
+        for ours, theirs in zip(_curve(one), _curve(other), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours["lr"] == theirs["lr"]
