@@ -339,8 +339,9 @@ class TrackingConfig(Section):
 class ResourcesConfig(Section):
     """What the run may use. Nothing is guessed from the machine that starts it."""
 
-    workers: Count = 1
-    """Ray Train workers of one training run."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Ray Train workers of one training run; 0 trains in the stage's own process, as Ray Train's local mode does, without a GPU: small
+    models then start at once, but what ends that process ends the stage, and the same command goes on."""
     parallel_runs: Count = 1
     """Training runs at the same time (arms × seeds are independent)."""
     actors: Count = 1
@@ -353,7 +354,11 @@ class ResourcesConfig(Section):
     """Worker failures that a training run survives."""
 
     @model_validator(mode="after")
-    def _whole_gpus_for_several_workers(self) -> ResourcesConfig:
+    def _can_be_given(self) -> ResourcesConfig:
+        if not self.workers and (self.gpus_per_worker or self.parallel_runs > 1):
+            raise ValueError(
+                "resources.workers=0 trains in one process that has no GPU; it needs gpus_per_worker=0 and parallel_runs=1"
+            )
         if self.gpus_per_worker > 1 and not float(self.gpus_per_worker).is_integer():
             raise ValueError("resources.gpus_per_worker above 1 must be a whole number")
         return self
@@ -504,7 +509,7 @@ class Config(Section):
             if attack.adapter == "same" and "full" in (self.alignment.train.weights, attack.train.weights):
                 yield f"attack '{attack.name}' has adapter=same, which needs weights=lora in alignment.train and in its own train"
         for where, train in self.trainings().items():
-            share = self.resources.workers * train.accumulation
+            share = max(1, self.resources.workers) * train.accumulation
             if train.batch_size % share:
                 yield f"{where}.batch_size={train.batch_size} must be a multiple of resources.workers × accumulation = {share}"
             if train.weights == "full" and self.model.dtype != "float32" and train.zero_stage == 0:

@@ -84,7 +84,12 @@ def _configuration(config: Config, gpus: int) -> None:
     cells = len(run.cells)
     say(
         f"[bold]plan[/]     {cells} aligned models ({len(run.arms)} selections × {len(config.comparison.seeds)} seeds), "
-        f"{cells * len(config.attacks)} attacked ones; {resources.parallel_runs} training runs of {resources.workers} workers at a time"
+        f"{cells * len(config.attacks)} attacked ones; "
+        + (
+            f"{resources.parallel_runs} training runs of {resources.workers} workers at a time"
+            if resources.workers
+            else "trained in this process, one by one"
+        )
     )
     for artifact in (run.ingested("candidates"), run.fitted, run.scored, run.main_selection):
         say(f"          {artifact.stage}: {'ready' if artifact.ready else 'to be made'} ({plain(artifact.folder)})")

@@ -116,7 +116,7 @@ def setup_of(config: Config, train: TrainConfig, objective: str = "sft") -> Setu
         train: One of its training sections.
         objective: What a step minimises.
     """
-    workers, dtype = config.resources.workers, config.model.dtype
+    workers, dtype = max(1, config.resources.workers), config.model.dtype
     try:
         probed = settings_of(objective, config.alignment.parameters).get(TVaccineSettings, TVaccineSettings())
     except ConfigError:  # an unknown objective or setting is told elsewhere

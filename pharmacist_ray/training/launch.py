@@ -41,6 +41,8 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resou
     that leaves finished parts on disk therefore only does what is missing. Errors of our own are not retried: they would come again.
     If not all workers meet them, the group starts once more, to be told of it and to end.
 
+    Without workers (``resources.workers=0``) the work is done here and now, and nothing starts it again.
+
     Args:
         work: A module-level function.
         payload: Its picklable argument.
@@ -53,11 +55,15 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: Place, resou
         ResourceError: The cluster never had room for the workers, or the disk is full.
         TrainingError: Workers died more often than they are replaced.
     """
+    threads = max(1, int(resources.cpus_per_worker))
+    if not resources.workers:
+        torch.set_num_threads(threads)
+        with room_for(storage):
+            return work(payload, current_ranks())
     needed = per_worker(resources)
     check_room(needed, resources.workers)
     attempt = f"{name}-{uuid.uuid4().hex[:8]}"
     board = Board(attempt)
-    threads = max(1, int(resources.cpus_per_worker))
     trainer = TorchTrainer(
         _on_worker,
         # As bytes, which Ray Train's controller passes on unread: else it would import all of this first, and then the workers would.

@@ -26,7 +26,7 @@ def make_world(model_folder: Path, rows_of: Callable[..., list[Row]]) -> Callabl
             "run_dir": str(folder / "run"),
             "model": {"path": str(model), "template": "plain", "max_length": 32, "lora": {"r": 2}},
             "data": {"candidates": path["candidates"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 24},
-            "resources": {"cpus_per_worker": 0.5, "actors": 1},
+            "resources": {"workers": 0, "cpus_per_worker": 0.5, "actors": 1},
             "selector": {"warmup": {"steps": 2, "batch_size": 8}, "checkpoints": [2], "batch_size": 8, "reference": None},
             "scoring": {"scorers": ["pharmacist", "random"], "random_draws": 1, "tokens_per_batch": 24},
             "selection": {"ratio": 0.5},

@@ -53,6 +53,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_done(
         "align": ("ingest", "fit", "scores", "selections"),
     }
     world = calm.copy(disk / "run", *before[stage])
+    world.values["resources"] = {**world.values["resources"], "workers": 1}
     ballast = fill(disk, leave)
     with pytest.raises(SystemExit) as ended, plain_failures():
         world.stage(stage)

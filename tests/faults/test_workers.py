@@ -82,7 +82,7 @@ def test_the_driver_killed_while_scoring_and_while_training(aligned: World, tmp_
 def test_a_training_worker_that_always_dies_ends_with_the_step_and_its_rows(calm: World, tmp_path: Path) -> None:
     """Token 10 is in nearly every batch: the first step of the warm-up already ends every group."""
     world = calm.copy(tmp_path / "run", "ingest")
-    world.values["resources"] = {**world.values["resources"], "max_failures": 1}
+    world.values["resources"] = {**world.values["resources"], "workers": 1, "max_failures": 1}
     with command(world, "fit", PYTHONPATH=f"{INJECT}:{Path.cwd()}", FAULTS_DEADLY_TOKEN="10") as process:
         out = process.communicate(timeout=150)[0]
     assert process.returncode == 7, out

@@ -65,7 +65,7 @@ def write_config(folder: Path, model: Path, rows_of: Callable[..., list[Row]], h
         "run_dir": str(folder / "run"),
         "model": {"path": str(model), "template": "plain", "max_length": 48, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
-        "resources": {"cpus_per_worker": 0.5},
+        "resources": {"workers": 0, "cpus_per_worker": 0.5},
         "selector": {"warmup": TRAIN, "checkpoints": [2], "batch_size": 4, "reference": None},
         "scoring": {"scorers": ["pharmacist", "random"], "random_draws": 1},
         "selection": {"ratio": 0.5},

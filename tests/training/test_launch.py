@@ -34,6 +34,18 @@ def test_a_bug_of_the_controller_keeps_its_traceback(silent):
     assert launch._why(failure, "align", silent, ResourcesConfig()) is failure
 
 
+def test_without_workers_the_work_is_done_in_this_process(tmp_path):
+    def work(payload, ranks):
+        if payload is None:
+            raise ResourceError("nothing to do")
+        return os.getpid(), ranks.workers, payload
+
+    resources = ResourcesConfig(workers=0, cpus_per_worker=0.5)
+    assert launch.run_on_workers(work, 3, name="here", storage=tmp_path, resources=resources) == (os.getpid(), 1, 3)
+    with pytest.raises(ResourceError, match="nothing to do"):
+        launch.run_on_workers(work, None, name="here", storage=tmp_path, resources=resources)
+
+
 @pytest.mark.parametrize(("mode", "seconds"), [("1", "1800"), ("0", "None")])
 def test_a_cluster_that_grows_is_given_time(mode, seconds):
     code = "import os, pharmacist_ray.cli.app; print(os.environ.get('RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S'))"
