@@ -118,13 +118,19 @@ def meanwhile(act: Callable[[], bool]) -> Iterator[None]:
 
 
 def kill_one(name: str, when: Callable[[], bool]) -> Callable[[], bool]:
-    """Return an act for `meanwhile`: kill one worker by its id as soon as the time has come."""
+    """Return an act for `meanwhile`: kill the youngest worker of a name as soon as the time has come.
+
+    It is looked for before: by the time that all processes are looked through, a fast machine has done the work.
+    """
+    found: list[psutil.Process] = []
 
     def act() -> bool:
-        victims = processes(name) if when() else []
-        for victim in victims[:1]:
+        if not when():
+            found[:] = sorted(processes(name), key=psutil.Process.create_time) or found
+            return False
+        for victim in found[-1:]:
             os.kill(victim.pid, signal.SIGKILL)
-        return bool(victims)
+        return bool(found)
 
     return act
 
