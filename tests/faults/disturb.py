@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,12 @@ class World:
     def scored(self) -> int:
         """Return how many shards are scored so far."""
         return len(list((self.root / "scores" / "rows").glob("part-*.parquet")))
+
+    def scoring(self, least: int, most: int) -> bool:
+        """Return whether so many shards are scored, and a worker is within another one: it has begun, and published nothing yet."""
+        begun = (self.root / "scores" / "rows").glob("part-*.attempt.json")
+        within = any(not file.with_name(file.name.replace(".attempt.json", ".parquet")).exists() for file in begun)
+        return within and least <= self.scored() <= most
 
     @property
     def aligned(self) -> Path:
@@ -117,20 +122,32 @@ def meanwhile(act: Callable[[], bool]) -> Iterator[None]:
     assert happened.is_set(), "the fault never came"
 
 
-def kill_one(name: str, when: Callable[[], bool]) -> Callable[[], bool]:
-    """Return an act for `meanwhile`: kill the youngest worker of a name as soon as the time has come.
+def kill_one(
+    name: str, when: Callable[[], bool], kill: Callable[[psutil.Process], None] = psutil.Process.kill
+) -> Callable[[], bool]:
+    """Return an act for `meanwhile` and `wait_for`: kill the youngest worker of a name as soon as the time has come.
 
-    It is looked for before: by the time that all processes are looked through, a fast machine has done the work.
+    It is looked for before: by the time that all processes are looked through, a fast machine has done the work. And it is stopped
+    before the second look at the time, so that it cannot get on between that look and its end.
     """
     found: list[psutil.Process] = []
 
     def act() -> bool:
-        if not when():
-            found[:] = sorted(processes(name), key=psutil.Process.create_time) or found
+        if not found or not found[-1].is_running() or found[-1].status() == psutil.STATUS_ZOMBIE:
+            found[:] = sorted(processes(name), key=psutil.Process.create_time)
             return False
-        for victim in found[-1:]:
-            os.kill(victim.pid, signal.SIGKILL)
-        return bool(found)
+        if not when():
+            return False
+        victim = found[-1]
+        with suppress(psutil.NoSuchProcess):
+            victim.suspend()
+            while (status := victim.status()) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                time.sleep(0.001)
+            if status == psutil.STATUS_STOPPED and when():
+                kill(victim)
+                return True
+            victim.resume()
+        return False
 
     return act
 

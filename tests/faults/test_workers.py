@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 
 def test_a_scoring_actor_killed(calm: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = calm.copy(tmp_path / "run", "ingest", "fit")
-    with meanwhile(kill_one("ShardScorer", lambda: 2 <= world.scored() < 20)):
+    with meanwhile(kill_one("ShardScorer", lambda: world.scoring(2, 19))):
         world.stage("score")
     assert re.search(
         r"score: a worker died over part-000\d\d\.parquet; it was scored again \(attempt 2\)", capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_deaths_beyond_the_bound_end_the_run_in_one_line(calm: World, tmp_path: 
     line = (
         r"^scoring: worker processes died again and again \(.*\); look at the machines' memory, then run the same command again: "
     )
-    with pytest.raises(ResourceError, match=line), meanwhile(kill_one("ShardScorer", lambda: 2 <= world.scored() < 20)):
+    with pytest.raises(ResourceError, match=line), meanwhile(kill_one("ShardScorer", lambda: world.scoring(2, 19))):
         world.stage("score")
     done = world.scores()
     assert 2 <= len(done) < 24
