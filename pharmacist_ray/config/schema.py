@@ -344,8 +344,8 @@ class ResourcesConfig(Section):
     models then start at once, but what ends that process ends the stage, and the same command goes on."""
     parallel_runs: Count = 1
     """Training runs at the same time (arms × seeds are independent)."""
-    actors: Count = 1
-    """Ray Data actors for scoring and for evaluation."""
+    actors: Annotated[int, Field(ge=0)] = 1
+    """Ray Data actors for scoring and for evaluation; 0 does both in the stage's own process, as for `workers`."""
     cpus_per_worker: Positive = 1.0
     """CPUs of a training worker or an actor."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
@@ -359,6 +359,8 @@ class ResourcesConfig(Section):
             raise ValueError(
                 "resources.workers=0 trains in one process that has no GPU; it needs gpus_per_worker=0 and parallel_runs=1"
             )
+        if not self.actors and self.gpus_per_worker:
+            raise ValueError("resources.actors=0 scores and evaluates in one process that has no GPU; it needs gpus_per_worker=0")
         if self.gpus_per_worker > 1 and not float(self.gpus_per_worker).is_integer():
             raise ValueError("resources.gpus_per_worker above 1 must be a whole number")
         return self

@@ -15,13 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
@@ -35,7 +33,7 @@ from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, one_of
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import Place, parquet_metadata, place, read_table, row_count, write_parquet
-from pharmacist_ray.training.remote import check_room, patient, per_worker, plain_errors, retries
+from pharmacist_ray.training.remote import on_actors
 
 RETRIES = 100
 """Times that Ray starts a shard anew after its worker's death; far above what finding its bad rows takes, whose own bounds name
@@ -160,33 +158,23 @@ def _score_shards(
         cosine=selector.cosine,
         device="cuda" if resources.gpus_per_worker else "cpu",
     )
-    check_room(per_worker(resources), 1)
+    arguments = {
+        "spec": spec,
+        "scoring": scoring,
+        "iterative": selector.mode == "iterative",
+        "out": str(out),
+        "threads": max(1, int(resources.cpus_per_worker)),
+    }
+    units = [{"shard": str(shard)} for shard in missing]
     done = total - len(missing)
-    work = ray.data.from_items([{"shard": str(shard)} for shard in missing], override_num_blocks=len(missing)).map_batches(
-        ShardScorer,
-        fn_constructor_kwargs={
-            "spec": spec,
-            "scoring": scoring,
-            "iterative": selector.mode == "iterative",
-            "out": str(out),
-            "threads": max(1, int(resources.cpus_per_worker)),
-        },
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(missing))),
-        **retries(RETRIES, len(missing)),
-    )
-    with plain_errors("scoring"):
-        for shard in patient(work).iter_rows():
-            done += 1
-            if say and shard["attempt"] > 1:
-                say(f"score: a worker died over {shard['shard']}; it was scored again (attempt {shard['attempt']})")
-            if say and shard["quarantined"]:
-                say(f"score: {shard['quarantined']} of the {shard['rows']} rows of {shard['shard']} cannot be scored")
-            if progress:
-                progress(done, total)
+    for shard in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
+        done += 1
+        if say and shard["attempt"] > 1:
+            say(f"score: a worker died over {shard['shard']}; it was scored again (attempt {shard['attempt']})")
+        if say and shard["quarantined"]:
+            say(f"score: {shard['quarantined']} of the {shard['rows']} rows of {shard['shard']} cannot be scored")
+        if progress:
+            progress(done, total)
 
 
 class ShardScorer:
@@ -211,17 +199,23 @@ class ShardScorer:
         self.needs_model = any(name != "random" for name in scoring.scorers)
         self.loaded = False
 
-    @property
+    @cached_property
     def probe(self) -> Probe:
         """The loaded model; not loaded if only random scores are asked for."""
-        return _probe(self.spec)
+        return Probe(self.spec)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Score the shards of a batch and return what became of each."""
-        outcomes = [self._score(place(str(shard))) for shard in batch["shard"]]
-        return {name: np.array([outcome[name] for outcome in outcomes]) for name in outcomes[0]}
+    @cached_property
+    def logits(self) -> dict[str, float]:
+        """The learnt logit of each candidate."""
+        file = place(self.spec.fit) / "logits.parquet"
+        if not file.exists():
+            raise ArtifactError(f"the selector is incomplete: {file} is missing; fit it with selector.mode=iterative")
+        table = read_table(file)
+        return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
-    def _score(self, shard: Place) -> dict[str, Any]:
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Score a shard and return what became of it."""
+        shard = place(str(unit["shard"]))
         rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
         out = self.out / shard.name
         if not self.needs_model or not rows:
@@ -248,11 +242,11 @@ class ShardScorer:
             elif signals is None:
                 columns[name] = []
             elif name == "pharmacist" and self.iterative:
-                file = place(self.spec.fit) / "logits.parquet"
-                logits = _logits(file)
-                if strange := [row.id for row in rows if row.id not in logits]:
-                    raise ArtifactError(f"{file} has no logit for row {strange[0]}: it was fitted on other candidates; fit again")
-                columns[name] = [logits[row.id] for row in rows]
+                if strange := [row.id for row in rows if row.id not in self.logits]:
+                    raise ArtifactError(
+                        f"{self.spec.fit}/logits.parquet has no logit for row {strange[0]}: it was fitted on other candidates; fit again"
+                    )
+                columns[name] = [self.logits[row.id] for row in rows]
             else:
                 columns[name] = SCORERS[name](signals).tolist()
         return columns
@@ -270,19 +264,6 @@ def _in_full(places: Sequence[int], rows: Sequence[Row], columns: dict[str, Sequ
 def _quarantine(out: Place) -> Place:
     """Return the folder of the rows that cannot be scored, beside that of the scores."""
     return out.with_name("quarantine")
-
-
-@cache
-def _probe(spec: ProbeSpec) -> Probe:
-    return Probe(spec)
-
-
-@cache
-def _logits(file: Place) -> dict[str, float]:
-    if not file.exists():
-        raise ArtifactError(f"the selector is incomplete: {file} is missing; fit it with selector.mode=iterative")
-    table = read_table(file)
-    return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
 
 def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[str]]:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
@@ -26,7 +23,7 @@ from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import Place, local_copy, place, write_parquet
-from pharmacist_ray.training.remote import check_room, patient, per_worker, plain_errors, retries
+from pharmacist_ray.training.remote import on_actors
 
 PROMPTS_PER_UNIT = 512
 """Prompts that one unit of work answers; large sets are spread over actors, small ones are not torn apart."""
@@ -101,26 +98,15 @@ def answer_all(
         blocks.setdefault(question.subject, []).append(question)
     if len(blocks) < resources.actors:
         blocks = {question.file: [question] for question in missing}
-    check_room(per_worker(resources), 1)
     spec = AnswerSpec(
         settings, template, max_length, "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker))
     )
     groups = list(blocks.values())
-    work = ray.data.range(len(groups), override_num_blocks=len(groups)).map_batches(
-        Answerer,
-        fn_constructor_kwargs={"spec": spec, "groups": groups},
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(groups))),
-        **retries(RETRIES, len(groups)),
-    )
-    with plain_errors("evaluate"):
-        for row in patient(work).iter_rows():
-            done += int(row["units"])
-            if progress:
-                progress(done, len(questions))
+    arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
+    for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
+        done += answered["units"]
+        if progress:
+            progress(done, len(questions))
 
 
 class Answerer:
@@ -137,6 +123,7 @@ class Answerer:
         self.spec = spec
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer] | None = None
+        self.prompts: dict[str, list[Row]] = {}
         settings = spec.settings
         judge = settings.judge_path
         if judge is not None and "://" in judge:
@@ -146,15 +133,13 @@ class Answerer:
             for kind in ("harmful", "benign")
         }
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Answer the groups of a batch and return how many units each had."""
-        counts = []
-        for number in batch["id"]:
-            for question in self.groups[int(number)]:
-                if not place(question.file).exists():  # or an actor that died in this group had answered it
-                    write_parquet(self._answer(question), place(question.file))
-            counts.append(len(self.groups[int(number)]))
-        return {"units": np.array(counts)}
+    def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
+        """Answer a group of units and return how many it has."""
+        group = self.groups[unit["group"]]
+        for question in group:
+            if not place(question.file).exists():  # or an actor that died in this group had answered it
+                write_parquet(self._answer(question), place(question.file))
+        return {"units": len(group)}
 
     def _answer(self, question: Question) -> pa.Table:
         if self.model is None or self.model[0] != question.model:
@@ -162,7 +147,7 @@ class Answerer:
             tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
             self.model = (ref, ref.load(self.spec.device), Renderer(tokenizer, self.spec.template, self.spec.max_length))
         _, model, renderer = self.model
-        rows = _rows(question.rows)[question.start : question.start + PROMPTS_PER_UNIT]
+        rows = self._rows(question.rows)[question.start : question.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
         answers = generate(
             model,
@@ -189,7 +174,7 @@ class Answerer:
             table |= {"correct": none, "exact": none, "contains": none}
         return pa.Table.from_pydict(table, schema=ANSWER_SCHEMA)
 
-
-@lru_cache(maxsize=8)
-def _rows(path: str) -> list[Row]:
-    return rows_from_table(read_rows([path]))
+    def _rows(self, folder: str) -> list[Row]:
+        if folder not in self.prompts:
+            self.prompts[folder] = rows_from_table(read_rows([folder]))
+        return self.prompts[folder]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ResourceError
+
+Unit = dict[str, Any]
+"""One unit of work, a few plain values: they travel through Ray's object store."""
+Done = dict[str, Any]
+"""What became of it, plain values too."""
 
 _GONE = (
     ray.exceptions.RayActorError,
@@ -49,28 +55,6 @@ def check_room(needed: dict[str, float], count: int) -> None:
             )
 
 
-def retries(each: int, units: int) -> dict[str, int]:
-    """Return the bounds of an actor pool's retries, by the names that `map_batches` takes.
-
-    Ray Data by default retries and restarts for ever, and a unit of work that ends every process would go round and round. An actor
-    may die as often as all units together, for it may be given them all.
-
-    Args:
-        each: How often a unit is begun anew after its actor died.
-        units: Number of units.
-    """
-    return {"max_task_retries": each, "max_restarts": each * units}
-
-
-def patient(work: ray.data.Dataset) -> ray.data.Dataset:
-    """Return a data set whose actors may die while they start: by default the first machine that goes away then ends the run.
-
-    Ten in a row are a broken environment (ours).
-    """
-    work.context.max_consecutive_actor_init_deaths = 10
-    return work
-
-
 @contextmanager
 def plain_errors(what: str = "this stage") -> Iterator[None]:
     """Raise the package's own errors again as such: of what a task raised, Ray hands over the traceback's text only.
@@ -95,3 +79,49 @@ def plain_errors(what: str = "this stage") -> Iterator[None]:
                 "again: what is finished is kept"
             ) from error
         raise
+
+
+def on_actors(
+    kind: Callable[..., Callable[[Unit], Done]],
+    arguments: dict[str, Any],
+    units: Sequence[Unit],
+    *,
+    attempts: int,
+    resources: ResourcesConfig,
+    what: str,
+) -> Iterator[Done]:
+    """Have stateless actors of Ray Data do units of work; yield what became of each, as soon as it is done.
+
+    Ray Data by default retries and restarts for ever, and a unit that ends every process would go round and round; and the first
+    machine that goes away while an actor starts would end the run. Both are bounded here. An actor may die as often as all units
+    together, for it may be given them all.
+
+    Without actors (``resources.actors=0``) the units are done here, one after the other, and nothing begins them anew.
+
+    Args:
+        kind: Class of the actors; called with a unit, it returns what became of it.
+        arguments: What it is made from.
+        units: At least one.
+        attempts: How often a unit is begun anew after its actor died.
+        resources: Actors and what each may use.
+        what: What is being done, for errors.
+
+    Raises:
+        ResourceError: The cluster has no room for an actor, or actors died more often than they are replaced.
+    """
+    if not resources.actors:
+        yield from map(kind(**arguments), units)
+        return
+    check_room(per_worker(resources), 1)
+    work = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
+        kind,
+        fn_constructor_kwargs=arguments,
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker or None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(units))),
+        max_task_retries=attempts,
+        max_restarts=attempts * len(units),
+    )
+    work.context.max_consecutive_actor_init_deaths = 10  # in a row; these are a broken environment (ours)
+    with plain_errors(what):
+        yield from work.iter_rows()

@@ -216,6 +216,7 @@ def test_yaml_that_would_make_objects_is_refused_and_runs_nothing(tmp_path):
         (["alignment.parameters={vaccine: 2}"], "'alignment.parameters.vaccine': Input should be a valid dictionary, got 2"),
         (["resources={workers: 0, gpus_per_worker: 1}"], "resources.workers=0 trains in one process that has no GPU"),
         (["resources={workers: 0, parallel_runs: 2}"], "it needs gpus_per_worker=0 and parallel_runs=1"),
+        (["resources={actors: 0, gpus_per_worker: 1}"], "resources.actors=0 scores and evaluates in one process that has no GPU"),
         (["resources.gpus_per_worker=1.5"], "resources.gpus_per_worker above 1 must be a whole number"),
         (["run_dir=s3://key:word@bucket/run"], "s3://bucket/run has credentials in it"),
         (["data.candidates.path=[a.jsonl, 's3://key:word@bucket/b.jsonl']"], "s3://bucket/b.jsonl has credentials in it"),

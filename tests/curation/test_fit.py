@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -121,9 +120,9 @@ def one_shot_scores(out: Path, spec_model: ModelRef, selector: SelectorConfig, c
         2048, selector.cosine,
     )  # fmt: skip
     scoring = ScoringConfig(scorers=["pharmacist"])
-    ShardScorer(spec, scoring, iterative=False, out=str(to), threads=1)(
-        {"shard": np.array([str(file) for file in sorted(candidates.glob("*.parquet"))])}
-    )
+    scorer = ShardScorer(spec, scoring, iterative=False, out=str(to), threads=1)
+    for file in sorted(candidates.glob("*.parquet")):
+        scorer({"shard": str(file)})
     assert columns_of(scoring) == ["pharmacist"]
     table = pq.read_table(to)
     return dict(zip(table.column("id").to_pylist(), table.column("pharmacist").to_pylist(), strict=True))

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -101,7 +96,8 @@ def score_here(model_folder: Path, fitted: Path) -> Callable[..., Table]:
             scoring.tokens_per_batch, cosine,
         )  # fmt: skip
         scorer = ShardScorer(spec, scoring, iterative, str(out), threads=1)
-        scorer({"shard": np.array([str(file) for file in sorted(candidates.glob("*.parquet"))])})
+        for file in sorted(candidates.glob("*.parquet")):
+            scorer({"shard": str(file)})
         return read(out)
 
     return run
@@ -164,7 +160,7 @@ def test_a_rerun_computes_and_appends_nothing(
         raise AssertionError("nothing is missing")
 
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in scored.iterdir()}
-    monkeypatch.setattr(score_module.ray.data, "from_items", never)
+    monkeypatch.setattr(score_module, "on_actors", never)
     seen: list[tuple[int, int]] = []
     report = run_score(candidates, scored, progress=lambda done, total: seen.append((done, total)))
     assert (report.rows, report.shards, report.columns) == (40, 6, COLUMNS[1:])
@@ -195,10 +191,15 @@ def test_actors_shards_batches_and_order_change_no_score(
     assert_same(read(tmp_path / "scores"), read(scored))
 
 
-def test_the_driver_adds_nothing_to_what_an_actor_computes(
-    scored: Path, candidates: Path, score_here: Callable[..., Table], tmp_path: Path
+def test_without_actors_this_process_writes_the_same_files(
+    scored: Path, candidates: Path, run_score: Callable[..., ScoreReport], tmp_path: Path
 ) -> None:
-    assert score_here(candidates, tmp_path) == read(scored)
+    out = tmp_path / "rows"
+    seen: list[tuple[int, int]] = []
+    report = run_score(candidates, out, actors=0, progress=lambda done, total: seen.append((done, total)))
+    assert (report.rows, report.shards, report.columns) == (40, 6, COLUMNS[1:])
+    assert seen == [(done, 6) for done in range(7)]
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {file.name: file.read_bytes() for file in scored.iterdir()}
 
 
 @pytest.mark.parametrize("shards", [1, 9])
@@ -353,49 +354,6 @@ def test_scores_that_do_not_belong_are_refused(
         ArtifactError, match=rf"^{out} holds scores of other candidates \(part-00077\.parquet\); remove the folder$"
     ):
         run_score(candidates, out)
-
-
-def actors() -> list[psutil.Process]:
-    """The processes below this one in which Ray scores shards."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any("ray::" in part and "ShardScorer" in part for part in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_local")
-def test_an_actor_killed_on_the_way_costs_nothing_but_time(
-    rows_of: Callable[..., list[Row]],
-    run_score: Callable[..., ScoreReport],
-    score_here: Callable[..., Table],
-    tmp_path: Path,
-) -> None:
-    folder, out = write_shards(rows_of(120, seed=9), tmp_path / "candidates", 24), tmp_path / "out"
-    options: dict[str, Any] = {"scorers": ["pharmacist", "random"], "tokens_per_batch": 16}  # small batches: slow enough to hit
-    killed: list[tuple[int, int]] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while not killed and time.monotonic() < deadline:
-            done = len(list(out.glob("part-*.parquet")))
-            for process in actors() if done >= 2 else []:
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append((process.pid, done))
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    report = run_score(folder, out, **options)
-    killer.join()
-    assert killed
-    assert killed[0][1] < 25
-    assert report.rows == 120
-    assert read(out) == score_here(folder, tmp_path / "here", **options)
 
 
 def test_columns_come_in_the_order_asked_for() -> None:

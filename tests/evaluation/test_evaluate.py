@@ -255,7 +255,7 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monke
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "harmful-000000.parquet").write_text("there")
-    monkeypatch.setattr("ray.data.range", lambda *_, **__: pytest.fail("there is nothing to ask"))
+    monkeypatch.setattr("pharmacist_ray.evaluation.answers.on_actors", lambda *_, **__: pytest.fail("there is nothing to ask"))
     answer_all(
         {folder: ModelRef("m") for folder in folders},
         {"harmful": tmp_path / "rows"},

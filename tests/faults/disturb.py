@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +173,21 @@ def command(world: World, stage: str, **environment: str) -> Iterator[subprocess
             workers = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.wait()
-        for worker in psutil.wait_procs(workers, timeout=20)[1]:  # Ray's own notice and end
-            worker.kill()
+        end(workers)
+
+
+def end(orphans: Sequence[psutil.Process]) -> None:
+    """See that what a killed driver had started ends; workers do so by themselves, Ray's other processes take half a minute for it."""
+
+    def works(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return process.name().startswith("ray::") and "Agent" not in process.name()
+        return False
+
+    psutil.wait_procs([one for one in orphans if works(one)], timeout=20)
+    for one in orphans:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -62,7 +62,9 @@ def test_every_method_equals_one_backward_per_sample(model: Any, batch_of: Any, 
         torch.testing.assert_close(got.losses, want.losses, rtol=1e-3 if method == "difference" else 1e-5, atol=0)
 
 
-def test_the_loop_equals_forward_mode_differentiation(model: Any, batch_of: Any) -> None:
+def test_the_loop_equals_forward_mode_differentiation(model: Any, batch_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # After ZeRO 3 DeepSpeed leaves one of its own there, which has no forward mode.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     (model.get_base_model() if hasattr(model, "peft_config") else model).set_attn_implementation("eager")
     batch, directions = batch_of(4), directions_for(model, k=1)
     params = {name: p.detach() for name, p in model.named_parameters()}

@@ -29,6 +29,7 @@ from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.search import run_search
 from pharmacist_ray.pipeline.session import run_stage
 from pharmacist_ray.pipeline.stages import run_report
+from tests.faults.disturb import end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,7 +66,7 @@ def write_config(folder: Path, model: Path, rows_of: Callable[..., list[Row]], h
         "run_dir": str(folder / "run"),
         "model": {"path": str(model), "template": "plain", "max_length": 48, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
-        "resources": {"workers": 0, "cpus_per_worker": 0.5},
+        "resources": {"workers": 0, "actors": 0, "cpus_per_worker": 0.5},
         "selector": {"warmup": TRAIN, "checkpoints": [2], "batch_size": 4, "reference": None},
         "scoring": {"scorers": ["pharmacist", "random"], "random_draws": 1},
         "selection": {"ratio": 0.5},
@@ -274,7 +275,7 @@ def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(se
     workers = psutil.Process(first.pid).children(recursive=True)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    psutil.wait_procs(workers, timeout=15)  # Ray's own processes notice and end; a few seconds
+    end(workers)
     before, killed = times(root), records(root)
     assert {record["status"] for record in killed.values()} >= {"finished"}
     assert len(killed) < 4 or any(record["status"] == "running" for record in killed.values())
@@ -295,7 +296,5 @@ def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(se
     assert "4 trials, 2 at a time: attacks.0.train.lr, attacks.0.adapter" in out
     assert "recommended: trial" in out
 
-    other = start("--config", file, f"run_dir={root}", "search={space: {selection.ratio: [0.3]}}")
-    out, _ = other.communicate()
-    assert (other.returncode, out.count("\n")) == (5, 1), out
-    assert "holds the trials of another `search` section; pass --resume" in out
+    with pytest.raises(ArtifactError, match="holds the trials of another `search` section; pass --resume"):
+        run_search(load_config(file, [f"run_dir={root}", "search={space: {selection.ratio: [0.3]}}"]))

@@ -91,7 +91,7 @@ def files(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path_factor
         "run_dir": str(folder / "run"),
         "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
-        "resources": {"workers": 0, "cpus_per_worker": 0.5},
+        "resources": {"workers": 0, "actors": 0, "cpus_per_worker": 0.5},
         "selector": {"warmup": TRAIN, "checkpoints": [2], "batch_size": 4, "reference": None},
         "scoring": {"scorers": ["pharmacist", "random"], "random_draws": 1},
         "selection": {"ratio": 0.5, "jsonl": True},
@@ -330,9 +330,10 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, tmp_path):
     """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all."""
     root, _ = done
     where = f"run_dir={s3.uri('whole')}"
-    # On a worker of Ray Train's, where the other trained in this process.
+    # On Ray's workers and actors, where the other did all in this process.
     arguments = (
-        "run", "--config", files / "run.yaml", where, "resources.workers=1", "tracking.to=[tensorboard]", "alignment.train.save_every=1",
+        "run", "--config", files / "run.yaml", where, "resources={workers: 1, actors: 1, cpus_per_worker: 0.5}",
+        "tracking.to=[tensorboard]", "alignment.train.save_every=1",
     )  # fmt: skip
     outcome = pharmacist(*arguments)
     assert outcome.code == 0, outcome
@@ -374,7 +375,7 @@ def test_a_storage_that_refuses_while_scoring_changes_nothing(done, files, s3):
         time.sleep(10)
         s3.refusing.clear()
 
-    arguments = ("--config", files / "run.yaml", f"run_dir={s3.uri('refusing')}")
+    arguments = ("--config", files / "run.yaml", f"run_dir={s3.uri('refusing')}", "resources.actors=1")
     for stage in ("ingest", "fit"):
         assert pharmacist(stage, *arguments).code == 0
     thread = threading.Thread(target=refuse, daemon=True)

@@ -149,7 +149,8 @@ def test_micro_batches_give_the_curve_of_one_batch(objective: str, weights: str,
 def test_the_curves_are_those_of_different_objectives_that_learn(layouts: Any) -> None:
     """Or all of the above would hold for a loop that does nothing."""
     curves = {objective: _curve(layouts[0], _name(objective, "lora", "one")) for objective in OBJECTIVES}
-    assert all(curve[-1]["loss"] < curve[0]["loss"] - 0.05 for curve in curves.values())
+    drops = {name: curve[0]["loss"] - curve[-1]["loss"] for name, curve in curves.items()}
+    assert min(drops.values()) > 0.05, drops
     ends = sorted(curve[-1]["grad_norm"] for curve in curves.values())
     assert all(b - a > 1e-3 for a, b in pairwise(ends))
 
