@@ -38,12 +38,13 @@ def say(line: str) -> None:
 def bar(what: str) -> Iterator[Callable[..., None]]:
     """Show progress of one piece of work; yields a function to call with (done, total) and perhaps a note of ours."""
     if not console.is_terminal:
-        last = [time.monotonic(), -1.0]
+        at, said = time.monotonic(), (-1.0, "")
 
         def log(done: float, total: float, note: str = "") -> None:
+            nonlocal at, said
             now = time.monotonic()
-            if done != last[1] and (now - last[0] > LOG_EVERY_S or done >= total):
-                last[:] = [now, done]
+            if ((done, note) != said and now - at > LOG_EVERY_S) or (done != said[0] and done >= total):
+                at, said = now, (done, note)
                 say(f"  {what}: {done:g} of {total:g}{note}")
 
         yield log
@@ -66,6 +67,30 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
+def followed(look: Callable[[], None], places: Sequence[Place]) -> Iterator[None]:
+    """Look at what lies in some places again and again while something else goes on, and once when that is over.
+
+    Args:
+        look: Reads what there is and shows it.
+        places: Where it looks; in an object store, where each look is some requests, it does so every five seconds, else twice a second.
+    """
+    over, every = threading.Event(), 5.0 if any(isinstance(place, RemotePath) for place in places) else 0.5
+
+    def follow() -> None:
+        while not over.wait(every):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
+
+
+@contextmanager
 def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Iterator[None]:
     """Show how far training runs are, read from the small files they leave beside their outputs.
 
@@ -74,10 +99,6 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
         folders: The runs' output folders.
         steps: Their optimiser steps.
     """
-    over = threading.Event()
-    total = sum(steps)
-    # Every look is a request for each run, where they lie in an object store.
-    every = 5.0 if any(isinstance(folder, RemotePath) for folder in folders) else 0.5
     attempts: dict[Place, int] = {}
 
     def done(tell: bool = True) -> tuple[float, str]:
@@ -103,19 +124,10 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
                 continue
         return count, f" · {latest[-1]}" if latest else ""
 
-    with bar(what) as show:
+    def look() -> None:
+        count, note = done()
+        show(count, sum(steps), note)
 
-        def follow() -> None:
-            while not over.wait(every):
-                count, note = done()
-                show(count, total, note)
-
-        done(tell=False)  # what an earlier command left
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            show(done()[0], total)
+    done(tell=False)  # what an earlier command left
+    with bar(what) as show, followed(look, folders):
+        yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray import tune
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig, SearchConfig
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
-from pharmacist_ray.pipeline.console import LOG_EVERY_S, console, plain, say
+from pharmacist_ray.pipeline.console import bar, console, followed, plain, say
 from pharmacist_ray.pipeline.early import LOOKS, SIGNAL, asha
 from pharmacist_ray.pipeline.front import OBJECTIVES, on_front, recommend
 from pharmacist_ray.pipeline.run import Run
@@ -33,7 +31,7 @@ from pharmacist_ray.pipeline.session import TRIAL_CPUS, connected, needed_by
 from pharmacist_ray.pipeline.space import Point, check_space, decoded, domains, section, settled, told, trial_config, trial_name
 from pharmacist_ray.pipeline.stages import check, run_fit, run_ingest, run_score, run_select
 from pharmacist_ray.pipeline.trial import Record, read_record, read_records, record_file, run_trial, write_record
-from pharmacist_ray.storage import Place, RemotePath, json_of, remove_tree, write_parquet, write_text
+from pharmacist_ray.storage import Place, json_of, remove_tree, write_parquet, write_text
 from pharmacist_ray.training.launch import storage_of
 
 NUMBERS = [f"{name}{end}" for name in ("worst_hs", "mean_hs", "task_accuracy", "over_refusal") for end in ("", "_low", "_high")]
@@ -64,8 +62,7 @@ def run_search(config: Config, *, resume: bool = False) -> Place:
         _prepare(run, points)
         total = len(points) or search.trials or 0
         say(f"[bold]search[/] {total} trials, {search.concurrent} at a time: {plain(', '.join(search.space))}")
-        # Every look is some requests, where the records lie in an object store.
-        with _watch(read, total, 5.0 if isinstance(run.root, RemotePath) else 0.5):
+        with _watched(read, total, run.root):
             _tune(run, points, read)
     for record in read():
         if record["status"] == "running":  # its process died without a word
@@ -220,29 +217,16 @@ def _drawn_from(search: SearchConfig, drawn: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _watch(read: Callable[[], list[Record]], total: int, every: float = 0.5) -> Iterator[None]:
-    """Show how many trials are done, running and failed, and the best so far: a bar, or a line every few seconds in a log."""
-    over, since = threading.Event(), time.time()
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("search", total=total)
+def _watched(read: Callable[[], list[Record]], total: int, root: Place) -> Iterator[None]:
+    """Show how many trials are done, running and failed, and the best so far."""
+    since = time.time()
 
-        def follow() -> None:
-            shown = time.monotonic()
-            while not over.wait(every):
-                done, line = _state(read(), since)
-                progress.update(task, completed=done, description=plain(line))
-                if not console.is_terminal and time.monotonic() - shown > LOG_EVERY_S:
-                    shown = time.monotonic()
-                    say(f"  {done} of {total} trials done, {plain(line)}")
+    def look() -> None:
+        done, line = _state(read(), since)
+        show(done, total, f" · {plain(line)}")
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    with bar("search (trials)") as show, followed(look, [root]):
+        yield
 
 
 def _state(records: Sequence[Record], since: float) -> tuple[int, str]:

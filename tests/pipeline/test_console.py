@@ -67,6 +67,19 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(capsys, monkeypatch):
     assert capsys.readouterr().out == "  score (shards): 3 of 6\n  score (shards): 6 of 6\n"
 
 
+def test_a_log_is_told_what_goes_on_also_where_nothing_is_done_for_long(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with bar("search (trials)") as show:
+        for note in (" · align", " · align", " · attack", " · attack"):
+            now[0] += 11
+            show(0, 2, note)
+        show(2, 2, " · evaluate")
+        show(2, 2)
+    lines = ["0 of 2 · align", "0 of 2 · attack", "2 of 2 · evaluate"]
+    assert capsys.readouterr().out.splitlines() == [f"  search (trials): {line}" for line in lines]
+
+
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     terminal = module.Console(force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(module, "console", terminal)
