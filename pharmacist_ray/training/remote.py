@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
@@ -113,15 +115,17 @@ def on_actors(
         yield from map(kind(**arguments), units)
         return
     check_room(per_worker(resources), 1)
-    work = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
-        kind,
-        fn_constructor_kwargs=arguments,
-        num_cpus=resources.cpus_per_worker,
-        num_gpus=resources.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(units))),
-        max_task_retries=attempts,
-        max_restarts=attempts * len(units),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray Data has no other name for an actor's retries yet
+        work = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
+            kind,
+            fn_constructor_kwargs=arguments,
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=resources.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(units))),
+            max_task_retries=attempts,
+            max_restarts=attempts * len(units),
+        )
     work.context.max_consecutive_actor_init_deaths = 10  # in a row; these are a broken environment (ours)
     with plain_errors(what):
         yield from work.iter_rows()
