@@ -183,8 +183,8 @@ def free_ports(number: int) -> list[int]:
             one.close()
 
 
-def wait_until(true: Callable[[], object], seconds: float, what: str = "it") -> None:
-    """Wait for something to become true.
+def wait_until(true: Callable[[], object], seconds: float, what: str = "it", every: float = 0.2) -> None:
+    """Wait for something to become true, with so many seconds between two looks.
 
     Raises:
         TimeoutError: It does not within the time; carries the last error.
@@ -196,7 +196,7 @@ def wait_until(true: Callable[[], object], seconds: float, what: str = "it") -> 
                 return
         except OSError as error:
             last = error
-        time.sleep(0.2)
+        time.sleep(every)
     raise TimeoutError(f"waited {seconds} s for {what}; {last}")
 
 

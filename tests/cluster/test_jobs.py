@@ -123,9 +123,10 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
 
     # Ray brings the second actor up when the first has had work for seconds. So the first is held within a shard until the other has
     # published some: what appears meanwhile is the other's work, and what the first holds is lost with its node.
-    wait_until(lambda: len(shards(run)) >= 2, 240, "the first shards")
-    [victim] = [worker for worker in cluster.workers if (scorer := scorer_on(worker)) and scorer.cpu_times().user > 1]
+    wait_until(lambda: any(map(scorer_on, cluster.workers)), 240, "an actor")
+    victim = next(worker for worker in cluster.workers if scorer_on(worker))
     held = scorer_on(victim)
+    wait_until(lambda: len(shards(run)) >= 2, 240, "the first shards", every=0.01)
     held.suspend()
     time.sleep(1)  # for what it had handed over before
     by_victim = shards(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -125,16 +126,17 @@ def meanwhile(act: Callable[[], bool]) -> Iterator[None]:
 def kill_one(
     name: str, when: Callable[[], bool], kill: Callable[[psutil.Process], None] = psutil.Process.kill
 ) -> Callable[[], bool]:
-    """Return an act for `meanwhile` and `wait_for`: kill the youngest worker of a name as soon as the time has come.
+    """Return an act for `meanwhile` and `wait_for`: kill a worker of a name, not there yet, as soon as the time has come.
 
     It is looked for before: by the time that all processes are looked through, a fast machine has done the work. And it is stopped
     before the second look at the time, so that it cannot get on between that look and its end.
     """
+    others = {process.pid for process in processes(name)}  # of a test before, whose pool nobody has collected yet
     found: list[psutil.Process] = []
 
     def act() -> bool:
         if not found or not found[-1].is_running() or found[-1].status() == psutil.STATUS_ZOMBIE:
-            found[:] = sorted(processes(name), key=psutil.Process.create_time)
+            found[:] = [process for process in processes(name) if process.pid not in others]
             return False
         if not when():
             return False
@@ -170,6 +172,7 @@ def command(world: World, stage: str, **environment: str) -> Iterator[subprocess
         yield process
     finally:
         if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)  # it hands out no more work while those it has started are looked up
             workers = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             process.wait()
