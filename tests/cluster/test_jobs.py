@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,9 @@ def shards(run: Path) -> set[str]:
 def scorer_on(node: Node) -> psutil.Process | None:
     """Return the node's actor that scores, as Ray names its process."""
     for process in node.processes():
-        if any("ShardScorer" in part for part in process.cmdline()):
-            return process
+        with suppress(psutil.Error):  # it ended meanwhile
+            if any("ShardScorer" in part for part in process.cmdline()):
+                return process
     return None
 
 
@@ -123,7 +125,8 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
 
     # Ray brings the second actor up when the first has had work for seconds. So the first is held within a shard until the other has
     # published some: what appears meanwhile is the other's work, and what the first holds is lost with its node.
-    wait_until(lambda: any(map(scorer_on, cluster.workers)), 240, "an actor")
+    wait_until((run / "fit" / "manifest.json").exists, 240, "the selector")  # by then the actors of a job before are gone
+    wait_until(lambda: any(map(scorer_on, cluster.workers)), 120, "an actor")
     victim = next(worker for worker in cluster.workers if scorer_on(worker))
     held = scorer_on(victim)
     wait_until(lambda: len(shards(run)) >= 2, 240, "the first shards", every=0.01)
