@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def node_of(cluster: Cluster, worker: psutil.Process) -> Any:
 def lose_node_of(cluster: Cluster, worker: psutil.Process) -> None:
     """Kill a node with its raylet, and the worker, which would outlive it for a moment."""
     cluster.remove_node(node_of(cluster, worker), allow_graceful=False)
-    worker.kill()
+    with suppress(psutil.NoSuchProcess):  # it did not, which must not look as if the node were still there
+        worker.kill()
 
 
 def test_a_node_lost_while_scoring_and_another_while_training(aligned: World, cluster: Cluster, tmp_path: Path) -> None:
