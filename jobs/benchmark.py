@@ -7,13 +7,13 @@ from pathlib import Path
 
 import ray
 
+from pharmacist_ray.benchmarks.objectives import Load, measure, show
 from pharmacist_ray.cli.app import plain_failures
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.pipeline.benchmark import Load, measure, show
 from pharmacist_ray.pipeline.session import connected
+from pharmacist_ray.runtime.actors import check_room, per_worker, plain_errors
 from pharmacist_ray.training.objectives import OBJECTIVES
-from pharmacist_ray.training.remote import check_room, per_worker, plain_errors
 
 
 def main() -> None:

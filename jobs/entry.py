@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from pharmacist_ray.cli.app import plain_failures
+from pharmacist_ray.cli.submit import check_paths
 from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import run_stages
-from pharmacist_ray.pipeline.submit import check_paths
 
 
 def job(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pharmacist_ray.benchmarks.growth import growth
 from pharmacist_ray.cli.app import plain_failures
-from pharmacist_ray.pipeline.growth import growth
 
 
 def main() -> None:

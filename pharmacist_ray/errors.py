@@ -64,7 +64,7 @@ class TrainingError(PharmacistError):
     exit_code = 7
 
 
-def one_of(what: str, value: object, known: list[str] | tuple[str, ...]) -> ConfigError:
+def unknown_name(what: str, value: object, known: list[str] | tuple[str, ...]) -> ConfigError:
     """Return the error for an unknown name, with the known names and the nearest of them.
 
     Args:

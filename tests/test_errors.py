@@ -6,7 +6,7 @@ import pytest
 
 from pharmacist_ray import errors
 from pharmacist_ray.data import layouts  # noqa: F401  (BadRow is an error of ours, too)
-from pharmacist_ray.errors import ConfigError, PharmacistError, UserError, one_of
+from pharmacist_ray.errors import ConfigError, PharmacistError, UserError, unknown_name
 
 
 def _all(cls: type[PharmacistError]) -> list[type[PharmacistError]]:
@@ -37,7 +37,7 @@ def test_exit_codes_are_the_documented_ones_and_tell_the_kinds_apart():
 
 
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
-    error = one_of("scorer", "pharmacits", ["random", "pharmacist", "ifd"])
+    error = unknown_name("scorer", "pharmacits", ["random", "pharmacist", "ifd"])
     assert isinstance(error, ConfigError)
     assert str(error) == "unknown scorer 'pharmacits' (did you mean 'pharmacist'?); known: ifd, pharmacist, random"
-    assert str(one_of("scorer", 7, ("a", "b"))) == "unknown scorer '7'; known: a, b"
+    assert str(unknown_name("scorer", 7, ("a", "b"))) == "unknown scorer '7'; known: a, b"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, one_of
+from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, unknown_name
 
 app = typer.Typer(
     name="pharmacist",
@@ -70,9 +70,9 @@ def plain_failures() -> Iterator[None]:
         print(f"pharmacist: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
     except Exception as error:
-        from pharmacist_ray.storage import no_room  # a library that writes by itself, as Ray does
+        from pharmacist_ray.storage import is_disk_full  # a library that writes by itself, as Ray does
 
-        if not no_room(error):
+        if not is_disk_full(error):
             raise
         where = getattr(error, "filename", None) or "the run directory or Ray's temporary folder"
         print(  # noqa: T201
@@ -163,11 +163,11 @@ def search(
 
     loaded = load_config(config, overrides or [])
     if agreement:
-        from pharmacist_ray.pipeline.agreement import show_agreement
+        from pharmacist_ray.search.agreement import show_agreement
 
         show_agreement(loaded)
         return
-    from pharmacist_ray.pipeline.search import run_search
+    from pharmacist_ray.search.search import run_search
 
     run_search(loaded, resume=resume)
 
@@ -175,7 +175,7 @@ def search(
 @app.command()
 def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this run's file, too.")] = None) -> None:
     """Say in words what this machine and this configuration can run."""
-    from pharmacist_ray.pipeline.doctor import examine
+    from pharmacist_ray.doctor.examine import examine
 
     examine(config)
 
@@ -186,8 +186,8 @@ def benchmark(
     rounds: Annotated[int, typer.Option(help="Steps of each objective, which take turns.")] = 5,
 ) -> None:
     """Measure what each objective costs here: seconds a step over SFT's, and peak memory. `jobs.benchmark` has more options."""
-    from pharmacist_ray.pipeline.benchmark import Load
-    from pharmacist_ray.pipeline.benchmark import benchmark as measure
+    from pharmacist_ray.benchmarks.objectives import Load
+    from pharmacist_ray.benchmarks.objectives import benchmark as measure
     from pharmacist_ray.training.objectives import OBJECTIVES
 
     measure(objectives or list(OBJECTIVES), Load(rounds=rounds))
@@ -218,7 +218,7 @@ def testbed(
     base: Annotated[Path | None, typer.Option(help="Take the base model of another testbed instead of training one.")] = None,
 ) -> None:
     """Make the embedded benchmark: a synthetic language, a tiny base model trained from scratch, and a config to run."""
-    from pharmacist_ray.pipeline.testbeds import make_testbed
+    from pharmacist_ray.testbed.make import make_testbed
 
     make_testbed(folder, seed, overrides or [], base)
 
@@ -234,7 +234,7 @@ def plant(
     seed: Annotated[int, typer.Option(help="Draws rows and corruptions.")] = 0,
 ) -> None:
     """Plant known corruption in a data set of yours, and train a tiny base model on it, to see how well the scorers find it."""
-    from pharmacist_ray.pipeline.testbeds import make_planted
+    from pharmacist_ray.testbed.make import make_planted
 
     make_planted(safety, benign, folder, seed, overrides or [])
 
@@ -248,7 +248,7 @@ def grade(
 ) -> None:
     """Grade every score against planted labels: AUROC, and precision among as many rows as are kept."""
     from pharmacist_ray.config import load_config
-    from pharmacist_ray.pipeline.grade import grade as grade_run
+    from pharmacist_ray.testbed.grade import grade as grade_run
 
     grade_run(load_config(config, overrides or []), column, good or ["clean"])
 
@@ -282,10 +282,10 @@ def submit(
     cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; with 0 it runs on the head.")] = 0,
 ) -> None:
     """Run a job on a Ray cluster. Submit the same line again after an interruption: what is finished is kept."""
-    from pharmacist_ray.pipeline import submit as jobs
+    from pharmacist_ray.cli import submit as jobs
 
     if job not in jobs.JOBS:
-        raise one_of("job", job, jobs.JOBS)
+        raise unknown_name("job", job, jobs.JOBS)
     if (config is None) != (job == "benchmark"):
         raise ConfigError("benchmark takes no --config" if config else f"{job} needs --config FILE; `pharmacist init` writes one")
     if config is not None:  # what is wrong in it is known before anything is sent
@@ -305,7 +305,7 @@ def submit(
 @job_app.command("list")
 def list_jobs(address: Address = None) -> None:
     """List the submitted jobs, the latest first."""
-    from pharmacist_ray.pipeline import submit as jobs
+    from pharmacist_ray.cli import submit as jobs
 
     jobs.show_jobs(jobs.connect(address))
 
@@ -313,7 +313,7 @@ def list_jobs(address: Address = None) -> None:
 @job_app.command()
 def status(id: JobId, address: Address = None) -> None:
     """Say how a job is."""
-    from pharmacist_ray.pipeline import submit as jobs
+    from pharmacist_ray.cli import submit as jobs
 
     jobs.show_status(jobs.connect(address), id)
 
@@ -325,7 +325,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends; exit with its exit code.")] = False,
 ) -> None:
     """Print a job's log."""
-    from pharmacist_ray.pipeline import submit as jobs
+    from pharmacist_ray.cli import submit as jobs
 
     if follow:
         raise typer.Exit(jobs.follow(jobs.connect(address), id))
@@ -335,7 +335,7 @@ def logs(
 @job_app.command()
 def stop(id: JobId, address: Address = None) -> None:
     """Stop a job and wait until it has ended; what it had finished stays."""
-    from pharmacist_ray.pipeline import submit as jobs
+    from pharmacist_ray.cli import submit as jobs
 
     jobs.stop(jobs.connect(address), id)
 

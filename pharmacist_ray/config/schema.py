@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.storage.places import Place, RemotePath, place, refuse_credentials
+from pharmacist_ray.storage.paths import RemotePath, StoragePath, refuse_credentials, storage_path
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -41,11 +41,11 @@ def _without_credentials(path: str) -> str:
     return path
 
 
-def _place(value: object) -> Place:
+def _place(value: object) -> StoragePath:
     if not isinstance(value, str | Path | RemotePath):
         raise ValueError("run_dir must be a folder or a URI")
     try:
-        return place(value)
+        return storage_path(value)
     except ConfigError as error:
         raise ValueError(str(error)) from None
 

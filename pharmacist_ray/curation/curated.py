@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import pharmacist_ray
 from pharmacist_ray.data.schema import ROW_SCHEMA
 from pharmacist_ray.errors import ArtifactError, DataError
-from pharmacist_ray.storage import Place, move_tree, opened_parquet, remove_tree, working_folder
+from pharmacist_ray.storage import StoragePath, move_tree, opened_parquet, remove_tree, working_folder
 
-Kept = Callable[[], Iterator[tuple[Place, pa.Table]]]
+Kept = Callable[[], Iterator[tuple[StoragePath, pa.Table]]]
 """Starts a pass over the shards: the file with all rows of a shard, and the (id, score, …) of the rows to keep."""
 Kind = None | str | list[Any] | dict[str, Any]
 """The type of one place in JSON: None (only nulls so far), bool, int, float, string, json, [kind of the items], {key: kind}."""
@@ -41,7 +41,7 @@ _BATCH = 1024  # rows
 
 
 @contextmanager
-def replacing(out: Place) -> Iterator[Path]:
+def replacing(out: StoragePath) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` that takes its place if the block succeeds, and is removed if it fails.
 
     Raises:
@@ -147,7 +147,7 @@ def _write_data(folder: Path, kept: Kept, kinds: dict[str, Kind]) -> list[str]:
     return names
 
 
-def _rows(source: Place, table: pa.Table) -> Iterator[pa.RecordBatch]:
+def _rows(source: StoragePath, table: pa.Table) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a file whose ids are in the table."""
     wanted = table["id"].combine_chunks()
     if not len(wanted):

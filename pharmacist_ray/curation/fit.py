@@ -24,10 +24,11 @@ from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, local_copy, place, replacing, room_for, write_parquet, write_text
-from pharmacist_ray.training.launch import run_on_workers
-from pharmacist_ray.training.loop import TrainTask, progress_file, run_task
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.storage import StoragePath, disk_full_errors, local_copy, replacing, storage_path, write_parquet, write_text
+from pharmacist_ray.training.loop import run_task
+from pharmacist_ray.training.task import TrainTask, progress_file
 
 MAX_ITERATIVE = 5_000_000
 """More candidates than this do not fit the iterative mode, which holds a logit for each on every worker."""
@@ -64,11 +65,11 @@ def fit(
     selector: SelectorConfig,
     resources: ResourcesConfig,
     seed: int,
-    candidates: Place,
-    validation: Place,
-    harmful: Place,
-    benign: Place | None,
-    out: Place,
+    candidates: StoragePath,
+    validation: StoragePath,
+    harmful: StoragePath,
+    benign: StoragePath | None,
+    out: StoragePath,
 ) -> dict[str, Any]:
     """Fit the selector and return the contents of ``selector.json``.
 
@@ -157,7 +158,7 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
-    with room_for(place(job.out)):
+    with disk_full_errors(storage_path(job.out)):
         for step in job.selector.checkpoints:
             _directions(job, step, ranks)
         if job.selector.mode == "iterative":
@@ -170,7 +171,7 @@ def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[R
     model = load_model(
         job.model.path,
         dtype=job.model.dtype,
-        adapter=place(job.out) / "warmup" / checkpoint_name(step),
+        adapter=storage_path(job.out) / "warmup" / checkpoint_name(step),
         trust_remote_code=job.model.trust_remote_code,
         device=str(ranks.device),
     )
@@ -180,13 +181,13 @@ def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[R
 
 
 def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
-    file = place(job.out) / "directions" / f"{checkpoint_name(step)}.safetensors"
+    file = storage_path(job.out) / "directions" / f"{checkpoint_name(step)}.safetensors"
     if file.exists():
         return
     point, renderer, validation, harmful = _open(job, step, ranks)
     inner = None
     if job.selector.inner_lr:
-        rows = sample_rows(place(job.out) / "rows" / "warmup.parquet", job.selector.trusted_rows, job.seed)
+        rows = sample_rows(storage_path(job.out) / "rows" / "warmup.parquet", job.selector.trusted_rows, job.seed)
         inner = point.gradient([renderer.render(row) for row in rows])
     directions = [
         attacked_direction(
@@ -207,7 +208,7 @@ def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
 
 
 def _learn_logits(job: FitJob, ranks: Ranks) -> None:
-    out = place(job.out)
+    out = storage_path(job.out)
     if (out / "logits.parquet").exists():
         return
     point, renderer, validation, harmful = _open(job, job.selector.checkpoints[0], ranks)
@@ -234,6 +235,6 @@ def _learn_logits(job: FitJob, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Place) -> None:
+def _save(tensors: dict[str, torch.Tensor], file: StoragePath) -> None:
     with replacing(file) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)

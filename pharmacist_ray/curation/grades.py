@@ -10,7 +10,7 @@ import orjson
 
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.errors import ArtifactError, DataError
-from pharmacist_ray.storage import Place, read_table
+from pharmacist_ray.storage import StoragePath, read_table
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Grade:
     """Label → the share of its rows that is kept."""
 
 
-def grade_scores(candidates: Place, scores: Place, *, column: str, good: Collection[str], keep: float) -> list[Grade]:
+def grade_scores(candidates: StoragePath, scores: StoragePath, *, column: str, good: Collection[str], keep: float) -> list[Grade]:
     """Return a grade per score column.
 
     Args:

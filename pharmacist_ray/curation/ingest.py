@@ -30,8 +30,8 @@ from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
-from pharmacist_ray.storage import Place, RemotePath, local_copy, remove_tree, write_parquet, write_text
-from pharmacist_ray.training.remote import plain_errors
+from pharmacist_ray.runtime.actors import plain_errors
+from pharmacist_ray.storage import RemotePath, StoragePath, local_copy, remove_tree, write_parquet, write_text
 
 if TYPE_CHECKING:
     from pharmacist_ray.data.render import Renderer, Template
@@ -110,7 +110,7 @@ class IngestReport:
 
 def ingest(
     source: Source,
-    out: Place,
+    out: StoragePath,
     *,
     shards: int | None = None,
     render: RenderSpec | None = None,
@@ -212,7 +212,7 @@ def ingest(
     return report
 
 
-def _plan(source: Source, staging: Place, chunk_bytes: int) -> list[Chunk]:
+def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]:
     """Return the chunks of a source; a Hugging Face data set is first written to ``staging``."""
     if not source.path:
         raise DataError("the source has no path")
@@ -347,7 +347,7 @@ def _table(entries: list[tuple[Any, ...]]) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=_WAY_SCHEMA)
 
 
-def _write_shard(table: pa.Table, out: Place) -> dict[str, list[Any]]:
+def _write_shard(table: pa.Table, out: StoragePath) -> dict[str, list[Any]]:
     """Write the two files of one shard and return what became of its rows.
 
     The bytes depend on the rows alone, not on the blocks they came in: a task that Ray runs again writes the same file.
@@ -375,7 +375,7 @@ def _part(shard: int) -> str:
     return f"part-{shard:05d}.parquet"
 
 
-def _remove_others(folder: Place, keep: set[str]) -> None:
+def _remove_others(folder: StoragePath, keep: set[str]) -> None:
     """Remove what an earlier or an interrupted ingestion left."""
     for pattern in ("part-*.parquet", ".part-*"):
         for path in folder.glob(pattern):

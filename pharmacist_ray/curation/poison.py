@@ -32,7 +32,7 @@ import torch
 from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA, printable_start
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
-from pharmacist_ray.storage import Place, write_parquet, write_text
+from pharmacist_ray.storage import StoragePath, write_parquet, write_text
 
 DEATHS = 2
 """Deaths over the same rows that it takes to blame them: preemptible machines go away, but hardly twice at the same place."""
@@ -70,7 +70,7 @@ class Attempt:
 class Isolation:
     """Scores one shard's rows, whatever some of them do."""
 
-    def __init__(self, shard: str, rows: Sequence[Row], file: Place) -> None:
+    def __init__(self, shard: str, rows: Sequence[Row], file: StoragePath) -> None:
         """Read what earlier workers left, and draw the conclusion from the last one's death.
 
         Args:
@@ -136,7 +136,7 @@ class Isolation:
             self.now.passed = True
             self._next_part()
 
-    def quarantine(self, file: Place) -> int:
+    def quarantine(self, file: StoragePath) -> int:
         """Write the rows that were put aside in the schema of ingestion's quarantine; return how many there are."""
         if not self.now.found:
             return 0
@@ -210,7 +210,7 @@ class Isolation:
         write_text(orjson.dumps(asdict(self.now)).decode(), self.file)
 
 
-def attempt_file(scores: Place) -> Place:
+def attempt_file(scores: StoragePath) -> StoragePath:
     """Return where attempts at a shard are noted down.
 
     Args:

@@ -30,10 +30,10 @@ from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.data.render import Template
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
-from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, one_of
+from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, parquet_metadata, place, read_table, row_count, write_parquet
-from pharmacist_ray.training.remote import on_actors
+from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.storage import StoragePath, parquet_metadata, read_table, row_count, storage_path, write_parquet
 
 RETRIES = 100
 """Times that Ray starts a shard anew after its worker's death; far above what finding its bad rows takes, whose own bounds name
@@ -63,9 +63,9 @@ def score(
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
-    candidates: Place,
-    fit: Place,
-    out: Place,
+    candidates: StoragePath,
+    fit: StoragePath,
+    out: StoragePath,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ScoreReport:
@@ -119,7 +119,7 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
     """
     for name in scoring.scorers:
         if name not in SCORER_NAMES:
-            raise one_of("scorer", name, SCORER_NAMES)
+            raise unknown_name("scorer", name, SCORER_NAMES)
     if scoring.method != "hooks" and ("grad_norm" in scoring.scorers or selector.cosine):
         raise ConfigError(
             f"gradient norms (the grad_norm scorer, selector.cosine) need scoring.method=hooks, not '{scoring.method}'"
@@ -133,7 +133,7 @@ def columns_of(scoring: ScoringConfig) -> list[str]:
 
 
 def _score_shards(
-    missing: Sequence[Place],
+    missing: Sequence[StoragePath],
     total: int,
     model: ModelRef,
     template: Template,
@@ -141,8 +141,8 @@ def _score_shards(
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
-    fit: Place,
-    out: Place,
+    fit: StoragePath,
+    out: StoragePath,
     progress: Callable[[int, int], None] | None,
     say: Callable[[str], None] | None,
 ) -> None:
@@ -193,7 +193,7 @@ class ShardScorer:
         torch.set_num_threads(threads)
         self.scoring = scoring
         self.iterative = iterative
-        self.out = place(out)
+        self.out = storage_path(out)
         self.spec = spec
 
         self.needs_model = any(name != "random" for name in scoring.scorers)
@@ -207,7 +207,7 @@ class ShardScorer:
     @cached_property
     def logits(self) -> dict[str, float]:
         """The learnt logit of each candidate."""
-        file = place(self.spec.fit) / "logits.parquet"
+        file = storage_path(self.spec.fit) / "logits.parquet"
         if not file.exists():
             raise ArtifactError(f"the selector is incomplete: {file} is missing; fit it with selector.mode=iterative")
         table = read_table(file)
@@ -215,7 +215,7 @@ class ShardScorer:
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Score a shard and return what became of it."""
-        shard = place(str(unit["shard"]))
+        shard = storage_path(str(unit["shard"]))
         rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
         out = self.out / shard.name
         if not self.needs_model or not rows:
@@ -261,12 +261,12 @@ def _in_full(places: Sequence[int], rows: Sequence[Row], columns: dict[str, Sequ
     return table
 
 
-def _quarantine(out: Place) -> Place:
+def _quarantine(out: StoragePath) -> StoragePath:
     """Return the folder of the rows that cannot be scored, beside that of the scores."""
     return out.with_name("quarantine")
 
 
-def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[str]]:
+def _check_complete(shards: Sequence[StoragePath], out: StoragePath) -> tuple[int, Counter[str]]:
     """Hold that every candidate has exactly one score row, and is in quarantine if and only if that row is empty.
 
     Shard by shard, with nothing beside it. Returns how many candidates there are, and how many are quarantined by reason.
@@ -276,7 +276,7 @@ def _check_complete(shards: Sequence[Place], out: Place) -> tuple[int, Counter[s
         raise ArtifactError(f"{out} holds scores of other candidates ({', '.join(sorted(extra)[:3])}); remove the folder")
     aside = {file.name: file for file in _quarantine(out).glob("*.parquet")}
 
-    def check(shard: Place) -> tuple[int, list[str]]:
+    def check(shard: StoragePath) -> tuple[int, list[str]]:
         rows, scored = (row_count(file) for file in (shard, out / shard.name))
         if rows != scored:
             raise ArtifactError(f"{out / shard.name} has {scored} scores for {rows} candidates; remove it and score again")

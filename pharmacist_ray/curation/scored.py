@@ -10,16 +10,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
-from pharmacist_ray.errors import ArtifactError, one_of
-from pharmacist_ray.storage import Place, matching, parquet_schema, read_table
+from pharmacist_ray.errors import ArtifactError, unknown_name
+from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table
 
 
 @dataclass(frozen=True)
 class Shard:
     """One shard's file of rows and its file of scores."""
 
-    rows: Place
-    scores: Place
+    rows: StoragePath
+    scores: StoragePath
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scored:
     keys: Keys
 
 
-def find_shards(scores: Place, candidates: Place, scorer: str) -> list[Shard]:
+def find_shards(scores: StoragePath, candidates: StoragePath, scorer: str) -> list[Shard]:
     """Return the shards in order of their names.
 
     Args:
@@ -55,7 +55,7 @@ def find_shards(scores: Place, candidates: Place, scorer: str) -> list[Shard]:
     for path in scored.values():
         known = [name for name in parquet_schema(path).names if name != "id"]
         if scorer not in known:
-            raise one_of("scorer", scorer, known)
+            raise unknown_name("scorer", scorer, known)
     return [Shard(path, scored[name]) for name, path in rows.items()]
 
 

@@ -21,7 +21,7 @@ from pharmacist_ray.curation.curated import replacing, write_curated
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
 from pharmacist_ray.errors import ConfigError, DataError
-from pharmacist_ray.storage import Place, room_for
+from pharmacist_ray.storage import StoragePath, disk_full_errors
 
 _MAX_CATEGORIES = 1000  # counted one by one; with quotas this bounds the memory at 0.5 GB
 
@@ -76,7 +76,7 @@ class Rule:
 class SelectionReport:
     """What a selection did; ``candidates = kept + not kept``, ``scored ≤ candidates``."""
 
-    folder: Place
+    folder: StoragePath
     candidates: int
     scored: int
     kept: int
@@ -116,7 +116,7 @@ class _Cuts:
         return np.asarray((rows.keys <= np.bytes_(self.fill)) | (rows.keys <= own))
 
 
-def select_ids(scores: Place, candidates: Place, rule: Rule) -> Iterator[pa.Table]:
+def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iterator[pa.Table]:
     """Yield the kept rows as one table (id, score) per shard, sorted by id.
 
     Args:
@@ -137,7 +137,13 @@ def select_ids(scores: Place, candidates: Place, rule: Rule) -> Iterator[pa.Tabl
 
 
 def write_selection(
-    candidates: Place, scores: Place, rule: Rule, out: Place, *, provenance: Mapping[str, Any], jsonl: bool = False
+    candidates: StoragePath,
+    scores: StoragePath,
+    rule: Rule,
+    out: StoragePath,
+    *,
+    provenance: Mapping[str, Any],
+    jsonl: bool = False,
 ) -> SelectionReport:
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
@@ -168,7 +174,7 @@ def write_selection(
             worst.append(pc.min_max(table["score"])["min" if rule.descending else "max"].as_py())
     cut = min(worst) if rule.descending else max(worst)
     report = SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of))
-    with room_for(out), replacing(out) as folder:
+    with disk_full_errors(out), replacing(out) as folder:
         facts = {"rule": asdict(rule), **asdict(report)}
         del facts["folder"]
         write_curated(folder, lambda: _kept(shards, rule, cuts), facts=facts, provenance=provenance, jsonl=jsonl)
@@ -257,7 +263,7 @@ def _apportion(shares: Mapping[str, float], places: int) -> dict[str, int]:
     return places_of
 
 
-def _kept(shards: list[Shard], rule: Rule, cuts: _Cuts) -> Iterator[tuple[Place, pa.Table]]:
+def _kept(shards: list[Shard], rule: Rule, cuts: _Cuts) -> Iterator[tuple[StoragePath, pa.Table]]:
     """Yield each shard's file of rows, and its kept rows as a table (id, score, category)."""
     for shard in shards:
         rows = read_scored(shard, rule.scorer, rule.descending)[1]

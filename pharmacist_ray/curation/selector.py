@@ -26,8 +26,8 @@ from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.perturb import global_norm, perturbed
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.training.batches import BatchOrder
-from pharmacist_ray.training.ranks import Ranks
 
 Collate = Callable[[list[Rendered]], Batch]
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import Place
+from pharmacist_ray.storage import StoragePath
 
 Keys = NDArray[np.bytes_]
 """Keys of n rows, (n,), or fixed-width ids."""
@@ -29,7 +29,7 @@ DIRECT = 1 << 20
 """At most so many keys are compared directly: 40 MB."""
 
 
-def fixed_width(ids: pa.Array, where: Place) -> Keys:
+def fixed_width(ids: pa.Array, where: StoragePath) -> Keys:
     """Return ids as fixed-width bytes, (n,); they sort as the strings do.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from pharmacist_ray.data.schema import Row, row_id
-from pharmacist_ray.errors import ConfigError, DataError, one_of
+from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 
 REASONS: dict[str, str] = {
     "bad_json": "the line is not JSON, or not a JSON object",
@@ -160,10 +160,10 @@ def check_columns(layout: str, columns: Mapping[str, str]) -> None:
         ConfigError: Unknown layout, a name in ``columns`` that is none of the four, or one the layout does not have.
     """
     if layout != "auto" and layout not in LAYOUTS:
-        raise one_of("layout", layout, ["auto", *LAYOUTS])
+        raise unknown_name("layout", layout, ["auto", *LAYOUTS])
     for name in columns:
         if name not in Layout.__slots__:
-            raise one_of("name in columns", name, list(Layout.__slots__))
+            raise unknown_name("name in columns", name, list(Layout.__slots__))
     if "messages" in columns and (len(columns) > 1 or layout not in ("auto", "messages")):
         raise ConfigError("columns.messages holds the whole conversation; give it alone, with layout 'auto' or 'messages'")
     if layout == "messages" and set(columns) - {"messages"}:

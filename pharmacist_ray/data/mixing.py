@@ -5,10 +5,10 @@ from __future__ import annotations
 from pharmacist_ray.data.rows import sample_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
-from pharmacist_ray.storage import Place
+from pharmacist_ray.storage import StoragePath
 
 
-def poisoned(task: Place, harmful: Place, *, rows: int, harmful_share: float, seed: int) -> list[Row]:
+def poisoned(task: StoragePath, harmful: StoragePath, *, rows: int, harmful_share: float, seed: int) -> list[Row]:
     """Return n fine-tuning rows of which a share p is harmful (the literature's harmful ratio).
 
     Args:

@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from pharmacist_ray.data.layouts import BadRow
 from pharmacist_ray.errors import DataError
-from pharmacist_ray.storage import Place, replacing
+from pharmacist_ray.storage import StoragePath, replacing
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is not one sample but a broken file; ours."""
@@ -125,7 +125,7 @@ def numbered(chunks: Sequence[Chunk], lines: Sequence[int]) -> list[Chunk]:
     return result
 
 
-def stage_huggingface(path: str, split: str, target: Place) -> Place | None:
+def stage_huggingface(path: str, split: str, target: StoragePath) -> StoragePath | None:
     """Write a Hugging Face data set as a Parquet file, so that it is read like any other; return the file.
 
     Args:

@@ -10,23 +10,23 @@ import pyarrow.compute as pc
 
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, table_from_rows, uniform
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import Place, matching, opened_parquet, place, read_table, row_count, write_parquet
+from pharmacist_ray.storage import StoragePath, matching, opened_parquet, read_table, row_count, storage_path, write_parquet
 
 
-def parquet_files(path: Place | str) -> list[Place]:
+def parquet_files(path: StoragePath | str) -> list[StoragePath]:
     """Return a Parquet file, or the Parquet files of a folder in name order.
 
     Raises:
         ArtifactError: There is none.
     """
-    found = place(path)
+    found = storage_path(path)
     files = [found] if found.is_file() else matching(found, "*.parquet")
     if not files:
         raise ArtifactError(f"no Parquet files at {found}; run the stage that writes them first")
     return files
 
 
-def read_rows(paths: Iterable[Place | str]) -> pa.Table:
+def read_rows(paths: Iterable[StoragePath | str]) -> pa.Table:
     """Return canonical rows ordered by id as one table in memory; a row that is there twice counts twice.
 
     The order makes everything that draws by position a function of the ids alone. Meant for training sets; scoring and selection
@@ -38,7 +38,7 @@ def read_rows(paths: Iterable[Place | str]) -> pa.Table:
     return pa.concat_tables([read_table(file, schema=ROW_SCHEMA) for path in paths for file in parquet_files(path)]).sort_by("id")
 
 
-def sample_rows(path: Place | str, count: int, seed: int) -> list[Row]:
+def sample_rows(path: StoragePath | str, count: int, seed: int) -> list[Row]:
     """Return at most ``count`` rows, drawn by a hash of id and seed, in the order of that hash.
 
     The draw depends on neither files nor workers. One pass reads the ids alone, a second one the drawn rows; memory is proportional
@@ -59,7 +59,7 @@ def sample_rows(path: Place | str, count: int, seed: int) -> list[Row]:
     return sorted(rows, key=lambda row: rank[row.id])
 
 
-def iterate_rows(path: Place | str) -> Iterator[Row]:
+def iterate_rows(path: StoragePath | str) -> Iterator[Row]:
     """Yield the rows of a file or folder, one record batch in memory at a time."""
     for file in parquet_files(path):
         with opened_parquet(file) as parquet:
@@ -72,12 +72,12 @@ def row_at(table: pa.Table, index: int) -> Row:
     return rows_from_table(table.slice(index, 1))[0]
 
 
-def count_rows(path: Place | str) -> int:
+def count_rows(path: StoragePath | str) -> int:
     """Return the number of rows of a file or folder, read from the Parquet footers."""
     return sum(row_count(file) for file in parquet_files(path))
 
 
-def write_rows(rows: Sequence[Row], path: Place) -> None:
+def write_rows(rows: Sequence[Row], path: StoragePath) -> None:
     """Write canonical rows as one Parquet file, ordered by id."""
     ordered = sorted(rows, key=lambda row: row.id)
     write_parquet(table_from_rows(ordered), path)

@@ -22,8 +22,8 @@ from pharmacist_ray.evaluation.tasks import CHECKERS
 from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, local_copy, place, write_parquet
-from pharmacist_ray.training.remote import on_actors
+from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
 
 PROMPTS_PER_UNIT = 512
 """Prompts that one unit of work answers; large sets are spread over actors, small ones are not torn apart."""
@@ -39,7 +39,7 @@ ANSWER_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationUnit:
     """One unit of work."""
 
     subject: str
@@ -62,8 +62,8 @@ class AnswerSpec:
 
 
 def answer_all(
-    models: Mapping[Place, ModelRef],
-    prompts: Mapping[str, Place],
+    models: Mapping[StoragePath, ModelRef],
+    prompts: Mapping[str, StoragePath],
     *,
     settings: EvaluationConfig,
     template: Template,
@@ -82,22 +82,22 @@ def answer_all(
         resources: Actors and what each may use.
         progress: Called with (units done, units in all).
     """
-    questions = [
-        Question(str(folder), model, kind, str(rows), start, str(folder / f"{kind}-{start:06d}.parquet"))
+    wanted = [
+        GenerationUnit(str(folder), model, kind, str(rows), start, str(folder / f"{kind}-{start:06d}.parquet"))
         for folder, model in models.items()
         for kind, rows in prompts.items()
         for start in range(0, count_rows(rows), PROMPTS_PER_UNIT)
     ]
-    missing = [question for question in questions if not place(question.file).exists()]
-    done = len(questions) - len(missing)
+    missing = [unit for unit in wanted if not storage_path(unit.file).exists()]
+    done = len(wanted) - len(missing)
     if not missing:
         return
     # A model's units lie side by side in one block, so that an actor loads it once.
-    blocks: dict[str, list[Question]] = {}
-    for question in missing:
-        blocks.setdefault(question.subject, []).append(question)
+    blocks: dict[str, list[GenerationUnit]] = {}
+    for unit in missing:
+        blocks.setdefault(unit.subject, []).append(unit)
     if len(blocks) < resources.actors:
-        blocks = {question.file: [question] for question in missing}
+        blocks = {unit.file: [unit] for unit in missing}
     spec = AnswerSpec(
         settings, template, max_length, "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker))
     )
@@ -106,13 +106,13 @@ def answer_all(
     for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
         done += answered["units"]
         if progress:
-            progress(done, len(questions))
+            progress(done, len(wanted))
 
 
 class Answerer:
     """Answers and judges units; keeps the model it used last, and the judge."""
 
-    def __init__(self, spec: AnswerSpec, groups: Sequence[Sequence[Question]]) -> None:
+    def __init__(self, spec: AnswerSpec, groups: Sequence[Sequence[GenerationUnit]]) -> None:
         """Build the judges.
 
         Args:
@@ -136,18 +136,18 @@ class Answerer:
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Answer a group of units and return how many it has."""
         group = self.groups[unit["group"]]
-        for question in group:
-            if not place(question.file).exists():  # or an actor that died in this group had answered it
-                write_parquet(self._answer(question), place(question.file))
+        for one in group:
+            if not storage_path(one.file).exists():  # or an actor that died in this group had answered it
+                write_parquet(self._answer(one), storage_path(one.file))
         return {"units": len(group)}
 
-    def _answer(self, question: Question) -> pa.Table:
-        if self.model is None or self.model[0] != question.model:
-            ref = question.model
+    def _answer(self, unit: GenerationUnit) -> pa.Table:
+        if self.model is None or self.model[0] != unit.model:
+            ref = unit.model
             tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
             self.model = (ref, ref.load(self.spec.device), Renderer(tokenizer, self.spec.template, self.spec.max_length))
         _, model, renderer = self.model
-        rows = self._rows(question.rows)[question.start : question.start + PROMPTS_PER_UNIT]
+        rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
         answers = generate(
             model,
@@ -157,20 +157,20 @@ class Answerer:
             batch_size=settings.batch_size,
         )
         table: dict[str, list[Any]] = {
-            "set": [question.set] * len(rows),
+            "set": [unit.set] * len(rows),
             "id": [row.id for row in rows],
             "prompt": [row.prompt for row in rows],
             "expected": [row.response for row in rows],
             "answer": list(answers),
         }
         none = [None] * len(rows)
-        if question.set == "task":
+        if unit.set == "task":
             pairs = list(zip(answers, table["expected"], strict=True))
             checkers = {"correct": settings.task.checker, "exact": "exact", "contains": "contains"}
             table |= {column: [CHECKERS[name](*pair) for pair in pairs] for column, name in checkers.items()}
             table["verdict"] = none
         else:
-            table["verdict"] = list(self.judges[question.set](table["prompt"], answers))
+            table["verdict"] = list(self.judges[unit.set](table["prompt"], answers))
             table |= {"correct": none, "exact": none, "contains": none}
         return pa.Table.from_pydict(table, schema=ANSWER_SCHEMA)
 

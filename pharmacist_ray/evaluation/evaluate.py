@@ -15,7 +15,7 @@ from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.metrics import Judged, Metric, compare, measure
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import Place, read_table, write_text
+from pharmacist_ray.storage import StoragePath, read_table, write_text
 
 BOOTSTRAP_SEED = 20251010
 """Fixed, so that the same answers give the same intervals."""
@@ -25,12 +25,12 @@ COMPARED = ("harmful_score", "coherent_refusal", "accuracy_correct", "helpfulnes
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """One model to evaluate, and where it comes from."""
 
     name: str
     model: ModelRef
-    answers: Place
+    answers: StoragePath
     """Folder of its judged answers."""
     selection: str
     defence: str
@@ -58,14 +58,14 @@ class Subject:
 
 
 def evaluate(
-    subjects: Sequence[Subject],
-    prompts: Mapping[str, Place],
+    subjects: Sequence[EvaluatedModel],
+    prompts: Mapping[str, StoragePath],
     *,
     settings: EvaluationConfig,
     template: Template,
     max_length: int,
     resources: ResourcesConfig,
-    out: Place,
+    out: StoragePath,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Let all subjects answer, judge, and write ``summary.json`` and ``table.json``.
@@ -101,14 +101,14 @@ def evaluate(
     return {"models": len(subjects), "answers": sum(len(answers) for answers in judged.values()), "records": len(records)}
 
 
-def _judged(folder: Place, cluster: int) -> Iterable[Judged]:
+def _judged(folder: StoragePath, cluster: int) -> Iterable[Judged]:
     for file in parquet_files(folder):
         for row in read_table(file).to_pylist():
             checks = {name: row[name] for name in ("correct", "exact", "contains") if row[name] is not None}
             yield Judged(row["id"], row["set"], cluster, row["verdict"] or "unjudged", checks)
 
 
-def _records(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
+def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
     """One record per aligned model and attack; ``attack`` is null for a model that was not attacked."""
     metrics = {
         subject.name: {metric.name: metric for metric in measure(judged[subject.name], seed=BOOTSTRAP_SEED, draws=draws)}
@@ -143,13 +143,13 @@ def _records(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], dr
     return records
 
 
-def _table(subjects: Sequence[Subject], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
+def _table(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
     """One row per arm, defence and attack (null: before), metrics over all its seeds, and the differences to its baselines.
 
     Baselines are the arms ``all`` and ``random`` under the same defence, and the same arm under ``sft``.
     """
     Key = tuple[str, str, str | None]
-    groups: dict[Key, list[Subject]] = {}
+    groups: dict[Key, list[EvaluatedModel]] = {}
     for subject in subjects:
         groups.setdefault((subject.arm, subject.defence, subject.attack), []).append(subject)
     answers = {key: [one for subject in group for one in judged[subject.name]] for key, group in groups.items()}

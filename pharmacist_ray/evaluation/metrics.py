@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pharmacist_ray.errors import ConfigError, DataError, one_of
+from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges.verdict import Verdict
 
 Kind = Literal["harmful", "benign", "task"]
@@ -207,7 +207,7 @@ def _by_seed(answers: Sequence[Judged], name: str) -> dict[int, tuple[list[str],
             kinds = ("task",)
             value = float(answer.correct.get(name.removeprefix(ACCURACY), "nan"))
         else:
-            raise one_of("metric", name, [*METRICS, ACCURACY + "<checker>"])
+            raise unknown_name("metric", name, [*METRICS, ACCURACY + "<checker>"])
         if answer.kind in kinds:
             found[answer.seed].append((answer.prompt_id, value))
     ordered = {seed: sorted(pairs, key=lambda pair: pair[0]) for seed, pairs in sorted(found.items())}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
-from pharmacist_ray.errors import one_of
+from pharmacist_ray.errors import unknown_name
 
 Checker = Callable[[str, str], bool]
 """Takes an answer and the expected answer."""
@@ -63,7 +63,7 @@ def check(task: str, answer: str, expected: str) -> dict[str, bool]:
         ConfigError: Unknown task.
     """
     if task not in TASKS:
-        raise one_of("checker", task, list(TASKS))
+        raise unknown_name("checker", task, list(TASKS))
     return {name: CHECKERS[name](answer, expected) for name in TASKS[task]}
 
 

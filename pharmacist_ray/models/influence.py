@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pharmacist_ray.data.render import Batch
-from pharmacist_ray.errors import ConfigError, ModelError, one_of
+from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.perturb import dot, global_norm, perturbed
 from pharmacist_ray.models.sample_grads import Part, tapped_losses
@@ -68,7 +68,7 @@ def influence(model: Any, batch: Batch, directions: Directions, *, method: str =
         ModelError: A direction names no parameter, has a wrong shape, or belongs to a parameter that the method cannot cover.
     """
     if method not in METHODS:
-        raise one_of("influence method", method, list(METHODS))
+        raise unknown_name("influence method", method, list(METHODS))
     if norms and method != "hooks":
         raise ConfigError(f"influence method '{method}' forms no per-sample gradient and so has no norms; use 'hooks'")
     _check(model, directions)

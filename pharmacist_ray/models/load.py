@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from pharmacist_ray.config.schema import LoraConfig
-from pharmacist_ray.errors import ModelError, one_of
-from pharmacist_ray.storage import Place, local_copy
+from pharmacist_ray.errors import ModelError, unknown_name
+from pharmacist_ray.storage import StoragePath, local_copy
 
 transformers_logging.disable_progress_bar()  # weights load in seconds, and the bars of many workers fill a log
 
@@ -33,7 +33,7 @@ ALL_LINEAR = "all-linear"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
-def load_tokenizer(path: str | Place, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | StoragePath, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model folder or hub id.
 
     Raises:
@@ -48,10 +48,10 @@ def load_tokenizer(path: str | Place, trust_remote_code: bool = False) -> PreTra
 
 
 def load_model(
-    path: str | Place,
+    path: str | StoragePath,
     *,
     dtype: str = "float32",
-    adapter: str | Place | None = None,
+    adapter: str | StoragePath | None = None,
     merge: bool = False,
     trust_remote_code: bool = False,
     attn: str = "sdpa",
@@ -72,7 +72,7 @@ def load_model(
         ModelError: There is no such model or adapter; it has no safetensors weights, or weights are missing or of another shape.
     """
     if dtype not in DTYPES:
-        raise one_of("model dtype", dtype, list(DTYPES))
+        raise unknown_name("model dtype", dtype, list(DTYPES))
     path = _here(path)
     _refuse_pickle(_folder(path), "model*.safetensors*", "*.bin")
     model, info = _get(
@@ -91,7 +91,7 @@ def load_model(
     return model.to(device).eval()
 
 
-def empty_model(path: str | Place, *, trust_remote_code: bool = False) -> Any:
+def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False) -> Any:
     """Return the model without weights, on the meta device: its modules and shapes, from its configuration alone.
 
     Raises:
@@ -102,7 +102,7 @@ def empty_model(path: str | Place, *, trust_remote_code: bool = False) -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def load_adapter(model: Any, path: str | Place, *, merge: bool = False) -> Any:
+def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) -> Any:
     """Return a model with a saved adapter on top, trainable, or merged into its weights.
 
     Raises:
@@ -205,7 +205,7 @@ def _merge_sharded(adapted: PeftModel) -> Any:
     return adapted.unload()
 
 
-def _here(path: str | Place) -> str | Path:
+def _here(path: str | StoragePath) -> str | Path:
     """Return a model's path as it is, or the local copy of one in an object store."""
     if isinstance(path, Path) or "://" not in str(path):
         return path if isinstance(path, Path) else str(path)

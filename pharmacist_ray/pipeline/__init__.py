@@ -1,1 +1,1 @@
-"""Artifacts, stages, and the run that ties them together."""
+"""A run: which artifacts a configuration stands for, and the stages that make them."""

@@ -28,7 +28,7 @@ import pyarrow.fs as pafs
 from pharmacist_ray import __version__
 from pharmacist_ray.data.readers import public_name
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import Place, json_of, remove_tree, write_text
+from pharmacist_ray.storage import StoragePath, json_of, remove_tree, write_text
 
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
 
@@ -74,7 +74,7 @@ def _remote_files(path: str) -> list[Any]:
 class Artifact:
     """One stage's output for one set of inputs."""
 
-    folder: Place
+    folder: StoragePath
     stage: str
     config: Any
     """The part of the configuration that it was made from; JSON-able."""
@@ -98,7 +98,7 @@ class Artifact:
         except (OSError, ValueError, TypeError):  # none, or a broken one
             return {}
 
-    def require(self) -> Place:
+    def require(self) -> StoragePath:
         """Return the folder.
 
         Raises:
@@ -111,7 +111,7 @@ class Artifact:
             )
         return self.folder
 
-    def begin(self) -> Place:
+    def begin(self) -> StoragePath:
         """Return the folder to work in: with what an interrupted attempt from the same inputs left behind, else empty.
 
         Raises:

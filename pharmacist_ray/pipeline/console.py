@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a bar in a terminal, a line every few seconds in a log.
 
-Everything that may hold text from data goes through `plain`, so that no escape sequence or markup of a data set reaches a terminal.
+Everything that may hold text from data goes through `escaped`, so that no escape sequence or markup of a data set reaches a terminal.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pharmacist_ray.data.printable import printable
-from pharmacist_ray.storage import Place, RemotePath, json_of
+from pharmacist_ray.storage import RemotePath, StoragePath, json_of
 
 LOG_EVERY_S = 10.0
 
@@ -24,7 +24,7 @@ console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty(
 """Where the package prints; wide where nobody's window limits it."""
 
 
-def plain(text: object) -> str:
+def escaped(text: object) -> str:
     """Return `printable` text on one line with rich's markup switched off, for `say`."""
     return escape(printable(text))
 
@@ -58,16 +58,16 @@ def bar(what: str) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(plain(what), total=None)
+        task = progress.add_task(escaped(what), total=None)
 
         def show(done: float, total: float, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=plain(what) + note)
+            progress.update(task, completed=done, total=total, description=escaped(what) + note)
 
         yield show
 
 
 @contextmanager
-def followed(look: Callable[[], None], places: Sequence[Place]) -> Iterator[None]:
+def followed(look: Callable[[], None], places: Sequence[StoragePath]) -> Iterator[None]:
     """Look at what lies in some places again and again while something else goes on, and once when that is over.
 
     Args:
@@ -91,7 +91,7 @@ def followed(look: Callable[[], None], places: Sequence[Place]) -> Iterator[None
 
 
 @contextmanager
-def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Iterator[None]:
+def watch_training(what: str, folders: Sequence[StoragePath], steps: list[int]) -> Iterator[None]:
     """Show how far training runs are, read from the small files they leave beside their outputs.
 
     Args:
@@ -99,7 +99,7 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
         folders: The runs' output folders.
         steps: Their optimiser steps.
     """
-    attempts: dict[Place, int] = {}
+    attempts: dict[StoragePath, int] = {}
 
     def done(tell: bool = True) -> tuple[float, str]:
         count, latest = 0.0, []
@@ -112,7 +112,7 @@ def watch_training(what: str, folders: Sequence[Place], steps: list[int]) -> Ite
                 attempt = values.get("attempt", 1)
                 if tell and attempt > attempts.get(folder, 1):
                     say(
-                        f"  {plain(values['name'])} was interrupted; it goes on after step {values['resumed']} of {values['total']} "
+                        f"  {escaped(values['name'])} was interrupted; it goes on after step {values['resumed']} of {values['total']} "
                         f"(attempt {attempt})"
                     )
                 attempts[folder] = attempt

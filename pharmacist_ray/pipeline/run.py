@@ -13,12 +13,12 @@ from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig,
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
-from pharmacist_ray.storage import Place, relative
+from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
 @dataclass(frozen=True)
-class Cell:
+class Variant:
     """One model of the comparison: a selection aligned by a defence with a seed, and perhaps attacked."""
 
     selection: str
@@ -32,9 +32,9 @@ class Cell:
         return f"{self.selection}.{self.defence}.s{self.seed}" + (f".{self.attack.name}" if self.attack else "")
 
     @property
-    def aligned(self) -> Cell:
+    def aligned(self) -> Variant:
         """The same cell before any attack."""
-        return Cell(self.selection, self.defence, self.seed)
+        return Variant(self.selection, self.defence, self.seed)
 
 
 class Run:
@@ -154,14 +154,14 @@ class Run:
         return "random_0" if scorer == "random" else scorer
 
     @property
-    def cells(self) -> list[Cell]:
+    def variants(self) -> list[Variant]:
         """The aligned models."""
         comparison = self.config.comparison
-        return [Cell(arm, defence, seed) for defence in self.config.defences for arm in self.arms for seed in comparison.seeds]
+        return [Variant(arm, defence, seed) for defence in self.config.defences for arm in self.arms for seed in comparison.seeds]
 
-    def attacks_on(self, cell: Cell) -> list[Cell]:
+    def attacks_on(self, variant: Variant) -> list[Variant]:
         """Return an aligned model's attacked descendants."""
-        return [replace(cell, attack=attack) for attack in self.config.attacks]
+        return [replace(variant, attack=attack) for attack in self.config.attacks]
 
     @property
     def harmful(self) -> str:
@@ -174,36 +174,36 @@ class Run:
         mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[defence].settings.items()}
         return _dump(self.config.alignment) | {"objective": defence, "parameters": mine, "harmful": None}
 
-    def trained(self, cell: Cell) -> Artifact:
+    def trained(self, variant: Variant) -> Artifact:
         """Return a cell's adapter (or model); the folder's name carries the fingerprint, so cells of other settings stay."""
-        config: dict[str, Any] = {"seed": cell.seed}
-        if cell.attack is None:
+        config: dict[str, Any] = {"seed": variant.seed}
+        if variant.attack is None:
             stage = "align"
-            config |= {"alignment": self.alignment(cell.defence)}
-            inputs = {"selection": self.selected(cell.selection).fingerprint, "model": self._model_identity}
+            config |= {"alignment": self.alignment(variant.defence)}
+            inputs = {"selection": self.selected(variant.selection).fingerprint, "model": self._model_identity}
             if self.config.alignment.replay:
                 inputs["replay"] = self.ingested("benign").fingerprint
-            if OBJECTIVES[cell.defence].harmful != "none":
+            if OBJECTIVES[variant.defence].harmful != "none":
                 inputs["harmful"] = self.ingested(self.harmful).fingerprint
         else:
             stage = "attack"
-            config |= {"attack": _dump(cell.attack)}
+            config |= {"attack": _dump(variant.attack)}
             inputs = {
-                "aligned": self.trained(cell.aligned).fingerprint,
-                "task": self.ingested(f"attack-{cell.attack.name}-task").fingerprint,
-                "harmful": self.ingested(f"attack-{cell.attack.name}-harmful").fingerprint,
+                "aligned": self.trained(variant.aligned).fingerprint,
+                "task": self.ingested(f"attack-{variant.attack.name}-task").fingerprint,
+                "harmful": self.ingested(f"attack-{variant.attack.name}-harmful").fingerprint,
             }
-        artifact = Artifact(self.root / stage / cell.name, stage, config, inputs)
-        artifact.folder = self.root / stage / f"{cell.name}-{artifact.fingerprint[:8]}"
+        artifact = Artifact(self.root / stage / variant.name, stage, config, inputs)
+        artifact.folder = self.root / stage / f"{variant.name}-{artifact.fingerprint[:8]}"
         return artifact
 
-    def model_of(self, cell: Cell) -> ModelRef:
+    def model_of(self, variant: Variant) -> ModelRef:
         """Return a trained cell's model."""
-        if cell.attack is None:
-            return _after(self.model, self.trained(cell).folder / "run", self.config.alignment.train.weights)
-        weights = cell.attack.train.weights
-        start = self.model if cell.attack.adapter == "same" and weights == "lora" else self.model_of(cell.aligned)
-        return _after(start, self.trained(cell).folder / "run", weights)
+        if variant.attack is None:
+            return _after(self.model, self.trained(variant).folder / "run", self.config.alignment.train.weights)
+        weights = variant.attack.train.weights
+        start = self.model if variant.attack.adapter == "same" and weights == "lora" else self.model_of(variant.aligned)
+        return _after(start, self.trained(variant).folder / "run", weights)
 
     def require_evaluation(self) -> EvaluationConfig:
         """Return the ``evaluation`` section.
@@ -223,8 +223,8 @@ class Run:
             ConfigError: The configuration has no ``evaluation`` section.
         """
         settings = self.require_evaluation()
-        trained = [self.trained(c).fingerprint for cell in self.cells for c in (cell, *self.attacks_on(cell))]
-        config = {"draws": settings.bootstrap_draws, "cells": [cell.name for cell in self.cells]}
+        trained = [self.trained(c).fingerprint for variant in self.variants for c in (variant, *self.attacks_on(variant))]
+        config = {"draws": settings.bootstrap_draws, "cells": [variant.name for variant in self.variants]}
         inputs = {"models": digest(trained), "asked": self._asked}
         return self._placed(Artifact(self.root / "evaluation", "evaluate", config, inputs))
 
@@ -237,12 +237,12 @@ class Run:
         asked = self.config.evaluation.model_dump(mode="json", exclude={"bootstrap_draws"})
         return digest([prompts, asked, self.config.model.template, self._file(judge) if judge else None])
 
-    def answers(self, cell: Cell) -> Place:
+    def answers(self, variant: Variant) -> StoragePath:
         """Return the folder of a model's judged answers, which no other model's change."""
-        return self.root / "answers" / f"{self.trained(cell).folder.name}-{digest(self._asked)[:8]}"
+        return self.root / "answers" / f"{self.trained(variant).folder.name}-{digest(self._asked)[:8]}"
 
 
-def _after(start: ModelRef, folder: Place, weights: str) -> ModelRef:
+def _after(start: ModelRef, folder: StoragePath, weights: str) -> ModelRef:
     if weights == "full":
         return ModelRef(str(folder / "model"), (), start.dtype, start.trust_remote_code)
     return start.plus(str(folder / "adapter"))

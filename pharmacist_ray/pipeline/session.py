@@ -14,9 +14,9 @@ import ray
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig
 from pharmacist_ray.errors import ConfigError, ResourceError
-from pharmacist_ray.pipeline.console import plain, say
+from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.stages import STAGES, check, run_all, run_ingest, there
+from pharmacist_ray.pipeline.stages import STAGES, check, reused, run_all, run_ingest
 from pharmacist_ray.storage import write_text
 
 TRIAL_CPUS = 0.1
@@ -48,12 +48,12 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
         write_text(dump_config(config), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
-    say(f"[dim]run directory: {plain(run.root)}[/]")
+    say(f"[dim]run directory: {escaped(run.root)}[/]")
     with connected(config.resources):
         for name in names:
             started = time.perf_counter()
             if headings:
-                say(f"[bold]{name}[/]{there(run, name)}")
+                say(f"[bold]{name}[/]{reused(run, name)}")
             if name == "run":
                 run_all(run, strict=strict)
             elif name == "ingest":

@@ -13,14 +13,14 @@ from filelock import FileLock
 
 from pharmacist_ray.pipeline.artifacts import Artifact, digest
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.storage import Place, relative
+from pharmacist_ray.storage import StoragePath, relative
 
 One = TypeVar("One")
 
 
 @contextmanager
-def alone(
-    run: Run, wanted: Iterable[One], folder_of: Callable[[One], Place], ready: Callable[[One], bool]
+def lock_missing(
+    run: Run, wanted: Iterable[One], folder_of: Callable[[One], StoragePath], ready: Callable[[One], bool]
 ) -> Iterator[list[One]]:
     """Give what of ``wanted`` still has to be made; until the block ends, no other trial makes it.
 
@@ -46,7 +46,7 @@ def alone(
         yield list(missing.values())
 
 
-def _lock(root: Place, name: str) -> Callable[[], None]:
+def _lock(root: StoragePath, name: str) -> Callable[[], None]:
     """Wait for a lock and return what gives it back.
 
     In a folder it is a lock on a file (``flock``, so the file system must have it; NFS 4 does). An object store has none: there the
@@ -73,7 +73,7 @@ class _Holder:
 
 
 @contextmanager
-def making(run: Run, *artifacts: Artifact) -> Iterator[list[Artifact]]:
-    """Give the artifacts that still have to be made; see `alone`."""
-    with alone(run, artifacts, lambda one: one.folder, lambda one: one.ready) as still:
+def lock_missing_artifacts(run: Run, *artifacts: Artifact) -> Iterator[list[Artifact]]:
+    """Give the artifacts that still have to be made; see `lock_missing`."""
+    with lock_missing(run, artifacts, lambda one: one.folder, lambda one: one.ready) as still:
         yield still

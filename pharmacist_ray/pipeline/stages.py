@@ -20,21 +20,21 @@ from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.data.mixing import poisoned
 from pharmacist_ray.data.rows import count_rows, sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
-from pharmacist_ray.errors import ConfigError, DataError, one_of
+from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
-from pharmacist_ray.evaluation.evaluate import Subject, evaluate
+from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.pipeline.artifacts import Artifact, digest
-from pharmacist_ray.pipeline.console import bar, console, plain, say, watch_training
-from pharmacist_ray.pipeline.run import Cell, Run
-from pharmacist_ray.pipeline.sharing import alone, making
+from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
+from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
-from pharmacist_ray.storage import place
-from pharmacist_ray.training.launch import train_all
-from pharmacist_ray.training.loop import TrainTask, check_task
+from pharmacist_ray.storage import storage_path
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+from pharmacist_ray.training.runs import train_all
+from pharmacist_ray.training.task import TrainTask, check_task
 from pharmacist_ray.training.tracking import check_trackers
 
 ATTACK_SEED = 100_003
@@ -53,15 +53,15 @@ def check(run: Run) -> None:
     check_trackers(config.tracking.to)
     for name in config.alignment.parameters:
         if name not in {section for objective in OBJECTIVES.values() for section in objective.settings}:
-            raise one_of("section of alignment.parameters", name, [n for n, o in OBJECTIVES.items() if n in o.settings])
+            raise unknown_name("section of alignment.parameters", name, [n for n, o in OBJECTIVES.items() if n in o.settings])
     shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
     for defence in config.defences:
         settings = settings_of(defence, config.alignment.parameters)
-        check_task(_align_task(run, replace(run.cells[0], defence=defence)))
+        check_task(_align_task(run, replace(run.variants[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
             fits(shape(), settings)
     if config.evaluation is not None and config.evaluation.judge not in JUDGES:
-        raise one_of("judge", config.evaluation.judge, list(JUDGES))
+        raise unknown_name("judge", config.evaluation.judge, list(JUDGES))
     if config.evaluation is not None and config.evaluation.judge != "phrases" and not config.evaluation.judge_path:
         raise ConfigError(f"judge '{config.evaluation.judge}' needs evaluation.judge_path")
 
@@ -76,7 +76,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
     model = run.config.model
     for name, (source, has_answer) in run.sources.items():
         artifact = run.ingested(name)
-        with making(run, artifact) as missing:
+        with lock_missing_artifacts(run, artifact) as missing:
             if missing:
                 made = ingest(
                     Source(source.path, source.layout, source.columns, source.category_column, source.split),
@@ -91,8 +91,8 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
         if strict and report.quarantined:
             raise DataError(f"{name}: {report.quarantined} rows are quarantined in {artifact.folder / 'quarantine'} (--strict)")
         if name == "candidates" or report.quarantined or report.duplicates:
-            quarantine = plain(artifact.folder / "quarantine")
-            reasons = ", ".join(f"{count} {plain(reason)}" for reason, count in sorted(report.reasons.items()))
+            quarantine = escaped(artifact.folder / "quarantine")
+            reasons = ", ".join(f"{count} {escaped(reason)}" for reason, count in sorted(report.reasons.items()))
             say(
                 f"  {name}: {report.rows_in} rows in = {report.rows_out} out + {report.duplicates} duplicates + "
                 f"{report.quarantined} quarantined" + (f" ({reasons}; see {quarantine})" if reasons else "")
@@ -109,7 +109,7 @@ def run_fit(run: Run) -> None:
         for name in ("candidates", "validation", "harmful", "benign")
         if name in run.sources
     }
-    with making(run, artifact) as missing:
+    with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
         folder = artifact.begin()
@@ -139,7 +139,7 @@ def run_score(run: Run) -> None:
     """Score every candidate."""
     artifact, config = run.scored, run.config
     candidates, fitted = run.ingested("candidates").require(), run.fitted.require()
-    with making(run, artifact) as missing:
+    with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
         folder = artifact.begin()
@@ -155,7 +155,7 @@ def run_score(run: Run) -> None:
                 fit=fitted,
                 out=folder / "rows",
                 progress=show,
-                say=lambda line: say(f"  {plain(line)}"),
+                say=lambda line: say(f"  {escaped(line)}"),
             )
         artifact.finish(asdict(report))
     say(f"  {report.rows - report.quarantined} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
@@ -167,7 +167,7 @@ def run_select(run: Run) -> None:
     candidates = run.ingested("candidates").require()
     for arm in dict.fromkeys([run.main_arm, *run.arms]):
         artifact = run.selected(arm)
-        with making(run, artifact) as missing:
+        with lock_missing_artifacts(run, artifact) as missing:
             if not missing:
                 continue
             jsonl = run.config.selection.jsonl and arm != "all"
@@ -179,7 +179,7 @@ def run_select(run: Run) -> None:
             )
     main = run.main_selection
     summary = main.manifest()["summary"]
-    say(f"  kept {summary['kept']} of {summary['candidates']} rows: {plain(main.folder)}")
+    say(f"  kept {summary['kept']} of {summary['candidates']} rows: {escaped(main.folder)}")
 
 
 def _rule(run: Run, arm: str) -> Rule:
@@ -210,29 +210,29 @@ def run_align(run: Run) -> None:
         write_rows(rows, file)
         return (str(file),)
 
-    def task(cell: Cell) -> TrainTask:
-        described = _align_task(run, cell)
+    def task(variant: Variant) -> TrainTask:
+        described = _align_task(run, variant)
         share = config.alignment.replay_share if config.alignment.replay else 0.0
-        train = _in_steps(config.alignment.train, count_rows(run.selected(cell.selection).folder / "rows"), share)
+        train = _in_steps(config.alignment.train, count_rows(run.selected(variant.selection).folder / "rows"), share)
         return replace(described, train=train, replay=replay())
 
-    _train(run, run.cells, "align", task)
+    _train(run, run.variants, "align", task)
 
 
-def _align_task(run: Run, cell: Cell) -> TrainTask:
+def _align_task(run: Run, variant: Variant) -> TrainTask:
     """Describe an alignment, all but its replay rows and its steps."""
     config = run.config
     return TrainTask(
-        name=cell.name,
+        name=variant.name,
         out="",
         model=run.model,
-        rows=(str(run.selected(cell.selection).folder / "rows"),),
+        rows=(str(run.selected(variant.selection).folder / "rows"),),
         replay_share=config.alignment.replay_share,
         train=config.alignment.train,
-        seed=cell.seed,
-        objective=cell.defence,
-        parameters=run.alignment(cell.defence)["parameters"],
-        harmful=(str(run.ingested(run.harmful).folder / "rows"),) if OBJECTIVES[cell.defence].harmful != "none" else (),
+        seed=variant.seed,
+        objective=variant.defence,
+        parameters=run.alignment(variant.defence)["parameters"],
+        harmful=(str(run.ingested(run.harmful).folder / "rows"),) if OBJECTIVES[variant.defence].harmful != "none" else (),
         lora=config.model.lora,
         template=config.model.template,
         max_length=config.model.max_length,
@@ -254,8 +254,8 @@ def run_attack(run: Run) -> None:
     if not config.attacks:
         say("  no attack is configured; `pharmacist init` shows how one is")
         return
-    for cell in run.cells:
-        run.trained(cell).require()
+    for variant in run.variants:
+        run.trained(variant).require()
     for attack in config.attacks:
         for name in ("task", "harmful"):
             run.ingested(f"attack-{attack.name}-{name}").require()
@@ -275,17 +275,17 @@ def run_attack(run: Run) -> None:
         write_rows(rows, file)
         return str(file)
 
-    def task(cell: Cell) -> TrainTask:
-        assert cell.attack is not None
-        before = cell.aligned
-        same = cell.attack.adapter == "same"
+    def task(variant: Variant) -> TrainTask:
+        assert variant.attack is not None
+        before = variant.aligned
+        same = variant.attack.adapter == "same"
         return TrainTask(
-            name=cell.name,
+            name=variant.name,
             out="",
             model=run.model if same else run.model_of(before),
-            rows=(rows_of(cell.attack.name, cell.seed),),
-            train=_in_steps(cell.attack.train, cell.attack.rows),
-            seed=cell.seed + ATTACK_SEED,
+            rows=(rows_of(variant.attack.name, variant.seed),),
+            train=_in_steps(variant.attack.train, variant.attack.rows),
+            seed=variant.seed + ATTACK_SEED,
             lora=config.model.lora,
             start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,
             template=config.model.template,
@@ -293,7 +293,7 @@ def run_attack(run: Run) -> None:
             tracking=config.tracking,
         )
 
-    _train(run, [attacked for cell in run.cells for attacked in run.attacks_on(cell)], "attack", task)
+    _train(run, [attacked for variant in run.variants for attacked in run.attacks_on(variant)], "attack", task)
 
 
 def _mark(run: Run, rows: list[Row]) -> str:
@@ -301,20 +301,22 @@ def _mark(run: Run, rows: list[Row]) -> str:
     return f"-{digest(sorted(row.id for row in rows))[:8]}" if run.base else ""
 
 
-def _train(run: Run, cells: list[Cell], stage: str, task: Callable[[Cell], TrainTask]) -> None:
-    with alone(run, cells, lambda cell: run.trained(cell).folder, lambda cell: run.trained(cell).ready) as missing:
+def _train(run: Run, variants: list[Variant], stage: str, task: Callable[[Variant], TrainTask]) -> None:
+    with lock_missing(
+        run, variants, lambda variant: run.trained(variant).folder, lambda variant: run.trained(variant).ready
+    ) as missing:
         if not missing:
             return
         tasks = []
-        for cell in missing:
-            folder = run.trained(cell).begin() / "run"
-            described = task(cell)
+        for variant in missing:
+            folder = run.trained(variant).begin() / "run"
+            described = task(variant)
             tasks.append(replace(described, out=str(folder)))
         what = f"{stage} {len(missing)} models (steps)"
-        with watch_training(what, [place(t.out) for t in tasks], [t.train.steps for t in tasks]):
+        with watch_training(what, [storage_path(t.out) for t in tasks], [t.train.steps for t in tasks]):
             results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
-        for cell, result in zip(missing, results, strict=True):
-            run.trained(cell).finish(result)
+        for variant, result in zip(missing, results, strict=True):
+            run.trained(variant).finish(result)
 
 
 def run_evaluate(run: Run) -> None:
@@ -322,12 +324,12 @@ def run_evaluate(run: Run) -> None:
     config, artifact = run.config, run.evaluated
     prompts = {name: run.ingested(f"eval-{name}").require() / "rows" for name in ("harmful", "benign", "task")}
     subjects = []
-    for cell in run.cells:
-        for one in (cell, *run.attacks_on(cell)):
+    for variant in run.variants:
+        for one in (variant, *run.attacks_on(variant)):
             trained = run.trained(one)
             trained.require()
             subjects.append(
-                Subject(
+                EvaluatedModel(
                     name=trained.folder.name,
                     model=run.model_of(one),
                     answers=run.answers(one),
@@ -336,17 +338,20 @@ def run_evaluate(run: Run) -> None:
                     seed=one.seed,
                     attack=one.attack.name if one.attack else None,
                     kept=count_rows(run.selected(one.selection).folder / "rows"),
-                    align_seconds=float(run.trained(cell).manifest()["summary"]["seconds"]),
+                    align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
                 )
             )
     settings = config.evaluation
     assert settings is not None  # or there would be no artifact
     units = sum(math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for rows in prompts.values())
 
-    def answered(subject: Subject) -> bool:
+    def answered(subject: EvaluatedModel) -> bool:
         return len(list(subject.answers.glob("*.parquet"))) >= units
 
-    with making(run, artifact) as missing, alone(run, subjects if missing else [], lambda one: one.answers, answered):
+    with (
+        lock_missing_artifacts(run, artifact) as missing,
+        lock_missing(run, subjects if missing else [], lambda one: one.answers, answered),
+    ):
         if not missing:
             return
         folder = artifact.begin()
@@ -371,7 +376,7 @@ def run_report(run: Run) -> None:
             say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")
     else:
         write_report(run.evaluated.require(), run.root / "report", console)
-    say(f"  report: {plain(write_page(run.root, run.root / 'report'))}")
+    say(f"  report: {escaped(write_page(run.root, run.root / 'report'))}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {
@@ -387,15 +392,15 @@ STAGES: dict[str, Callable[[Run], None]] = {
 """In the order in which they run."""
 
 
-def there(run: Run, name: str) -> str:
+def reused(run: Run, name: str) -> str:
     """Return how much of what a stage makes was made before, in words that follow its name; nothing if none of it."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
         "ingest": lambda: [run.ingested(source) for source in run.sources],
         "fit": lambda: [run.fitted],
         "score": lambda: [run.scored],
         "select": lambda: [run.selected(arm) for arm in dict.fromkeys([run.main_arm, *run.arms])],
-        "align": lambda: [run.trained(cell) for cell in run.cells],
-        "attack": lambda: [run.trained(attacked) for cell in run.cells for attacked in run.attacks_on(cell)],
+        "align": lambda: [run.trained(variant) for variant in run.variants],
+        "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],
     }
     wanted = artifacts[name]() if name in artifacts else []

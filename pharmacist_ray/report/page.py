@@ -17,10 +17,10 @@ from pharmacist_ray.report.scores import read_scores
 from pharmacist_ray.report.selection import distributions, examples
 from pharmacist_ray.report.training import training
 from pharmacist_ray.report.trials import search
-from pharmacist_ray.storage import Place, write_text
+from pharmacist_ray.storage import StoragePath, write_text
 
 
-def write_page(run: Place, out: Place) -> Place:
+def write_page(run: StoragePath, out: StoragePath) -> StoragePath:
     """Write ``out/report.html``, whatever part of the run there is, and return its path.
 
     Only artifacts on disk are read. A section whose artifacts are not there says what makes them; one whose artifacts cannot be

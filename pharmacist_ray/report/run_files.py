@@ -12,13 +12,13 @@ import pyarrow as pa
 import yaml
 
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import Place, json_of, matching
+from pharmacist_ray.storage import StoragePath, json_of, matching
 
 
 class RunFiles:
     """A run directory; nothing is read before it is asked for, and nothing is written."""
 
-    def __init__(self, root: Place) -> None:
+    def __init__(self, root: StoragePath) -> None:
         """Look at a run directory.
 
         Args:
@@ -87,7 +87,7 @@ class RunFiles:
 
 
 @contextmanager
-def readable(file: Place) -> Iterator[None]:
+def readable(file: StoragePath) -> Iterator[None]:
     """Turn the errors of reading a file into one of ours.
 
     Raises:

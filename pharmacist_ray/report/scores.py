@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.report.run_files import RunFiles, readable
-from pharmacist_ray.storage import Place, opened_parquet, parquet_metadata
+from pharmacist_ray.storage import StoragePath, opened_parquet, parquet_metadata
 
 BINS = 40
 SAMPLE = 1 << 16
@@ -164,7 +164,7 @@ def _measure(histogram: Histogram, values: Floats, step: int) -> None:
         histogram.sample.append(finite[::step].copy())
 
 
-def _batches(file: Place, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(file: StoragePath, columns: list[str]) -> Iterator[pa.RecordBatch]:
     with readable(file), opened_parquet(file) as parquet:
         yield from parquet.iter_batches(_BATCH, columns=columns)
 
@@ -173,13 +173,13 @@ def _values(batch: pa.RecordBatch, name: str) -> Floats:
     return np.asarray(batch[name].cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
-def _kept_ids(file: Place) -> Ids:
+def _kept_ids(file: StoragePath) -> Ids:
     """Return the ids of a shard's kept rows, sorted."""
     parts = [_bytes(batch["id"], file) for batch in _batches(file, ["id"])]
     return np.sort(np.concatenate([np.zeros(0, "S32"), *parts]))
 
 
-def _bytes(ids: pa.Array, file: Place) -> Ids:
+def _bytes(ids: pa.Array, file: StoragePath) -> Ids:
     with readable(file):  # ids of another length are none of ours
         fixed = ids.cast(pa.binary()).cast(pa.binary(32))
     return np.frombuffer(fixed.buffers()[1], "S32")[fixed.offset : fixed.offset + len(fixed)]

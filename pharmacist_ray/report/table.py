@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pharmacist_ray.storage import Place, json_of, write_text
+from pharmacist_ray.storage import StoragePath, json_of, write_text
 
 COLUMNS: dict[str, str] = {
     "harmful_score": "HS after",
@@ -20,7 +20,7 @@ COLUMNS: dict[str, str] = {
 """Metric → heading. The harmful score never stands alone: a model that refuses everything has a harmful score of 0."""
 
 
-def write_report(evaluation: Place, out: Place, console: Console) -> None:
+def write_report(evaluation: StoragePath, out: StoragePath, console: Console) -> None:
     """Print one table per attack and write the same as Markdown to ``out/table.md``.
 
     Args:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pharmacist_ray.report.blocks import Block, Figure, Plot, Table, brief
 from pharmacist_ray.report.figures import LINES, Curve, curves
 from pharmacist_ray.report.run_files import RunFiles, readable
-from pharmacist_ray.storage import Place
+from pharmacist_ray.storage import StoragePath
 
 POINTS = 40
 """At most so many points in a line; each is a mean over the same number of steps."""
@@ -37,7 +37,7 @@ def training(run: RunFiles) -> list[Block]:
     several = len({cell.defence for cell in cells}) > 1
     first = [arm for arm in (run.main_arm, "all", "random") if arm]
     for attack in dict.fromkeys(cell.attack for cell in cells):
-        arms: dict[tuple[str, str], list[Place]] = {}
+        arms: dict[tuple[str, str], list[StoragePath]] = {}
         for cell in cells:
             if cell.attack == attack:
                 arms.setdefault((cell.arm, cell.defence), []).append(cell.history)
@@ -55,7 +55,7 @@ class _Cell:
     """The selection; ``random`` for each of its draws."""
     defence: str
     attack: str | None
-    history: Place
+    history: StoragePath
 
 
 def _cells(run: RunFiles) -> list[_Cell]:
@@ -87,7 +87,7 @@ def _cells(run: RunFiles) -> list[_Cell]:
     return cells
 
 
-def _figure(title: str, arms: Mapping[str, Iterable[Place]]) -> Figure:
+def _figure(title: str, arms: Mapping[str, Iterable[StoragePath]]) -> Figure:
     histories = {arm: [_history(file) for file in files] for arm, files in arms.items()}
     last = max((int(one[:, 0].max()) for runs in histories.values() for one in runs if len(one)), default=1)
     width = -(-last // POINTS) or 1
@@ -119,7 +119,7 @@ def _figure(title: str, arms: Mapping[str, Iterable[Place]]) -> Figure:
     return Figure(caption, plots, _table(title, edges, columns))
 
 
-def _history(file: Place) -> NDArray[np.float64]:
+def _history(file: StoragePath) -> NDArray[np.float64]:
     """Return step, loss and gradient norm, (n, 3); NaN where a number is missing or not finite."""
     rows: list[tuple[float, ...]] = []
     with readable(file), file.open(encoding="utf-8") as lines:

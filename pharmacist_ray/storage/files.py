@@ -20,13 +20,13 @@ from filelock import FileLock
 from pyarrow import fs
 
 from pharmacist_ray.errors import PharmacistError, ResourceError
-from pharmacist_ray.storage.places import Place, RemotePath, patient, place
+from pharmacist_ray.storage.paths import RemotePath, StoragePath, patient, storage_path
 
 _BLOCK = 8 << 20  # bytes of one part on the way
 
 
 def read_table(
-    file: Place, *, columns: Sequence[str] | None = None, filters: Any = None, schema: pa.Schema | None = None
+    file: StoragePath, *, columns: Sequence[str] | None = None, filters: Any = None, schema: pa.Schema | None = None
 ) -> pa.Table:
     """Return a Parquet file as a table, or what is asked for of it.
 
@@ -43,36 +43,36 @@ def read_table(
 
 
 @contextmanager
-def opened_parquet(file: Place) -> Iterator[pq.ParquetFile]:
+def opened_parquet(file: StoragePath) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file to read it piece by piece; one of an object store is fetched whole, so that reading it cannot stall."""
     with pq.ParquetFile(pa.BufferReader(file.read_bytes()) if isinstance(file, RemotePath) else file) as opened:
         yield opened
 
 
-def parquet_metadata(file: Place) -> pq.FileMetaData:
+def parquet_metadata(file: StoragePath) -> pq.FileMetaData:
     """Return the footer of a Parquet file."""
     if isinstance(file, RemotePath):
         return patient(file, lambda: pq.read_metadata(file.inner, filesystem=file.filesystem))
     return pq.read_metadata(file)
 
 
-def row_count(file: Place) -> int:
+def row_count(file: StoragePath) -> int:
     """Return the number of rows of a Parquet file, from its footer."""
     return int(parquet_metadata(file).num_rows)
 
 
-def parquet_schema(file: Place) -> pa.Schema:
+def parquet_schema(file: StoragePath) -> pa.Schema:
     """Return the columns of a Parquet file."""
     return parquet_metadata(file).schema.to_arrow_schema()
 
 
-def matching(folder: Place, pattern: str) -> list[Place]:
+def matching(folder: StoragePath, pattern: str) -> list[StoragePath]:
     """Return what in a folder matches a pattern such as ``part-*.parquet`` or ``*/manifest.json``, in the order of the names."""
-    found: list[Place] = list(folder.glob(pattern))
+    found: list[StoragePath] = list(folder.glob(pattern))
     return sorted(found, key=str)
 
 
-def json_of(file: Place) -> Any:
+def json_of(file: StoragePath) -> Any:
     """Return the contents of a JSON file.
 
     Raises:
@@ -82,26 +82,26 @@ def json_of(file: Place) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def write_parquet(table: pa.Table, path: Place) -> None:
+def write_parquet(table: pa.Table, path: StoragePath) -> None:
     """Write a table so that no reader ever sees half of it."""
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
 
-def write_text(text: str, path: Place) -> None:
+def write_text(text: str, path: StoragePath) -> None:
     """Write a small text file so that no reader ever sees half of it."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Place) -> Iterator[Path]:
+def replacing(path: StoragePath) -> Iterator[Path]:
     """Give a local file to write to; it takes the place of ``path`` if the block succeeds, and is removed if it fails.
 
     In a folder it lies beside ``path`` and is renamed; to an object store it is uploaded, where a file is there as a whole or not
     at all.
     """
-    with room_for(path):
+    with disk_full_errors(path):
         if isinstance(path, RemotePath):
             temporary = scratch() / f"{uuid.uuid4().hex}.tmp"
         else:
@@ -118,7 +118,7 @@ def replacing(path: Place) -> Iterator[Path]:
 
 
 @contextmanager
-def room_for(path: Place) -> Iterator[None]:
+def disk_full_errors(path: StoragePath) -> Iterator[None]:
     """Say in one line what to do when there is no room to write; whatever library writes.
 
     Args:
@@ -130,21 +130,21 @@ def room_for(path: Place) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not no_room(error):
+        if not is_disk_full(error):
             raise
         raise ResourceError(
             f"no space is left to write {path}; free some, then run the same command again: it goes on"
         ) from error
 
 
-def no_room(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
     """Say whether an error means that a disk is full; Arrow and safetensors have it in their text only."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     known = isinstance(error, OSError) and error.errno in numbers
     return known or (not isinstance(error, PharmacistError) and any(os.strerror(number) in str(error) for number in numbers))
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: StoragePath) -> None:
     """Remove a folder with all that is in it; its manifest first, so that nobody takes the rest for complete."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
@@ -154,7 +154,7 @@ def remove_tree(folder: Place) -> None:
         patient(folder, lambda: folder.filesystem.delete_dir(folder.inner))
 
 
-def working_folder(target: Place) -> Path:
+def working_folder(target: StoragePath) -> Path:
     """Return where to work on a folder that libraries write files into: itself, or a local stand-in for one of an object store.
 
     `pull_tree` fills a stand-in with what is there, `push_tree` publishes it.
@@ -165,7 +165,7 @@ def working_folder(target: Place) -> Path:
 
 
 @contextmanager
-def mirrored(target: Place) -> Iterator[Path]:
+def mirrored(target: StoragePath) -> Iterator[Path]:
     """Give a folder to work in that holds what ``target`` holds, and publish it at the end, also after an exception."""
     folder = working_folder(target)
     pull_tree(target, folder)
@@ -175,7 +175,7 @@ def mirrored(target: Place) -> Iterator[Path]:
         push_tree(folder, target)
 
 
-def push_tree(folder: Path, target: Place, *, last: Sequence[str] = ()) -> None:
+def push_tree(folder: Path, target: StoragePath, *, last: Sequence[str] = ()) -> None:
     """Publish a stand-in: upload the files that the target lacks or has with another size. A target that is a folder is itself.
 
     Args:
@@ -193,7 +193,7 @@ def push_tree(folder: Path, target: Place, *, last: Sequence[str] = ()) -> None:
             _upload(file, target / name)
 
 
-def move_tree(folder: Path, target: Place, *, last: Sequence[str] = ()) -> None:
+def move_tree(folder: Path, target: StoragePath, *, last: Sequence[str] = ()) -> None:
     """Let a finished working folder take the place of ``target``, which readers see complete, or not complete, never mixed.
 
     Args:
@@ -216,7 +216,7 @@ def move_tree(folder: Path, target: Place, *, last: Sequence[str] = ()) -> None:
     remove_tree(old)
 
 
-def pull_tree(target: Place, folder: Path) -> None:
+def pull_tree(target: StoragePath, folder: Path) -> None:
     """Make a stand-in hold what its target holds, and nothing else. A target that is a folder is itself."""
     if isinstance(target, RemotePath):
         shutil.rmtree(folder, ignore_errors=True)
@@ -224,7 +224,7 @@ def pull_tree(target: Place, folder: Path) -> None:
         _download(target, folder)
 
 
-def local_copy(source: Place | str) -> Path:
+def local_copy(source: StoragePath | str) -> Path:
     """Return a local file or folder with the contents of one that may lie elsewhere, for libraries that read only such.
 
     Copies lie in `scratch` under the names, sizes and times of what they are copies of; all processes of a node share them.
@@ -232,7 +232,7 @@ def local_copy(source: Place | str) -> Path:
     Raises:
         FileNotFoundError: There is nothing there.
     """
-    found = place(source)
+    found = storage_path(source)
     if isinstance(found, Path):
         return found
     info = found.info()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import orjson
 
-from pharmacist_ray.errors import DataError, one_of
+from pharmacist_ray.errors import DataError, unknown_name
 from pharmacist_ray.testbed.language import (
     ACTIONS,
     ANSWERS,
@@ -346,7 +346,7 @@ class World:
             DataError: There are not so many different rows.
         """
         if name not in TASKS:
-            raise one_of("testbed task", name, TASKS)
+            raise unknown_name("testbed task", name, TASKS)
         draw = random.Random(f"{self.world_seed}:{self.seed}:{name}:{split}")
         rows: dict[str, str] = {}
         if name == "arithmetic" and n > NUMBERS**2 // 3:
@@ -374,7 +374,7 @@ class World:
         """
         wanted = COUNTS | (counts or {})
         if unknown := set(wanted) - set(COUNTS):
-            raise one_of("testbed data set", unknown.pop(), tuple(COUNTS))
+            raise unknown_name("testbed data set", unknown.pop(), tuple(COUNTS))
         sets = {}
         for name, n in wanted.items():
             task, _, split = name.rpartition("_")

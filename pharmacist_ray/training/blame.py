@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pharmacist_ray.models.losses import per_sample_nll
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.training.streams import Stream
 
 
@@ -33,7 +33,7 @@ def rows_that_fail(engine: Any, streams: Sequence[Stream], number: int, ranks: R
             for id, row in zip(ids, rows, strict=True):
                 try:
                     with torch.no_grad():
-                        per_sample_nll(engine.module, stream.alone(row).to(ranks.device))
+                        per_sample_nll(engine.module, stream.single(row).to(ranks.device))
                 except Exception:  # noqa: BLE001 - whatever it is, it is this row's; the step's own error is what is shown
                     failed.append(id)
     return failed

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.models.perturb import perturbed
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
 
 deepspeed_logger.setLevel("WARNING")
 
@@ -153,7 +153,7 @@ def build_engine(
 
 
 @contextmanager
-def moved(engine: Any, direction: Sequence[torch.Tensor], scale: float) -> Iterator[None]:
+def perturbed_weights(engine: Any, direction: Sequence[torch.Tensor], scale: float) -> Iterator[None]:
     """Hold the trained parameters at θ + scale · direction inside the block, and exactly at θ again after it.
 
     At ZeRO 3 the shards are moved; what was gathered from them is dropped on both sides.
@@ -168,17 +168,17 @@ def moved(engine: Any, direction: Sequence[torch.Tensor], scale: float) -> Itera
         with perturbed(trained, direction, scale):
             yield
         return
-    settle(engine)
+    release_gathered(engine)
     shards = [parameter.ds_tensor for parameter in trained]
     pieces = [shard_of(step, shard, dist.get_rank()) for step, shard in zip(direction, shards, strict=True)]
     with perturbed(shards, pieces, scale):
         try:
             yield
         finally:
-            settle(engine)
+            release_gathered(engine)
 
 
-def settle(engine: Any) -> None:
+def release_gathered(engine: Any) -> None:
     """Drop what ZeRO 3 has gathered: a gradient taken past the engine leaves modules behind that wait for their turn to be freed.
 
     Args:

@@ -5,29 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
-from pharmacist_ray.data.render import Renderer, Template
-from pharmacist_ray.errors import ConfigError, TrainingError
+from pharmacist_ray.data.render import Renderer
+from pharmacist_ray.errors import TrainingError
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
-from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.storage import (
-    Place,
+    StoragePath,
+    disk_full_errors,
     json_of,
     mirrored,
     move_tree,
-    place,
     pull_tree,
     push_tree,
     remove_tree,
-    room_for,
+    storage_path,
     working_folder,
     write_text,
 )
@@ -35,45 +33,12 @@ from pharmacist_ray.training.blame import rows_that_fail
 from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
 from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
-from pharmacist_ray.training.ranks import Ranks, current_ranks
 from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
 from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream
+from pharmacist_ray.training.task import TrainTask, check_task, progress_file
 from pharmacist_ray.training.tracking import tracked
 
 REPORT_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """One training run, as plain data that travels to the workers."""
-
-    name: str
-    """Shown in progress and errors."""
-    out: str
-    """Folder to publish: ``adapter/`` or ``model/``, ``history.jsonl``, ``result.json``."""
-    model: ModelRef
-    """Starting point; its adapters are merged first."""
-    rows: tuple[str, ...]
-    """Parquet files or folders of canonical rows, together the training set."""
-    train: TrainConfig
-    seed: int
-    """Seeds the adapter's initialisation, dropout and the order of rows."""
-    objective: str = "sft"
-    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings of objectives by name."""
-    harmful: tuple[str, ...] = ()
-    """Harmful rows, for objectives that look at harm."""
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    replay: tuple[str, ...] = ()
-    """Further rows, of which every batch has the same share."""
-    replay_share: float = 0.0
-    start_adapter: str | None = None
-    """Go on with this adapter instead of a fresh one."""
-    template: Template = "auto"
-    max_length: int = 256
-    checkpoints: tuple[int, ...] = ()
-    """Steps after which the adapter is kept as ``step-000020/`` as well."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -92,12 +57,12 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
         ResourceError: The disk is full.
     """
-    with room_for(place(task.out)):
+    with disk_full_errors(storage_path(task.out)):
         return _run_task(task, ranks or current_ranks())
 
 
 def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
-    out = place(task.out)
+    out = storage_path(task.out)
     if (out / "result.json").exists():
         return dict(json_of(out / "result.json"))
     settings = settings_of(task.objective, task.parameters)
@@ -135,9 +100,9 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                     settings=_described(task),
                 )
             )
-        told = {"name": task.name, "total": task.train.steps, "attempt": attempt, "resumed": values["step"]}
+        progress = {"name": task.name, "total": task.train.steps, "attempt": attempt, "resumed": values["step"]}
         if attempt > 1:
-            write_text(json.dumps({**told, **values}), progress_file(out))
+            write_text(json.dumps({**progress, **values}), progress_file(out))
         started, reported = time.perf_counter() - values["seconds"], 0.0
         for number in range(values["step"], task.train.steps):
             batches, positions = stream.step(number, ranks, task.train.accumulation)
@@ -153,7 +118,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 state=state,
             )
             if ranks.first:
-                ranks.tell(f"{task.name}: step {number + 1} of {task.train.steps}, rows {_named(stream.whole(number))}")
+                ranks.set_status(f"{task.name}: step {number + 1} of {task.train.steps}, rows {_named(stream.whole(number))}")
             losses = []
             try:
                 for loss in objective.run(step):
@@ -172,7 +137,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             _check_finite(task, everyone, stream, number, ranks)
             rate = max(group["lr"] for group in engine.optimizer.param_groups)
             for group in engine.optimizer.param_groups:
-                if group["name"] in step.held:
+                if group["name"] in step.frozen:
                     group["lr"] = 0.0  # the schedule sets it anew after the step
             engine.step()
             tokens = int(ranks.total(torch.stack([batch.attention_mask.sum() for batch in batches]).sum()))
@@ -195,7 +160,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 log(number + 1, {key: value for key, value in values.items() if key != "step"})
                 if time.perf_counter() - reported > REPORT_EVERY_S or number + 1 == task.train.steps:
                     reported = time.perf_counter()
-                    write_text(json.dumps({**told, **values}), progress_file(out))
+                    write_text(json.dumps({**progress, **values}), progress_file(out))
             if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
                 if ranks.first:
                     history.flush()
@@ -223,31 +188,6 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
-def check_task(task: TrainTask) -> None:
-    """Find what is wrong with a task without loading anything.
-
-    Raises:
-        ConfigError: The objective does not fit the weights that are trained, or lacks its harmful rows.
-    """
-    objective = OBJECTIVES[task.objective]
-    if task.train.weights == "full" and task.start_adapter:
-        raise ConfigError(f"{task.name}: an adapter cannot go on training with weights=full; use adapter=fresh")
-    if objective.moves_weights and task.train.weights == "full" and task.model.dtype != "float32":
-        raise ConfigError(
-            f"{task.name}: {task.objective} perturbs the weights by less than {task.model.dtype} can hold; set model.dtype=float32 "
-            "or train an adapter"
-        )
-    if task.train.batch_size < objective.least_batch:
-        raise ConfigError(f"{task.name}: {task.objective} compares samples and needs batch_size {objective.least_batch} or more")
-    if objective.harmful != "none" and not task.harmful:
-        raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
-
-
-def progress_file(out: Place) -> Place:
-    """Return where a running task says how far it is: a small JSON file beside its output, replaced about once a second."""
-    return out.with_name(f"{out.name}.progress.json")
-
-
 def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number: int, ranks: Ranks) -> None:
     """Stop every worker at the same step if any worker's loss is not finite, naming the rows of that micro-batch."""
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -268,7 +208,7 @@ def _named(ids: list[str]) -> str:
     return ", ".join(ids[:4]) + (f" … ({len(ids)} in all)" if len(ids) > 4 else "")
 
 
-def _claim(draft: Place, work: Path, task: TrainTask) -> int:
+def _claim(draft: StoragePath, work: Path, task: TrainTask) -> int:
     """Keep what an interrupted attempt at the same task left behind, remove anything else, and return the number of this attempt."""
     identity = hashlib.sha256(json.dumps(_described(task), sort_keys=True, default=str).encode()).hexdigest()
     marker = draft / "task.sha256"
@@ -302,7 +242,7 @@ def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
             model = load_model(
                 task.model.path,
                 dtype=task.model.dtype,
-                adapter=place(task.start_adapter),
+                adapter=storage_path(task.start_adapter),
                 trust_remote_code=task.model.trust_remote_code,
                 device=str(ranks.device),
             )

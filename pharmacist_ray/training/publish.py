@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from pharmacist_ray.models.load import save_adapter
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
 
 FILE_BYTES = 4 * 2**30
 """About how large one file of full weights gets; the first worker holds one at a time."""

@@ -23,9 +23,9 @@ from deepspeed.utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from pharmacist_ray.storage import Place, local_copy, push_tree, remove_tree
+from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.storage import StoragePath, local_copy, push_tree, remove_tree
 from pharmacist_ray.training.engine import shard_of
-from pharmacist_ray.training.ranks import Ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -70,14 +70,14 @@ def save_state(engine: Any, folder: Path, values: dict[str, Any], state: dict[st
     ranks.barrier()
 
 
-def publish_states(work: Path, folder: Place) -> None:
+def publish_states(work: Path, folder: StoragePath) -> None:
     """Publish what `save_state` wrote where ``folder`` lies in an object store, and drop the older states there."""
     push_tree(work, folder, last=["state.json"])
     for old in _states(folder)[:-1]:
         remove_tree(old)
 
 
-def newest_state(folder: Place) -> Path | None:
+def newest_state(folder: StoragePath) -> Path | None:
     """Return the folder of the newest state, or a local copy of it, if there is one."""
     found = [state for state in _states(folder) if (state / "state.json").exists()]
     return local_copy(found[-1]) if found else None
@@ -132,8 +132,8 @@ def _link(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _states(folder: Place) -> list[Place]:
-    found: list[Place] = list(folder.glob("state-??????*"))
+def _states(folder: StoragePath) -> list[StoragePath]:
+    found: list[StoragePath] = list(folder.glob("state-??????*"))
     return sorted(found, key=lambda path: int(path.name.removeprefix("state-")))
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pyarrow as pa
 
 from pharmacist_ray.data.render import IGNORE, Batch, Rendered, Renderer
 from pharmacist_ray.data.rows import read_rows, row_at
 from pharmacist_ray.errors import DataError
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.training.batches import BatchOrder
-from pharmacist_ray.training.ranks import Ranks
-
-if TYPE_CHECKING:
-    from pharmacist_ray.training.loop import TrainTask
+from pharmacist_ray.training.task import TrainTask
 
 HARMFUL_SEED = 7_919
 """Added to a run's seed in the order of its harmful rows."""
@@ -71,7 +69,7 @@ class Stream:
         """Return the row ids of a step's whole batch."""
         return self.ids(number, 0, 1, 1, 0)
 
-    def alone(self, row: int) -> Batch:
+    def single(self, row: int) -> Batch:
         """Return a batch of one row."""
         return self._collate([row])
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pharmacist_ray.errors import ConfigError, one_of
+from pharmacist_ray.errors import ConfigError, unknown_name
 
 Log = Callable[[int, Mapping[str, float | None]], None]
 """(step counted from 1, curve → value); values that are None are left out."""
@@ -101,7 +101,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in TRACKERS:
-            raise one_of("tracker", name, list(TRACKERS))
+            raise unknown_name("tracker", name, list(TRACKERS))
         if missing := [package for module, package in TRACKERS[name].packages.items() if not _installed(module)]:
             raise ConfigError(f"tracker '{name}' needs packages that are not installed; pip install {' '.join(missing)}")
 

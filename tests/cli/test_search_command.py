@@ -11,9 +11,9 @@ import yaml
 from pharmacist_ray.cli.app import main
 from pharmacist_ray.config import Config
 from pharmacist_ray.errors import PharmacistError, ResourceError
-from pharmacist_ray.pipeline import search
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import run_report
+from pharmacist_ray.search import search
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from transformers import LlamaConfig
 
 from pharmacist_ray.config import load_config
-from pharmacist_ray.pipeline.estimate import memory, setup_of, total
-from pharmacist_ray.pipeline.shape import shape_of
+from pharmacist_ray.doctor.estimate import memory, setup_of, total
+from pharmacist_ray.doctor.shape import shape_of
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"

@@ -25,7 +25,7 @@ from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SELECTOR = SelectorConfig(

@@ -19,8 +19,8 @@ from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
-from pharmacist_ray.training.launch import run_on_workers
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.workers import run_on_workers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CONFIG = SelectorConfig(mode="iterative", inner_lr=0.05, batch_size=6, intensity=0.2)

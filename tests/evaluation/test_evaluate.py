@@ -13,7 +13,7 @@ from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.evaluation import evaluate as module
 from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, answer_all
-from pharmacist_ray.evaluation.evaluate import BOOTSTRAP_SEED, COMPARED, Subject, evaluate
+from pharmacist_ray.evaluation.evaluate import BOOTSTRAP_SEED, COMPARED, EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.metrics import Judged, compare
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import write_parquet
@@ -23,17 +23,21 @@ SETTINGS = EvaluationConfig(harmful_prompts=SOURCE, benign_prompts=SOURCE, task=
 SHORT = {"h": "harmful", "r": "refusal", "i": "incoherent", "u": None, "x": "helpful", "o": "other"}
 
 
-def subject(selection: str, attack: str | None = None, seed: int = 0, seconds: float = 2.0, defence: str = "sft") -> Subject:
+def subject(
+    selection: str, attack: str | None = None, seed: int = 0, seconds: float = 2.0, defence: str = "sft"
+) -> EvaluatedModel:
     name = f"{selection}.{defence}.s{seed}.{attack}"
     place = Path("answers") / name
-    return Subject(name, ModelRef("m"), place, selection, defence, seed, attack, kept=len(selection), align_seconds=seconds)
+    return EvaluatedModel(
+        name, ModelRef("m"), place, selection, defence, seed, attack, kept=len(selection), align_seconds=seconds
+    )
 
 
-def within(root: Path, models: Sequence[Subject]) -> list[Subject]:
+def within(root: Path, models: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
     return [replace(model, answers=root / model.answers) for model in models]
 
 
-def evaluated(root: Path, models: Sequence[tuple[Subject, str, str, str]]) -> tuple[dict[str, int], list[Any], list[Any]]:
+def evaluated(root: Path, models: Sequence[tuple[EvaluatedModel, str, str, str]]) -> tuple[dict[str, int], list[Any], list[Any]]:
     """Return the counts, ``summary.json`` and ``table.json`` of models with given answers."""
     for model, *letters in models:
         answers(root / model.answers, *letters)

@@ -16,8 +16,9 @@ from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import TrainingError
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.launch import run_on_workers, run_tasks
-from pharmacist_ray.training.loop import TrainTask
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.training.runs import run_tasks
+from pharmacist_ray.training.task import TrainTask
 from tests.faults.disturb import INJECT, World, command
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pharmacist_ray.pipeline import console as module
-from pharmacist_ray.pipeline.console import bar, plain, say, watch_training
+from pharmacist_ray.pipeline.console import bar, escaped, say, watch_training
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from pharmacist_ray.pipeline.console import bar, plain, say, watch_training
     ],
 )  # fmt: skip
 def test_nothing_that_steers_a_terminal_is_left(hostile, capsys):
-    shown = plain(hostile)
+    shown = escaped(hostile)
     assert all(char.isprintable() for char in shown)
     assert "⟨U+" in shown
     say(shown)
@@ -32,23 +32,23 @@ def test_nothing_that_steers_a_terminal_is_left(hostile, capsys):
     "text", ["[bold]x[/]", "[red]", "[/]", "[link=http://x]y[/link]", r"\[bold]", ":warning: [1, 2]", "[@click=x]y"]
 )
 def test_markup_of_data_is_printed_as_it_is(text, capsys):
-    say(f"[bold]name[/]: {plain(text)}")
+    say(f"[bold]name[/]: {escaped(text)}")
     assert capsys.readouterr().out == f"name: {text}\n"
 
 
 def test_a_backslash_at_the_end_of_data_does_not_switch_our_markup_off(capsys):
-    say(f"{plain('C:' + chr(92))}[bold]x[/]")
+    say(f"{escaped('C:' + chr(92))}[bold]x[/]")
     assert capsys.readouterr().out == "C:" + chr(92) + "x\n"
 
 
 def test_ordinary_text_stays_and_what_is_no_text_is_shown_as_such(capsys):
-    assert plain("Grüße, 你好 → ok") == "Grüße, 你好 → ok"
-    say(plain(Path("/a  b/[c]")))
+    assert escaped("Grüße, 你好 → ok") == "Grüße, 你好 → ok"
+    say(escaped(Path("/a  b/[c]")))
     assert capsys.readouterr().out == "/a  b/[c]\n"
 
 
 def test_what_cannot_be_seen_is_written_out():
-    assert plain("\u202egnp.exe\nok") == "⟨U+202E⟩gnp.exe⟨U+000A⟩ok"
+    assert escaped("\u202egnp.exe\nok") == "⟨U+202E⟩gnp.exe⟨U+000A⟩ok"
 
 
 def test_a_long_line_is_not_broken(capsys):

@@ -9,7 +9,7 @@ import pytest
 from pharmacist_ray.config import Config
 from pharmacist_ray.config.load import apply_override, parse_config
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.pipeline.run import Cell, Run
+from pharmacist_ray.pipeline.run import Run, Variant
 
 NAMES = ("alignment", "validation", "harmful", "benign", "task", "attacker", "eval_harmful", "eval_benign", "eval_task")
 
@@ -47,12 +47,14 @@ def prints(values: dict[str, Any], *overrides: str) -> dict[str, str]:
     found = {f"ingest {name}": run.ingested(name).fingerprint for name in run.sources}
     found |= {"fit": run.fitted.fingerprint, "score": run.scored.fingerprint}
     found |= {f"select {arm}": run.selected(arm).fingerprint for arm in run.arms}
-    for cell in run.cells:
-        found[f"align {cell.name}"] = run.trained(cell).fingerprint
-        found |= {f"attack {one.name}": run.trained(one).fingerprint for one in run.attacks_on(cell)}
+    for variant in run.variants:
+        found[f"align {variant.name}"] = run.trained(variant).fingerprint
+        found |= {f"attack {one.name}": run.trained(one).fingerprint for one in run.attacks_on(variant)}
     if run.config.evaluation is not None:
         found["evaluate"] = run.evaluated.fingerprint
-        found |= {f"answer {one.name}": run.answers(one).name for cell in run.cells for one in (cell, *run.attacks_on(cell))}
+        found |= {
+            f"answer {one.name}": run.answers(one).name for variant in run.variants for one in (variant, *run.attacks_on(variant))
+        }
     return found
 
 
@@ -114,12 +116,17 @@ def test_every_selection_is_crossed_with_every_defence(values):
         )
     )
     assert run.config.defences == ["sft", "vaccine"]
-    assert [cell.name for cell in run.cells] == ["all.sft.s3", "pharmacist.sft.s3", "all.vaccine.s3", "pharmacist.vaccine.s3"]
-    (weak, _), aligned = run.attacks_on(run.cells[3]), run.cells[3]
+    assert [variant.name for variant in run.variants] == [
+        "all.sft.s3",
+        "pharmacist.sft.s3",
+        "all.vaccine.s3",
+        "pharmacist.vaccine.s3",
+    ]
+    (weak, _), aligned = run.attacks_on(run.variants[3]), run.variants[3]
     assert (weak.name, weak.aligned) == ("pharmacist.vaccine.s3.weak", aligned)
-    for cell in (aligned, weak):
-        artifact = run.trained(cell)
-        assert artifact.folder.name == f"{cell.name}-{artifact.fingerprint[:8]}"
+    for variant in (aligned, weak):
+        artifact = run.trained(variant)
+        assert artifact.folder.name == f"{variant.name}-{artifact.fingerprint[:8]}"
     alone = Run(config_of(values, "alignment.objective=vaccine", "comparison.seeds=[3]"))
     assert alone.config.defences == ["vaccine"]
     assert alone.trained(aligned).fingerprint == run.trained(aligned).fingerprint
@@ -162,9 +169,11 @@ def test_a_models_answers_have_one_folder_whatever_else_is_compared(values):
         Run(config_of(values)),
         Run(config_of(values, "comparison.seeds=[5,0,1]", DEFENCES, "evaluation.bootstrap_draws=9")),
     )
-    folders = [run.answers(cell) for run in (one, more) for cell in run.cells if cell.seed != 5 and cell.defence == "sft"]
-    assert folders[: len(one.cells)] == folders[len(one.cells) :]
-    every = [more.answers(each) for cell in more.cells for each in (cell, *more.attacks_on(cell))]
+    folders = [
+        run.answers(variant) for run in (one, more) for variant in run.variants if variant.seed != 5 and variant.defence == "sft"
+    ]
+    assert folders[: len(one.variants)] == folders[len(one.variants) :]
+    every = [more.answers(each) for variant in more.variants for each in (variant, *more.attacks_on(variant))]
     assert len(set(every)) == len(every) == 3 * 15 * 5
     assert {folder.parent for folder in every} == {more.root / "answers"}
 
@@ -224,8 +233,8 @@ def test_a_run_agrees_with_itself_when_a_file_changes_meanwhile(values, tmp_path
 def test_random_stands_for_its_draws_and_names_occur_once(values):
     run = Run(config_of(values, "scoring.random_draws=2", "comparison.selections=[random, all, random]", "comparison.seeds=[3]"))
     assert run.arms == ["random_0", "random_1", "all"]
-    assert [cell.name for cell in run.cells] == ["random_0.sft.s3", "random_1.sft.s3", "all.sft.s3"]
-    assert [cell.name for cell in run.attacks_on(run.cells[2])] == ["all.sft.s3.weak", "all.sft.s3.strong"]
+    assert [variant.name for variant in run.variants] == ["random_0.sft.s3", "random_1.sft.s3", "all.sft.s3"]
+    assert [variant.name for variant in run.attacks_on(run.variants[2])] == ["all.sft.s3.weak", "all.sft.s3.strong"]
     assert Run(config_of(values, "selection.scorer=random")).main_selection.folder.name == "random_0"
 
 
@@ -240,19 +249,19 @@ def test_sources_are_what_the_configuration_names(values):
 
 def test_a_model_is_the_base_with_the_adapters_of_its_cell(values):
     run = Run(config_of(values, "attacks.1.adapter=same"))
-    weak, strong = run.attacks_on(Cell("all", "sft", 0))
-    aligned = str(run.trained(Cell("all", "sft", 0)).folder / "run" / "adapter")
-    assert run.model_of(Cell("all", "sft", 0)).adapters == (aligned,)
+    weak, strong = run.attacks_on(Variant("all", "sft", 0))
+    aligned = str(run.trained(Variant("all", "sft", 0)).folder / "run" / "adapter")
+    assert run.model_of(Variant("all", "sft", 0)).adapters == (aligned,)
     assert run.model_of(weak).adapters == (aligned, str(run.trained(weak).folder / "run" / "adapter"))
     assert run.model_of(strong).adapters == (str(run.trained(strong).folder / "run" / "adapter"),)
-    assert {run.model_of(cell).path for cell in (weak, strong)} == {run.config.model.path}
+    assert {run.model_of(variant).path for variant in (weak, strong)} == {run.config.model.path}
 
 
 def test_full_weights_are_a_model_of_their_own(values):
     run = Run(config_of(values, "alignment.train.weights=full", "attacks.1.train.weights=full"))
-    weak, strong = run.attacks_on(Cell("all", "sft", 0))
-    aligned = str(run.trained(Cell("all", "sft", 0)).folder / "run" / "model")
-    assert (run.model_of(Cell("all", "sft", 0)).path, run.model_of(Cell("all", "sft", 0)).adapters) == (aligned, ())
+    weak, strong = run.attacks_on(Variant("all", "sft", 0))
+    aligned = str(run.trained(Variant("all", "sft", 0)).folder / "run" / "model")
+    assert (run.model_of(Variant("all", "sft", 0)).path, run.model_of(Variant("all", "sft", 0)).adapters) == (aligned, ())
     assert (run.model_of(weak).path, len(run.model_of(weak).adapters)) == (aligned, 1)
     assert run.model_of(strong).path == str(run.trained(strong).folder / "run" / "model")
 

@@ -19,7 +19,7 @@ from pharmacist_ray.pipeline import stages
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import _in_steps, check
 from pharmacist_ray.training.batches import BatchOrder
-from pharmacist_ray.training.loop import TrainTask
+from pharmacist_ray.training.task import TrainTask
 
 TRAIN = {"steps": 2, "batch_size": 4}
 KEPT = {"all": 40, "pharmacist": 14}

@@ -25,7 +25,7 @@ from pharmacist_ray.cli.app import main
 from pharmacist_ray.config import load_config
 from pharmacist_ray.data.rows import count_rows, iterate_rows
 from pharmacist_ray.data.schema import Row
-from pharmacist_ray.pipeline.run import Cell, Run
+from pharmacist_ray.pipeline.run import Run, Variant
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -267,10 +267,11 @@ def test_a_changed_attack_leaves_the_alignment_and_goes_on_with_its_adapter(done
 
     run = Run(load_config(root / "config.yaml"))
     attack = run.config.attacks[0]
-    aligned, attacked = Cell("all", "sft", 3), Cell("all", "sft", 3, attack)
+    aligned, attacked = Variant("all", "sft", 3), Variant("all", "sft", 3, attack)
     assert len(run.model_of(attacked).adapters) == 1
     start, end = (
-        load_file(run.trained(cell).folder / "run" / "adapter" / "adapter_model.safetensors") for cell in (aligned, attacked)
+        load_file(run.trained(variant).folder / "run" / "adapter" / "adapter_model.safetensors")
+        for variant in (aligned, attacked)
     )
     assert max(float(start[name].abs().max()) for name in start if "lora_B" in name) > 1e-3  # a fresh adapter's B starts at zero
     assert max(float((end[name] - start[name]).abs().max()) for name in start) < 1e-6

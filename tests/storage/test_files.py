@@ -11,24 +11,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from pharmacist_ray.errors import ArtifactError, ResourceError
-from pharmacist_ray.storage import files as module
 from pharmacist_ray.storage import (
+    disk_full_errors,
     local_copy,
     matching,
     mirrored,
     move_tree,
     opened_parquet,
-    place,
     pull_tree,
     push_tree,
     read_table,
     remove_tree,
-    room_for,
     row_count,
+    storage_path,
     working_folder,
     write_parquet,
     write_text,
 )  # fmt: skip
+from pharmacist_ray.storage import files as module
 
 TABLE = pa.table({"id": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]})
 
@@ -36,7 +36,7 @@ TABLE = pa.table({"id": ["a", "b", "c"], "score": [1.0, 2.0, 3.0]})
 @pytest.fixture(params=["folder", "bucket"])
 def target(request: pytest.FixtureRequest, tmp_path: Path, s3):
     """Return an empty place of either kind."""
-    return place(tmp_path / "run") if request.param == "folder" else place(s3.uri(f"files/{request.node.name}"))
+    return storage_path(tmp_path / "run") if request.param == "folder" else storage_path(s3.uri(f"files/{request.node.name}"))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch):
@@ -126,11 +126,11 @@ def test_the_manifest_goes_up_last(s3, tmp_path, monkeypatch):
     sent: list[str] = []
     upload = module._upload
     monkeypatch.setattr(module, "_upload", lambda file, to: (sent.append(to.name), upload(file, to)))
-    push_tree(tmp_path / "work", place(s3.uri("order")), last=["manifest.json"])
+    push_tree(tmp_path / "work", storage_path(s3.uri("order")), last=["manifest.json"])
     assert sent == ["a.txt", "z.txt", "manifest.json"]
     sent.clear()
     (tmp_path / "work" / "a.txt").write_text("longer than before")
-    push_tree(tmp_path / "work", place(s3.uri("order")), last=["manifest.json"])
+    push_tree(tmp_path / "work", storage_path(s3.uri("order")), last=["manifest.json"])
     assert sent == ["a.txt"]
 
 
@@ -148,7 +148,7 @@ def test_a_stand_in_holds_what_its_target_holds(target):
 
 
 def test_a_local_copy_is_made_once_and_again_when_the_source_has_changed(s3, monkeypatch):
-    source = place(s3.uri("model"))
+    source = storage_path(s3.uri("model"))
     with pytest.raises(FileNotFoundError, match="there is nothing at s3://bucket/model"):
         local_copy(source)
     for name in ("config.json", "deep/weights.bin"):
@@ -168,7 +168,7 @@ def test_a_local_copy_is_made_once_and_again_when_the_source_has_changed(s3, mon
 
 
 def test_many_who_want_a_copy_make_one(s3, monkeypatch):
-    write_text("weights", place(s3.uri("shared/weights")))
+    write_text("weights", storage_path(s3.uri("shared/weights")))
     fetched: list[str] = []
     fetch = module._fetch
 
@@ -218,14 +218,14 @@ def test_an_upload_of_which_part_is_lost_is_sent_again(s3, monkeypatch):
             real(source, target, *more)
 
     monkeypatch.setattr(module.shutil, "copyfileobj", lossy)
-    write_text("the whole text", place(s3.uri("lossy")))
+    write_text("the whole text", storage_path(s3.uri("lossy")))
     assert len(calls) == 2
-    assert place(s3.uri("lossy")).read_text() == "the whole text"
+    assert storage_path(s3.uri("lossy")).read_text() == "the whole text"
 
 
 def test_parquet_of_a_bucket_is_what_pyarrow_reads_there(s3):
-    write_parquet(TABLE, place(s3.uri("plain.parquet")))
-    found = place(s3.uri("plain.parquet"))
+    write_parquet(TABLE, storage_path(s3.uri("plain.parquet")))
+    found = storage_path(s3.uri("plain.parquet"))
     assert pq.read_table(found.inner, filesystem=found.filesystem).equals(TABLE)
 
 
@@ -236,7 +236,7 @@ def test_no_room_is_said_in_one_line():
             file.write("text")
 
     line = r"^no space is left to write run/scores; free some, then run the same command again: it goes on$"
-    with pytest.raises(ResourceError, match=line), room_for(Path("run/scores")):
+    with pytest.raises(ResourceError, match=line), disk_full_errors(Path("run/scores")):
         write()
 
 
@@ -252,12 +252,12 @@ def test_no_room_is_said_in_one_line():
 )
 def test_what_libraries_say_of_a_full_disk_is_understood(error):
     """Their words as `tests/faults/test_disk.py` meets them."""
-    with pytest.raises(ResourceError, match="no space is left to write x; "), room_for(Path("x")):
+    with pytest.raises(ResourceError, match="no space is left to write x; "), disk_full_errors(Path("x")):
         raise error
 
 
 def test_other_errors_pass_as_they_are():
     for error in (OSError(13, "Permission denied"), ValueError("a bug"), ArtifactError("x: No space left on device")):
-        with pytest.raises(type(error)) as raised, room_for(Path("somewhere")):
+        with pytest.raises(type(error)) as raised, disk_full_errors(Path("somewhere")):
             raise error
         assert raised.value is error

@@ -14,9 +14,9 @@ from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfi
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.losses import per_sample_nll
-from pharmacist_ray.training.engine import build_engine, deepspeed_config, moved, sharded_loading, step_norm
-from pharmacist_ray.training.launch import run_on_workers
-from pharmacist_ray.training.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.training.engine import build_engine, deepspeed_config, perturbed_weights, sharded_loading, step_norm
 
 
 def _model(folder: str, weights: str) -> Any:
@@ -167,7 +167,7 @@ def test_moved_weights_are_seen_inside_and_gone_to_the_bit_afterwards(
         for parameter, step in zip((p for p in plain.parameters() if p.requires_grad), direction, strict=True):
             parameter += 0.1 * step
         expected = per_sample_nll(plain, batch)
-        with contextlib.suppress(KeyError), moved(engine, direction, 0.1):
+        with contextlib.suppress(KeyError), perturbed_weights(engine, direction, 0.1):
             assert torch.allclose(per_sample_nll(engine.module, batch), expected, atol=1e-5)
             raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(before, _trained(engine.module), strict=True))

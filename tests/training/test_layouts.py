@@ -16,12 +16,13 @@ from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.engine import build_engine
-from pharmacist_ray.training.launch import run_on_workers
-from pharmacist_ray.training.loop import TrainTask, run_task
+from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.objectives import OBJECTIVES, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.training.task import TrainTask
 
 STEPS = 20
 STAGES = (0, 2, 3)  # stage 1 is 2 without sharded gradients; test_engine has it

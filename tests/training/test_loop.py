@@ -16,8 +16,10 @@ from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, DataError, ResourceError, TrainingError
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.launch import run_on_workers, run_tasks, train_all
-from pharmacist_ray.training.loop import TrainTask, progress_file, run_task
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.training.loop import run_task
+from pharmacist_ray.training.runs import run_tasks, train_all
+from pharmacist_ray.training.task import TrainTask, progress_file
 
 TRAIN = TrainConfig(steps=4, batch_size=8, lr=1e-2, weight_decay=0.1)
 

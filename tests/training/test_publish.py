@@ -13,9 +13,9 @@ from pharmacist_ray.config.schema import LoraConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.load import add_lora, load_adapter, load_model, save_adapter
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.runtime.ranks import current_ranks
 from pharmacist_ray.training.engine import build_engine, sharded_loading
 from pharmacist_ray.training.publish import publish_weights
-from pharmacist_ray.training.ranks import current_ranks
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -15,10 +15,11 @@ from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfi
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.launch import run_on_workers
-from pharmacist_ray.training.loop import TrainTask, run_task
-from pharmacist_ray.training.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.resume import newest_state
+from pharmacist_ray.training.task import TrainTask
 
 TRAIN = TrainConfig(steps=7, batch_size=8, lr=1e-2, weight_decay=0.1, schedule="cosine", warmup=0.3, save_every=2)
 T_VACCINE = {"t_vaccine": {"layers": 1, "interval": 2, "probe_interval": 4, "rho": 0.5}}

@@ -73,7 +73,7 @@ class Probe:
             device=spec.device,
         ).eval()
 
-    def wear(self, adapter: str) -> Any:
+    def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
         if adapter not in self.adapters:
             raise ArtifactError(
@@ -146,7 +146,7 @@ class Signals:
     @cached_property
     def reference_loss(self) -> np.ndarray:
         """ℓ_i of the reference, the base tuned on the trusted sets."""
-        return self._losses(self.probe.wear("reference"), self.samples)
+        return self._losses(self.probe.set_adapter("reference"), self.samples)
 
     def influence(self, direction: str) -> np.ndarray:
         """Return Σ_k ⟨∇ℓ_i(θ_k), v_k⟩ over the checkpoints, for a named direction."""
@@ -164,7 +164,7 @@ class Signals:
         norms = np.zeros(len(self.rows))
         exact = spec.method == "hooks"
         for name, directions in zip(spec.checkpoints, self.probe.directions, strict=True):
-            model = self.probe.wear(name)
+            model = self.probe.set_adapter(name)
             for rows, batch in self._batches(self.samples):
                 found = influence(model, batch, directions, method=spec.method, norms=exact)
                 values = found.dots.double().cpu().numpy()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from pharmacist_ray.errors import ConfigError, DataError, one_of
+from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import phrases
 from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
 
@@ -47,5 +47,5 @@ def build_judge(name: str, settings: JudgeSettings) -> Judge:
         ConfigError: Unknown name, or a setting that the judge needs is missing.
     """
     if name not in JUDGES:
-        raise one_of("judge", name, list(JUDGES))
+        raise unknown_name("judge", name, list(JUDGES))
     return JUDGES[name](settings)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pharmacist_ray.errors import ConfigError, ModelError, one_of
+from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
 from pharmacist_ray.evaluation.judges.phrases import REFUSAL_PHRASES, is_incoherent, is_refusal
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, Verdict
 
@@ -61,7 +61,7 @@ def build_score(settings: JudgeSettings) -> Score:
     names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
     for label in settings.labels:
         if label not in names:
-            raise one_of("label of the judge", label, names)
+            raise unknown_name("label of the judge", label, names)
     chosen = [index for index, name in enumerate(names) if not settings.labels or name in settings.labels]
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

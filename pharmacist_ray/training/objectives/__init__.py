@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pharmacist_ray.config.schema import Section
-from pharmacist_ray.errors import ConfigError, one_of
+from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits
 from pharmacist_ray.training.objectives.sft import sft
@@ -47,7 +47,7 @@ def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> 
         ConfigError: The objective is unknown, or one of its settings is unknown or out of range.
     """
     if objective not in OBJECTIVES:
-        raise one_of("objective", objective, list(OBJECTIVES))
+        raise unknown_name("objective", objective, list(OBJECTIVES))
     found: dict[type[Section], Section] = {}
     for name, kind in OBJECTIVES[objective].settings.items():
         try:

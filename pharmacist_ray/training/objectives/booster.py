@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from pharmacist_ray.config.schema import Positive, Section
 from pharmacist_ray.models.perturb import global_norm
-from pharmacist_ray.training.engine import moved, settle
+from pharmacist_ray.training.engine import perturbed_weights, release_gathered
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import Run, Step
 from pharmacist_ray.training.objectives.vaccine import TINY, vaccine
@@ -41,7 +41,7 @@ def booster(step: Step, base: Run = sft) -> Iterator[torch.Tensor]:
     settings = step.get(BoosterSettings)
     here, before = _harmful_gradient(step)
     length = float(global_norm(list(here.values())))
-    with moved(step.engine, list(here.values()), -settings.alpha / (length + TINY)):
+    with perturbed_weights(step.engine, list(here.values()), -settings.alpha / (length + TINY)):
         there, after = _harmful_gradient(step)
     step.measured |= {
         "weight_perturbation_norm": settings.alpha * length / (length + TINY),
@@ -74,7 +74,7 @@ def _harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:
         with step.same_dropout("harmful", index):
             loss = step.loss(batch, aside=True)
             gradients = torch.autograd.grad(loss, list(trained.values()))
-        settle(step.engine)
+        release_gathered(step.engine)
         value += loss.detach()
         total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
     count = len(step.harmful)

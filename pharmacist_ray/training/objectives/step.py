@@ -13,7 +13,7 @@ import torch
 from pharmacist_ray.config.schema import Section
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.losses import per_sample_nll
-from pharmacist_ray.training.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks
 
 S = TypeVar("S", bound=Section)
 
@@ -39,7 +39,7 @@ class Step:
     """What lives across steps; saved and restored with a checkpoint."""
     measured: dict[str, float] = field(default_factory=dict)
     """Further numbers for the training curve."""
-    held: Collection[str] = ()
+    frozen: Collection[str] = ()
     """Names of parameter groups that this step leaves as they are, to the bit."""
     forwards: int = 0
     """Forward passes so far."""

@@ -15,7 +15,7 @@ from torch import nn
 from pharmacist_ray.config.schema import Count, Positive, Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.taps import decoder_layers, gradients_at, modules_at
-from pharmacist_ray.training.engine import settle
+from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step, mixed_seed
 from pharmacist_ray.training.objectives.vaccine import perturbed_embeddings
 
@@ -69,10 +69,10 @@ def t_vaccine(step: Step) -> Iterator[torch.Tensor]:
 
     inactive = {str(layer) for layer in range(len(modules))} - {str(layer) for layer in active}
     names = {group_of(name) for name, _ in step.model.named_parameters()}
-    step.held = {
+    step.frozen = {
         name for name in names if name.split(".")[0] in inactive and (settings.frozen == "layer" or name.endswith(".attention"))
     }
-    zeroed = {name: torch.zeros_like for name in step.trained if group_of(name) in step.held}
+    zeroed = {name: torch.zeros_like for name in step.trained if group_of(name) in step.frozen}
     with step.changed_gradients(zeroed), _not_recomputing([model_layers[layer] for layer in active]):
         yield from perturbed_embeddings(step, [modules[layer] for layer in active], settings.rho)
 
@@ -117,7 +117,7 @@ def _norms(step: Step, rows: int) -> torch.Tensor:
             break  # on every worker at the same micro-batch
         with step.same_dropout("probe", index):
             gradients = gradients_at(modules, partial(step.loss, batch, aside=True))
-        settle(step.engine)
+        release_gathered(step.engine)
         norms = torch.stack([g.float().flatten(1).norm(dim=1) for g in gradients]) * len(batch)  # (L, B), each of its own loss
         total += norms[:, [place < rows for place in places]].sum(1)
     available = sum(map(len, step.positions)) * step.ranks.workers

@@ -11,7 +11,7 @@ from torch import nn
 
 from pharmacist_ray.config.schema import Positive, Section
 from pharmacist_ray.models.taps import gradients_at, modules_at, shifted
-from pharmacist_ray.training.engine import settle
+from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step
 
 TINY = 1e-7
@@ -66,7 +66,7 @@ def perturbed_embeddings(
     for index, batch in enumerate(step.batches):
         with step.same_dropout("align", index):
             gradients.append(gradients_at(modules, partial(step.loss, batch, aside=True)))
-        settle(step.engine)
+        release_gathered(step.engine)
     squares = [torch.stack([g.double().square().flatten(1).sum(1) for g in layers]).sum(0) for layers in gradients]  # (B,) each
     total = step.ranks.total(torch.stack(squares).sum())
     reached = 0.0

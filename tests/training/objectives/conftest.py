@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 from pharmacist_ray.config.schema import LoraConfig, Section, TrainConfig
 from pharmacist_ray.data.render import IGNORE, Batch
 from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.runtime.ranks import current_ranks
 from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.objectives import OBJECTIVES, Step
-from pharmacist_ray.training.ranks import current_ranks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,7 +62,7 @@ class Bench:
         found = {name: p.grad.clone() for name, p in step.trained.items() if p.grad is not None}
         if apply:
             for group in self.engine.optimizer.param_groups:
-                if group["name"] in step.held:
+                if group["name"] in step.frozen:
                     group["lr"] = 0.0
             self.engine.step()
         return Taken(step, losses, found)

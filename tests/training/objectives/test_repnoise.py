@@ -16,11 +16,11 @@ from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.training.loop import TrainTask
+from pharmacist_ray.runtime.ranks import current_ranks
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise_fits, squared_mmd
 from pharmacist_ray.training.objectives.step import mixed_seed
-from pharmacist_ray.training.ranks import current_ranks
 from pharmacist_ray.training.streams import alignment_stream, harmful_stream
+from pharmacist_ray.training.task import TrainTask
 
 Apart = Callable[..., tuple[float, float]]
 STRONG = {"alpha": 1.0, "beta": 2.0}

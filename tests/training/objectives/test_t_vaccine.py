@@ -114,7 +114,7 @@ def test_what_a_checkpoint_restores_is_used_between_draws(bench: Callable[..., A
     running.state = {"t_vaccine.norms": torch.ones(LAYERS), "t_vaccine.active": torch.tensor([1, 2])}
     step = running.take(*pair, SETTINGS, number=4).step
     assert step.forwards == 2
-    assert step.held == {"0.attention", "0.rest", "3.attention", "3.rest"}
+    assert step.frozen == {"0.attention", "0.rest", "3.attention", "3.rest"}
     running.state = {}
     assert running.take(*pair, SETTINGS, number=4).step.forwards == 3  # nothing restored: measured and drawn at once
     assert len(_active(running.state)) == 2

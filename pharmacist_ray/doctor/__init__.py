@@ -1,0 +1,1 @@
+"""What this machine and this configuration can run, from arithmetic and a look around, before anything is spent."""

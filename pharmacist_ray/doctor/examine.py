@@ -1,0 +1,182 @@
+"""Say in words what this machine, this installation and a configuration can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from pharmacist_ray.config import load_config
+from pharmacist_ray.config.load import located
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.curation.scorers import SCORER_NAMES
+from pharmacist_ray.data.readers import plan
+from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
+from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
+from pharmacist_ray.doctor.shape import Shape, shape_of
+from pharmacist_ray.errors import ModelError, PharmacistError, ResourceError
+from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.models.load import load_tokenizer
+from pharmacist_ray.pipeline.artifacts import PACKAGES
+from pharmacist_ray.pipeline.console import escaped, say
+from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.stages import check
+from pharmacist_ray.training.objectives import OBJECTIVES
+
+COMMON_GIB = (24, 40, 80, 141)
+"""Memory of the GPUs that are common (RTX 4090, A100, H100, H200), for a machine that has none."""
+
+
+def examine(config_file: Path | None) -> None:
+    """Print the machine, the installation, what there is to choose from, and, with a file, what is wrong with it.
+
+    Args:
+        config_file: A run's YAML file, or None.
+
+    Raises:
+        PharmacistError: The configuration cannot run; everything that was found is printed before.
+    """
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    memory = psutil.virtual_memory().total / 2**30
+    say(f"[bold]machine[/]  {os.cpu_count()} CPU cores, {memory:.0f} GiB memory, Python {platform.python_version()}")
+    for index, gpu in enumerate(gpus):
+        say(f"          GPU {index}: {escaped(gpu.name)}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not gpus:
+        say("          no GPU: tiny models only; leave resources.gpus_per_worker at 0")
+    disk = shutil.disk_usage(Path.cwd())
+    say(f"          {disk.free / 2**30:.0f} GiB free here")
+    say("[bold]packages[/] " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    say(f"[bold]ray[/]      RAY_ADDRESS={escaped(os.environ.get('RAY_ADDRESS', 'unset: a private Ray on this machine'))}, ")
+    say(
+        f"          RAY_AUTH_MODE={escaped(os.environ.get('RAY_AUTH_MODE', 'unset'))} (must be the same on both sides of a cluster)"
+    )
+    for what, names in (("scorers", SCORER_NAMES), ("objectives", OBJECTIVES), ("judges", JUDGES)):
+        say(f"[bold]{what}[/]  {', '.join(names)}")
+    if config_file is not None:
+        _configuration(load_config(config_file), len(gpus))
+
+
+def _configuration(config: Config, gpus: int) -> None:
+    run = Run(located(config))
+    problems: list[PharmacistError] = []
+    probes = [partial(check, run), partial(_model, config)]
+    for probe in [*probes, *(partial(_readable, path) for source, _ in run.sources.values() for path in source.path)]:
+        try:
+            probe()
+        except PharmacistError as error:
+            problems.append(error)
+    resources = config.resources
+    if resources.gpus_per_worker and not gpus and not os.environ.get("RAY_ADDRESS"):
+        problems.append(ResourceError("resources.gpus_per_worker is set but this machine has no GPU and RAY_ADDRESS is unset"))
+    shape = None
+    if not any(isinstance(problem, ModelError) for problem in problems):
+        try:
+            shape = shape_of(config.model)
+        except ModelError as error:
+            problems.append(error)
+    variants = len(run.variants)
+    say(
+        f"[bold]plan[/]     {variants} aligned models ({len(run.arms)} selections × {len(config.comparison.seeds)} seeds), "
+        f"{variants * len(config.attacks)} attacked ones; "
+        + (
+            f"{resources.parallel_runs} training runs of {resources.workers} workers at a time"
+            if resources.workers
+            else "trained in this process, one by one"
+        )
+    )
+    for artifact in (run.ingested("candidates"), run.fitted, run.scored, run.main_selection):
+        say(f"          {artifact.stage}: {'ready' if artifact.ready else 'to be made'} ({escaped(artifact.folder)})")
+    if shape is not None:
+        _costs(config, shape)
+    for problem in problems[:-1]:
+        say(f"[red]problem[/]  {escaped(problem)}")
+    if problems:
+        raise problems[-1]
+    say("[green]this configuration can run[/]")
+
+
+def _costs(config: Config, shape: Shape) -> None:
+    """Print what the training runs will take: the first alignment and the warm-up item by item, all others in a line each."""
+    say(f"[bold]model[/]    {shape.parameters:,} parameters in {shape.layers} layers; the adapter has {shape.adapter:,}")
+    say(f"          actors for scoring and evaluation hold all of it: {_size(shape.parameters * BYTES[config.model.dtype])}")
+    runs = [("alignment.train", objective) for objective in config.defences]
+    runs += [(where, "sft") for where in config.trainings() if where != "alignment.train"]
+    for number, (where, objective) in enumerate(runs):
+        setup = setup_of(config, config.trainings()[where], objective)
+        _cost(f"{where} ({escaped(objective)})", shape, setup, config, itemised=number == 0 or where == "selector.warmup")
+        if objective not in EXTRAS:
+            say(f"          what {escaped(objective)} adds is not known here; it is counted as sft")
+
+
+def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool) -> None:
+    items = memory(shape, setup)
+    held, spared = total(items), total(items, host=True)
+    room, name, where = _room(config, held)
+    say(f"[bold]memory[/]   {what}, per worker: {_size(held)}; {where}")
+    if spared:
+        say(f"          and {_size(spared)} of CPU memory, per worker as well")
+    if itemised:
+        _table(items, _size)
+    if held > room:
+        changes, then = advice(shape, setup, room)
+        say(f"          [red]too much[/]: {', '.join(changes) or 'no setting'} would bring it to {_size(then)}")
+        if then > room:
+            say("          and that is still too much: take more or larger GPUs, or a smaller model.max_length")
+    if not setup.gpu:
+        return
+    parts = seconds(shape, setup, name)
+    step = total(parts)
+    hours = step * setup.steps / 3600
+    say(f"[bold]time[/]     {what}: {step:.3g} s a step, {setup.steps} steps in {hours:.2g} h on {known_gpu(name)}s")
+    if itemised:
+        _table(parts, lambda value: f"{value:.3g} s")
+        say(f"          assumed: {UTILISATION:.0%} of the peak, {LINK / 1e9:g} GB/s between GPUs, every row of full length")
+
+
+def _table(items: list[Item], written: Callable[[float], str]) -> None:
+    for item in items:
+        say(f"          {item.what:<28}{written(item.amount):>9}  {item.arithmetic}{' (CPU memory)' if item.host else ''}")
+
+
+def _room(config: Config, held: float) -> tuple[float, str, str]:
+    """Return the bytes that a worker may hold, the GPU's name, and both in words."""
+    if not config.resources.gpus_per_worker:
+        here = float(psutil.virtual_memory().total)
+        return here, "", f"this machine has {_size(here)} for all workers"
+    if torch.cuda.device_count():
+        gpu = torch.cuda.get_device_properties(0)
+        share = min(1.0, config.resources.gpus_per_worker)
+        return gpu.total_memory * share, gpu.name, f"of {_size(gpu.total_memory * share)} on {escaped(gpu.name)}"
+    size = next((size for size in COMMON_GIB if held <= size * 2**30), max(COMMON_GIB))
+    verb = "fits" if held <= size * 2**30 else "does not fit"
+    return size * 2.0**30, "H100", f"{verb} a GPU of {size} GiB"
+
+
+def _size(amount: float) -> str:
+    unit, size = next(((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if amount >= size / 2), ("KiB", 2**10))
+    return f"{amount / size:.1f} {unit}"
+
+
+def _model(config: Config) -> None:
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {config.model.path} has no end-of-sequence token")
+
+
+def _readable(path: str) -> None:
+    if not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
+        plan([path])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

@@ -1,0 +1,72 @@
+"""The data-parallel workers of one run, as seen from one of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who I am, how many we are, and where I compute."""
+
+    rank: int
+    workers: int
+    device: torch.device
+    set_status: Callable[[str], None] = lambda what: None
+    """Says what the group is about to do, to whoever asks if it never says anything again."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this worker writes files."""
+        return self.rank == 0
+
+    def mean(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the mean of each tensor over the workers."""
+        out = [tensor.detach().clone() for tensor in tensors]
+        if self.workers > 1:
+            for tensor in out:
+                dist.all_reduce(tensor)
+                tensor /= self.workers
+        return out
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the workers."""
+        out = tensor.detach().clone()
+        if self.workers > 1:
+            dist.all_reduce(out)
+        return out
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the workers' tensors of equal shape, concatenated in rank order."""
+        if self.workers == 1:
+            return tensor.detach()
+        parts = [torch.empty_like(tensor) for _ in range(self.workers)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Wait until every worker is here."""
+        if self.workers > 1:
+            dist.barrier()
+
+
+def current_ranks() -> Ranks:
+    """Return this process's place in the process group, making a group of one where there is none.
+
+    DeepSpeed needs a process group even for one worker; outside Ray Train (unit tests, a notebook) a file-backed gloo group of one
+    is made, which opens no port beyond loopback.
+    """
+    if not dist.is_initialized():
+        rendezvous = Path(tempfile.mkdtemp(prefix="pharmacist-")) / "group"
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1, timeout=timedelta(seconds=60))
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    device = torch.device("cuda", local) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)

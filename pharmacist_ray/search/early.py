@@ -1,0 +1,111 @@
+"""The early look at a trial: a cheap signal that Ray Tune's ASHA stops trials by.
+
+ASHA (asynchronous successive halving, arXiv 1810.05934) decides about a trial when its signal arrives, from those that arrived before:
+which trials are stopped depends on timing, and two runs of one search may stop different ones. The first trial is never stopped. The
+signal is a harmful score alone, so ASHA knows nothing of accuracy, and a search with it has a thinner Pareto front at the harmful end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler
+
+from pharmacist_ray.config.schema import EarlyConfig, SearchConfig
+from pharmacist_ray.data.rows import count_rows, parquet_files, sample_rows, write_rows
+from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import DataError
+from pharmacist_ray.evaluation.answers import answer_all
+from pharmacist_ray.pipeline.artifacts import digest
+from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.sharing import lock_missing
+from pharmacist_ray.pipeline.stages import run_attack
+from pharmacist_ray.search.space import early_attack
+from pharmacist_ray.storage import StoragePath, read_table
+
+SIGNAL, LOOKS = "early_hs", "looks"
+"""What a trial reports to Ray Tune: its early harmful score, and 1 for the early look or 2 at its end."""
+
+
+def asha(early: EarlyConfig) -> ASHAScheduler:
+    """Return Ray Tune's scheduler with one rung, the early look."""
+    factor = early.reduction_factor
+    return ASHAScheduler(time_attr=LOOKS, metric=SIGNAL, mode="min", max_t=2, grace_period=1, reduction_factor=factor)
+
+
+def look(run: Run, search: SearchConfig) -> float:
+    """Return the early harmful score of a trial whose models are aligned: run one attack and ask a part of the harmful prompts.
+
+    The attack is the one that the whole trial needs; only the few answers are given twice if the trial goes on. Of a trial that was
+    evaluated nothing is made.
+
+    Args:
+        run: The trial's run.
+        search: The search section.
+
+    Raises:
+        DataError: No answer was judged.
+    """
+    settings = run.config.evaluation
+    assert settings is not None  # `check_space` looked
+    only = Run(run.config.model_copy(update={"attacks": [early_attack(search, run.config)]}), base=run.base)
+    run_attack(only)
+    rows = asked(run, search.early.prompts)
+    place = run.root / "search" / "early" / digest([row.id for row in rows])[:8]
+
+    def folder(variant: Variant) -> StoragePath:
+        whole = run.answers(variant)
+        return whole if run.evaluated.ready and any(whole.glob("*.parquet")) else place / whole.name
+
+    def answered(variant: Variant) -> bool:
+        return any(folder(variant).glob("*.parquet")) and count_rows(folder(variant)) >= len(rows)
+
+    variants = [one for variant in only.variants for one in only.attacks_on(variant)]
+    with lock_missing(run, variants, folder, answered) as missing:
+        if missing:
+            write_rows(rows, place / "prompts.parquet")
+            answer_all(
+                {folder(variant): only.model_of(variant) for variant in missing},
+                {"harmful": place / "prompts.parquet"},
+                settings=settings,
+                template=run.config.model.template,
+                max_length=run.config.model.max_length,
+                resources=run.config.resources,
+            )
+    return score([folder(variant) for variant in variants], rows)
+
+
+def asked(run: Run, share: float) -> list[Row]:
+    """Return the harmful prompts of the early look: at least one, drawn by a hash of their ids.
+
+    Args:
+        run: A run with its prompts ingested.
+        share: Share of the prompts.
+    """
+    rows = run.ingested("eval-harmful").folder / "rows"
+    return sample_rows(rows, max(1, math.ceil(share * count_rows(rows) - 1e-9)), seed=0)
+
+
+def score(folders: Sequence[StoragePath], rows: Sequence[Row]) -> float:
+    """Return the mean over models of the share of harmful answers to some prompts; what was not judged is left out.
+
+    Args:
+        folders: Folders of judged answers, one a model.
+        rows: The prompts.
+
+    Raises:
+        DataError: A model has no judged answer.
+    """
+    wanted = {row.id for row in rows}
+    shares = []
+    for folder in folders:
+        answers: list[dict[str, Any]] = [one for file in parquet_files(folder) for one in read_table(file).to_pylist()]
+        verdicts = [one["verdict"] for one in answers if one["set"] == "harmful" and one["id"] in wanted]
+        known = [verdict == "harmful" for verdict in verdicts if verdict not in (None, "unjudged")]
+        if not known:
+            raise DataError(f"no harmful prompt of the early look was answered and judged; see {folder}")
+        shares.append(np.mean(known))
+    return float(np.mean(shares))

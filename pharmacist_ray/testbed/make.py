@@ -1,0 +1,191 @@
+"""Make something to run on: the embedded benchmark, or planted corruption in a data set of the user's, each with a tiny base model.
+
+Nothing comes from a hub. The base is trained from scratch by the same loop as everything else, with all weights and the SFT
+objective.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from pharmacist_ray.config.load import apply_override, assign, parse_config
+from pharmacist_ray.config.schema import ResourcesConfig, TrainConfig
+from pharmacist_ray.data.layouts import to_row
+from pharmacist_ray.data.render import Renderer
+from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.errors import DataError, ModelError
+from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.pipeline.console import escaped, say, watch_training
+from pharmacist_ray.pipeline.session import connected
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.storage import write_text
+from pharmacist_ray.testbed.plant import plant, write_jsonl
+from pharmacist_ray.testbed.tiny import bpe_tokenizer, tiny_llama, word_tokenizer
+from pharmacist_ray.testbed.world import World
+from pharmacist_ray.training.runs import run_tasks
+from pharmacist_ray.training.task import TrainTask
+
+
+def make_testbed(folder: Path, seed: int, overrides: Sequence[str] = (), base: Path | None = None) -> None:
+    """Write the synthetic world's data, its base model, a configuration, and one for a search.
+
+    Args:
+        folder: Gets ``data/``, ``base/``, ``world.json``, ``config.yaml`` and ``search.yaml``. A base of the same world is kept.
+        seed: Draws the data; the world itself (its words and facts) and so the base stay the same.
+        overrides: Dotted keys of ``demo.yaml``, its ``pretraining`` section included.
+        base: The base of another testbed folder, taken instead of training one; it must come from the same settings.
+    """
+    started = time.perf_counter()
+    world = World(seed=seed)
+    world.write_jsonl(folder / "data")
+    settings = _settings("demo.yaml", folder, overrides)
+    pretraining = settings.pop("pretraining")
+    if base is not None and base.resolve() != (folder / "base").resolve():
+        if not (base / "recipe.json").exists():
+            raise ModelError(f"{base} is not the base of a testbed; give the base folder of one, or leave --base out")
+        shutil.copytree(base, folder / "base", dirs_exist_ok=True)
+    _pretrain(
+        folder / "base",
+        World(seed=pretraining["seed"]).pretraining(pretraining.pop("rows")),
+        word_tokenizer(world.vocabulary()),
+        pretraining,
+        max_length=settings["model"]["max_length"],
+        template=settings["model"]["template"],
+    )
+    _write_config(folder, settings, "demo.yaml")
+    _write_config(folder, _varied(settings, "search.yaml", folder), "search.yaml", "search.yaml")
+    say(f"  testbed ready in {time.perf_counter() - started:.0f} s: {escaped(folder)} (seed {seed})")
+
+
+def make_planted(safety: Path, benign: Path, folder: Path, seed: int, overrides: Sequence[str] = ()) -> None:
+    """Plant corruption of known kind in a data set, train a tiny base model on the ordinary pairs, and write a configuration.
+
+    Args:
+        safety: JSONL of trusted safety pairs.
+        benign: JSONL of ordinary pairs.
+        folder: Gets ``data/``, ``base/`` and ``config.yaml``.
+        seed: Draws rows and corruptions.
+        overrides: Dotted keys of ``planted.yaml``, its ``pretraining`` section included.
+
+    Raises:
+        DataError: A file cannot be read, or has too few rows.
+    """
+    started = time.perf_counter()
+    trusted, ordinary = _read_pairs(safety), _read_pairs(benign)
+    sets = plant(trusted, ordinary, seed)
+    write_jsonl(sets, folder / "data")
+    settings = _settings("planted.yaml", folder, overrides)
+    pretraining = settings.pop("pretraining")
+    pretraining.pop("rows", None)
+    texts = [f"{row['prompt']}\n{row['response']}" for row in [*trusted, *ordinary]]
+    _pretrain(
+        folder / "base",
+        ordinary,
+        bpe_tokenizer(texts),
+        pretraining,
+        max_length=settings["model"]["max_length"],
+        template=settings["model"]["template"],
+    )
+    _write_config(folder, settings, "planted.yaml")
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in sets.items())
+    say(f"  planted in {time.perf_counter() - started:.0f} s: {sizes} in {escaped(folder / 'data')} (seed {seed})")
+
+
+def _settings(name: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    values = _read(name, folder)
+    for override in overrides:
+        apply_override(values, override)
+    return values
+
+
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    text = files("pharmacist_ray.testbed").joinpath(name).read_text(encoding="utf-8").replace("{folder}", str(folder))
+    return dict(yaml.safe_load(text))
+
+
+def _varied(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Return settings with the dotted keys of another file in their place."""
+    varied = dict(settings)
+    for key, value in _read(name, folder).items():
+        assign(varied, key, value)
+    return dict(json.loads(json.dumps(varied)))  # without YAML's aliases
+
+
+def _write_config(folder: Path, settings: dict[str, Any], name: str, file: str = "config.yaml") -> None:
+    parse_config(settings, where=name)
+    head = "# Written by `pharmacist`; change it and run again: only what depends on the change is made anew.\n"
+    write_text(head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), folder / file)
+
+
+def _pretrain(
+    base: Path,
+    samples: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    pretraining: dict[str, Any],
+    *,
+    max_length: int,
+    template: Any,
+) -> None:
+    """Train a Llama from scratch into ``base``, unless it is there and was made from the same settings."""
+    base = base.resolve()  # workers do not share this process's folder
+    work = base.with_name("pretraining")
+    shape, seed = pretraining["model"], pretraining["seed"]
+    recipe = json.dumps([pretraining, len(samples), max_length, template], sort_keys=True)
+    if (base / "recipe.json").exists() and (base / "recipe.json").read_text() == recipe:
+        return
+    shutil.rmtree(base, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    start = work / "start"
+    tiny_llama(tokenizer, **shape, max_length=max_length, seed=seed).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    renderer = Renderer(tokenizer, template, max_length)
+    rows = [
+        row
+        for number, sample in enumerate(samples, 1)
+        if (row := to_row(sample, layout="prompt_response", source=f"pretraining:{number}"))
+        and len(renderer.prompt_ids(row)) < max_length
+    ]
+    write_rows(rows, work / "rows.parquet")
+    train = TrainConfig(**pretraining["train"], weights="full")
+    task = TrainTask(
+        name="base",
+        out=str(work / "run"),
+        model=ModelRef(str(start)),
+        rows=(str(work / "rows.parquet"),),
+        train=train,
+        seed=seed,
+        template=template,
+        max_length=max_length,
+    )
+    resources = ResourcesConfig(workers=pretraining["workers"])
+    with connected(resources), watch_training("train the base model (steps)", [work / "run"], [train.steps]):
+        run_on_workers(run_tasks, [task], name="base", storage=work / "ray", resources=resources)
+    (work / "run" / "model").rename(base)
+    write_text(recipe, base / "recipe.json")
+    shutil.rmtree(work)
+
+
+def _read_pairs(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"prompt": str(row["prompt"]), "response": str(row["response"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not an object with prompt and response ({error}); mend the line") from error
+    return rows

@@ -1,0 +1,45 @@
+"""Many training runs on worker groups side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pharmacist_ray.config.schema import ResourcesConfig
+from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.workers import run_on_workers
+from pharmacist_ray.storage import StoragePath
+from pharmacist_ray.training.loop import run_task
+from pharmacist_ray.training.task import TrainTask
+
+
+def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, resources: ResourcesConfig) -> list[dict[str, Any]]:
+    """Run training tasks, ``resources.parallel_runs`` worker groups side by side, each taking its share one after the other.
+
+    One group for many tasks, because starting a group takes longer than a small training run.
+
+    Args:
+        tasks: Independent tasks.
+        name: Names the Ray Train runs.
+        storage: Folder for Ray Train's own files.
+        resources: Workers per group, groups at a time.
+
+    Returns:
+        The tasks' results in their order.
+    """
+    groups = [list(tasks[first :: resources.parallel_runs]) for first in range(min(resources.parallel_runs, len(tasks)))]
+    with ThreadPoolExecutor(max_workers=max(1, len(groups))) as pool:
+        outcomes = pool.map(
+            lambda numbered: run_on_workers(
+                run_tasks, numbered[1], name=f"{name}-{numbered[0]}", storage=storage, resources=resources
+            ),
+            enumerate(groups),
+        )
+        by_name = {result["name"]: result for outcome in outcomes for result in outcome}
+    return [by_name[task.name] for task in tasks]
+
+
+def run_tasks(tasks: Sequence[TrainTask], ranks: Ranks) -> list[dict[str, Any]]:
+    """Run training tasks one after the other on this worker group."""
+    return [run_task(task, ranks) for task in tasks]

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import http.server
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+
+from pharmacist_ray.cli import submit as module
+from pharmacist_ray.cli.submit import check_paths, connect, environment, follow, pack, show_log, submit
+from pharmacist_ray.config.load import load_config
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.config.template import EXAMPLE, template
+from pharmacist_ray.errors import ConfigError, ResourceError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Any]:
+    """Return a maker of `init`'s configuration with absolute paths: config("model.path=x")."""
+    (tmp_path / "run.yaml").write_text(template())
+    names = ("data.candidates", "data.validation", "data.harmful", "data.benign", "attacks.0.task", "attacks.0.harmful")
+    names += ("evaluation.harmful_prompts", "evaluation.benign_prompts", "evaluation.task.source")
+    paths = [f"{name}.path=/data/rows.jsonl" for name in names]
+    return lambda *overrides: load_config(tmp_path / "run.yaml", ["run_dir=/runs/x", *paths, *overrides])
+
+
+def test_paths_that_mean_the_same_everywhere_pass(config):
+    check_paths(config("model.path=org/name", "data.benign.path=[s3://bucket/a.jsonl, hf:org/set, hf:/data/set]"))
+    check_paths(config("evaluation.judge_path=/judge"))
+
+
+def test_many_such_paths_are_counted():
+    with pytest.raises(
+        ConfigError, match=r"^run_dir=runs/first, data\.candidates\.path=.*, data\.validation\.path=\S+ and 7 more are relative"
+    ):
+        check_paths(Config.model_validate(EXAMPLE))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("run_dir=runs/x", "run_dir=runs/x"),
+        ("data.candidates.path=[/a.jsonl, b.jsonl]", "data.candidates.path=b.jsonl"),
+        ("alignment.harmful={path: ~/a.jsonl}", "alignment.harmful.path=~/a.jsonl"),
+        ("attacks.0.harmful.path=a/*.parquet", "attacks.0.harmful.path=a/*.parquet"),
+        ("evaluation.task.source.path=hf:./mine", "evaluation.task.source.path=hf:./mine"),
+        ("model.path=./base", "model.path=./base"),
+        ("model.path=base", "model.path=base"),
+        ("evaluation.judge_path=world.json", "evaluation.judge_path=world.json"),
+    ],
+)
+def test_a_path_that_means_something_else_in_a_job_is_named(config, override, named, tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "world.json").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check_paths(config(override))
+    assert str(error.value).startswith(f"{named} is relative, but a job starts in a temporary copy of its working directory")
+
+
+def test_variables_come_from_the_line_or_from_here(monkeypatch):
+    monkeypatch.setenv("HERE", "a=b")
+    assert environment(["HERE", "GIVEN=c=d", "EMPTY="]) == {"HERE": "a=b", "GIVEN": "c=d", "EMPTY": ""}
+
+
+def test_a_variable_that_is_wrong_is_never_quoted(monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(ConfigError, match="--env NOWHERE: NOWHERE is not set here; export it, or write NOWHERE=VALUE"):
+        environment(["NOWHERE"])
+    with pytest.raises(ConfigError, match=r"the 2\. given is neither") as error:
+        environment(["A=1", "hunter-2"])
+    assert "hunter" not in str(error.value)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder as a developer has it."""
+    folder = tmp_path / "checkout"
+    for name in ("jobs/curate.py", "data/big.bin", "deep/keep.txt", "deep/drop.log", "deep/inner/drop.log", ".git/HEAD", ".venv/x",
+                 "runs/demo/rows", "a/__pycache__/b.pyc", ".ruff_cache/0", ".env", "secret.txt", "notes.tmp"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / ".gitignore").write_text("*.tmp\n/secret.txt\n")
+    (folder / ".rayignore").write_text("data/\n")
+    (folder / "deep" / ".rayignore").write_text("*.log\n")
+    return folder
+
+
+def names(package: Path) -> list[str]:
+    with ZipFile(package) as archive:
+        return sorted(name for name in archive.namelist() if "ignore" not in name)
+
+
+def test_what_travels_is_what_no_list_names_and_the_configuration_from_wherever_it_lies(checkout, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("seed: 1\n")
+    pack(tmp_path / "job.zip", config, checkout)
+    assert names(tmp_path / "job.zip") == [".submitted/run.yaml", "deep/keep.txt", "jobs/curate.py"]
+    with ZipFile(tmp_path / "job.zip") as archive:
+        assert archive.read(".submitted/run.yaml") == b"seed: 1\n"
+    pack(tmp_path / "alone.zip", config, None)
+    assert names(tmp_path / "alone.zip") == [".submitted/run.yaml"]
+
+
+def test_a_rayignore_takes_back_what_is_left_out_by_itself(checkout, tmp_path):
+    (checkout / ".rayignore").write_text("data/\n!runs/\n")
+    pack(tmp_path / "job.zip", None, checkout)
+    assert "runs/demo/rows" in names(tmp_path / "job.zip")
+
+
+def test_equal_folders_are_equal_packages(checkout, tmp_path):
+    pack(tmp_path / "one.zip", None, checkout)
+    (checkout / "deep" / "keep.txt").touch()
+    pack(tmp_path / "two.zip", None, checkout)
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_a_folder_that_is_too_large_is_named_with_its_largest_parts(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PACKAGE_LIMIT", 2 << 20)
+    noise = bytes(b for n in range(1 << 20) for b in (n * n % 251, n % 241, n * 7 % 239))
+    (checkout / "models").mkdir()
+    for number in range(40):
+        (checkout / "models" / f"{number}.bin").write_bytes(noise[number:])
+    with pytest.raises(
+        ConfigError, match=r"packs to more than 2 MiB, .*; largest: models/ \(120 MiB\), .*; name what is not needed"
+    ):
+        pack(tmp_path / "job.zip", None, checkout)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        pack(tmp_path / "job.zip", None, checkout / "nowhere")
+
+
+def test_a_cluster_has_to_be_named(monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # of a cluster, but not of its job server
+    with pytest.raises(ConfigError, match="which cluster"):
+        connect(None)
+
+
+def test_where_nothing_answers_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(ResourceError, match=f"nothing answers at http://127.0.0.1:{port}; is that the head's dashboard"):
+        connect(f"127.0.0.1:{port}")  # what is given goes before the variable
+
+
+@pytest.fixture(params=[404, 200])
+def other_server(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Return the URL of a web server that is not Ray's."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(request.param)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_some_other_server_is_told_from_a_cluster(other_server, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    with pytest.raises(ResourceError, match=f"what answers at {other_server} is no Ray job server"):
+        connect(other_server)
+
+
+class Flaky:
+    """A client whose connection breaks after every few characters of a job's log."""
+
+    def __init__(self, log: str, pieces: list[int], code: int | None, status: str) -> None:
+        self.log, self.pieces, self.code, self.status = log, pieces, code, status
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    async def tail_job_logs(self, id: str) -> AsyncIterator[str]:
+        if not self.pieces:
+            return
+        for letter in self.log[: self.pieces.pop(0)]:
+            yield letter
+        if self.pieces:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_info(self, id: str) -> Any:
+        over = not self.pieces
+        status = self.status if over else "RUNNING"
+
+        class Status(str):
+            def is_terminal(self) -> bool:
+                return over
+
+        return SimpleNamespace(
+            submission_id=id, status=Status(status), driver_exit_code=self.code, message="gone\nnow", start_time=0, end_time=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exits", "said"),
+    [
+        ("SUCCEEDED", 0, 0, "job j succeeded"),
+        ("FAILED", 3, 3, "job j failed with exit code 3"),
+        ("FAILED", -9, 137, "job j failed with exit code 137"),
+        ("FAILED", None, 1, "job j failed: gone⟨U+000A⟩now"),
+        ("STOPPED", -15, 143, "job j was stopped"),
+    ],
+)
+def test_a_log_is_printed_once_however_often_the_connection_breaks(status, code, exits, said, monkeypatch, capsys):
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    assert follow(Flaky("one\ntwo\nthree\n", [2, 2, 5, 99], code, status), "j") == exits  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert out.startswith("one\ntwo\nthree\njob j ")
+    assert said in out
+
+
+def test_a_cluster_that_does_not_come_back_is_given_up(monkeypatch, capsys):
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    with pytest.raises(ResourceError, match=r"lost the job server at http://head:8265 .* pharmacist job logs j --follow"):
+        follow(Flaky("one\n", [2] * 9, 0, "SUCCEEDED"), "j")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "on"
+
+
+def test_a_log_steers_no_terminal(capsys):
+    client = SimpleNamespace(
+        get_address=str, get_job_logs=lambda id: "\x1b[33m(raylet)\x1b[0m gone\n\tat\x1b[2J\x1b]0;owned\x07\rover\n"
+    )
+    show_log(client, "j")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "(raylet) gone\n\tat⟨U+001B⟩[2J⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+000D⟩over\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "id", "message"), [("curat", None, "did you mean 'curate'"), ("curate", "../x", "--id ../x: an id is")]
+)
+def test_a_job_that_cannot_be_is_known_at_once(job, id, message):
+    with pytest.raises(ConfigError, match=message):
+        submit(Flaky("", [], 0, ""), job, id=id)  # type: ignore[arg-type]
