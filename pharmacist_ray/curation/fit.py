@@ -8,7 +8,7 @@ computed again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig
 from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction
-from pharmacist_ray.data.render import Rendered, Renderer, Template
+from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
-from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.workers import run_on_workers
@@ -46,8 +45,6 @@ class FitJob:
 
     model: ModelRef
     lora: LoraConfig
-    template: Template
-    max_length: int
     selector: SelectorConfig
     seed: int
     out: str
@@ -60,15 +57,10 @@ def fit(
     *,
     model: ModelRef,
     lora: LoraConfig,
-    template: Template,
-    max_length: int,
     selector: SelectorConfig,
     resources: ResourcesConfig,
     seed: int,
-    candidates: StoragePath,
-    validation: StoragePath,
-    harmful: StoragePath,
-    benign: StoragePath | None,
+    sets: Mapping[str, StoragePath],
     out: StoragePath,
 ) -> dict[str, Any]:
     """Fit the selector and return the contents of ``selector.json``.
@@ -76,15 +68,11 @@ def fit(
     Args:
         model: The model to harden.
         lora: The adapter in whose space influences are taken.
-        template: Prompt template.
-        max_length: Longest sequence in tokens.
         selector: The selector's section.
         resources: Workers.
         seed: Seeds the adapter's initialisation and the order of rows.
-        candidates: Folder of canonical rows.
-        validation: Trusted safety rows.
-        harmful: Harmful rows for the simulated attack.
-        benign: Trusted benign rows, for the loss gap's reference.
+        sets: Folders of canonical rows: the ``candidates``, ``validation`` (trusted safety rows), ``harmful`` (for the simulated
+            attack), and perhaps ``benign`` (trusted, for the loss gap's reference).
         out: Folder to fill.
 
     Raises:
@@ -93,21 +81,21 @@ def fit(
     """
     if selector.mode == "iterative" and not selector.inner_lr:
         raise ConfigError("selector.mode=iterative needs selector.inner_lr above 0: with no inner step no logit ever moves")
-    if selector.mode == "iterative" and count_rows(candidates) > MAX_ITERATIVE:
+    if selector.mode == "iterative" and count_rows(sets["candidates"]) > MAX_ITERATIVE:
         raise ConfigError(
             f"selector.mode=iterative holds one logit per candidate on every worker and is limited to {MAX_ITERATIVE:,} rows; "
             "use one_shot"
         )
     out.mkdir(parents=True, exist_ok=True)
-    warmup = sample_rows(candidates, selector.warmup.steps * selector.warmup.batch_size, seed)
+    warmup = sample_rows(sets["candidates"], selector.warmup.steps * selector.warmup.batch_size, seed)
     write_rows(warmup, out / "rows" / "warmup.parquet")
-    for name, path in (("validation", validation), ("harmful", harmful), ("benign", benign)):
-        if path is not None:
-            rows = sample_rows(path, selector.trusted_rows, seed)
+    for name in ("validation", "harmful", "benign"):
+        if name in sets:
+            rows = sample_rows(sets[name], selector.trusted_rows, seed)
             if not rows:
                 raise DataError(f"data.{name} has no rows left after ingestion; the selector cannot do without")
             write_rows(rows, out / "rows" / f"{name}.parquet")
-    common = {"model": model, "lora": lora, "template": template, "max_length": max_length, "seed": seed}
+    common = {"model": model, "lora": lora, "seed": seed}
     tasks = [
         TrainTask(
             name="warm-up",
@@ -118,7 +106,7 @@ def fit(
             **common,  # type: ignore[arg-type]
         )
     ]
-    if selector.reference is not None and benign is not None:
+    if selector.reference is not None and "benign" in sets:
         tasks.append(
             TrainTask(
                 name="reference",
@@ -130,7 +118,7 @@ def fit(
         )
     job = FitJob(
         out=str(out),
-        candidates=str(candidates),
+        candidates=str(sets["candidates"]),
         validation=str(out / "rows" / "validation.parquet"),
         harmful=str(out / "rows" / "harmful.parquet"),
         selector=selector,
@@ -166,15 +154,8 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
 
 
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:
-    tokenizer = load_tokenizer(job.model.path, trust_remote_code=job.model.trust_remote_code)
-    renderer = Renderer(tokenizer, job.template, job.max_length)
-    model = load_model(
-        job.model.path,
-        dtype=job.model.dtype,
-        adapter=storage_path(job.out) / "warmup" / checkpoint_name(step),
-        trust_remote_code=job.model.trust_remote_code,
-        device=str(ranks.device),
-    )
+    renderer = job.model.renderer()
+    model = job.model.load(str(ranks.device), adapter=storage_path(job.out) / "warmup" / checkpoint_name(step))
     point = Point.at(model, renderer.collate, job.selector.batch_size, ranks)
     sets = [[renderer.render(row) for row in iterate_rows(path)] for path in (job.validation, job.harmful)]
     return point, renderer, sets[0], sets[1]

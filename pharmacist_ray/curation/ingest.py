@@ -30,11 +30,12 @@ from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
+from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import plain_errors
 from pharmacist_ray.storage import RemotePath, StoragePath, local_copy, remove_tree, write_parquet, write_text
 
 if TYPE_CHECKING:
-    from pharmacist_ray.data.render import Renderer, Template
+    from pharmacist_ray.data.render import Renderer
 
 SHARD_BYTES = 16 << 20
 """Input bytes per shard; ours: large enough for few files, small enough for a worker to lose little when it is killed."""
@@ -86,16 +87,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class RenderSpec:
-    """How rows will be rendered later; a row whose prompt leaves no room for an answer is then found now."""
-
-    model: str
-    """Folder of the model, or of its tokenizer alone."""
-    template: Template = "auto"
-    max_length: int = 256
-
-
-@dataclass(frozen=True)
 class IngestReport:
     """What became of the rows: ``rows_in == rows_out + duplicates + quarantined``."""
 
@@ -113,7 +104,7 @@ def ingest(
     out: StoragePath,
     *,
     shards: int | None = None,
-    render: RenderSpec | None = None,
+    model: ModelRef | None = None,
     strict: bool = False,
     num_cpus: float = 0.5,
     require_response: bool = True,
@@ -128,7 +119,7 @@ def ingest(
         source: What to read.
         out: Folder that every node sees under the same path.
         shards: Number of files; by default as many as `SHARD_BYTES` and `SHARD_ROWS` ask for, at least `MIN_SHARDS`.
-        render: If given, rows that cannot be rendered are quarantined.
+        model: If given, rows that cannot be rendered for it, as those whose prompt leaves no room for an answer, are quarantined.
         strict: Whether quarantined rows are an error. They are written nevertheless.
         num_cpus: Ray's CPUs per task.
         require_response: False for evaluation prompts, which may come without an answer.
@@ -137,7 +128,7 @@ def ingest(
 
     Raises:
         DataError: The source cannot be read, has no rows or no usable rows, or ``strict`` and some are broken.
-        ModelError: ``render.model`` has no usable tokenizer.
+        ModelError: The model has no usable tokenizer.
         RuntimeError: A row was lost or doubled, which is a bug, or the input changed meanwhile.
     """
     check_columns(source.layout, source.columns)
@@ -160,7 +151,7 @@ def ingest(
                 _parse,
                 shared=ray.put(chunks),
                 shards=shards,
-                render=render,
+                model=model,
                 layout=source.layout,
                 columns=dict(source.columns),
                 category_column=source.category_column,
@@ -263,7 +254,7 @@ def _count_batch(batch: dict[str, Any], shared: ray.ObjectRef[list[Chunk]]) -> d
 
 
 def _parse(
-    batch: dict[str, Any], *, shared: ray.ObjectRef[list[Chunk]], shards: int, render: RenderSpec | None, **how: Any
+    batch: dict[str, Any], *, shared: ray.ObjectRef[list[Chunk]], shards: int, model: ModelRef | None, **how: Any
 ) -> Iterator[pa.Table]:
     """Yield the rows of chunks, good and broken, in tables with `_WAY_SCHEMA`; ``how`` goes to `to_row`."""
     chunks = ray.get(shared)
@@ -271,7 +262,7 @@ def _parse(
         pending: list[tuple[Any, ...]] = []
         size = 0
         for number, item in read_chunk(chunk):
-            entry = _entry(chunk, number, item, shards, render, how)
+            entry = _entry(chunk, number, item, shards, model, how)
             pending.append(entry)
             size += len(entry[_RAW])
             if size > _BLOCK_BYTES:
@@ -281,7 +272,7 @@ def _parse(
 
 
 def _entry(
-    chunk: Chunk, line: int, item: bytes | dict[str, Any] | BadRow, shards: int, render: RenderSpec | None, how: dict[str, Any]
+    chunk: Chunk, line: int, item: bytes | dict[str, Any] | BadRow, shards: int, model: ModelRef | None, how: dict[str, Any]
 ) -> tuple[Any, ...]:
     """Return what was read as the values of `_WAY_SCHEMA`."""
     try:
@@ -290,8 +281,8 @@ def _entry(
         record = _record(item) if isinstance(item, bytes) else item
         raw = item.decode().strip() if isinstance(item, bytes) else None
         row = to_row(record, source=f"{chunk.name}:{line}", raw=raw, **how)
-        if render is not None:
-            _check_room(row, _renderer(render))
+        if model is not None:
+            _check_room(row, _renderer(model))
         reason = detail = ""
     except BadRow as bad:
         text = bad.text or (item.decode(errors="replace") if isinstance(item, bytes) else repr(item))
@@ -314,17 +305,17 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)  # once per worker process, which Ray keeps for many tasks
-def _renderer(spec: RenderSpec) -> Renderer:
+def _renderer(model: ModelRef) -> Renderer:
     from transformers import AutoTokenizer  # seconds to import, and only needed here
 
     from pharmacist_ray.data.render import Renderer
 
     try:
-        folder = local_copy(spec.model) if "://" in spec.model else spec.model
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        folder = local_copy(model.path) if "://" in model.path else model.path
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {spec.model}: {' '.join(str(error).split())[:300]}") from error
-    return Renderer(tokenizer, spec.template, spec.max_length)
+        raise ModelError(f"cannot load a tokenizer from {model.path}: {' '.join(str(error).split())[:300]}") from error
+    return Renderer(tokenizer, model.template, model.max_length)
 
 
 def _check_room(row: Row, renderer: Renderer) -> None:

@@ -27,7 +27,6 @@ from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name
 from pharmacist_ray.curation.poison import Isolation, attempt_file
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
-from pharmacist_ray.data.render import Template
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
@@ -58,8 +57,6 @@ class ScoreReport:
 def score(
     *,
     model: ModelRef,
-    template: Template,
-    max_length: int,
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
@@ -73,8 +70,6 @@ def score(
 
     Args:
         model: The model to harden.
-        template: Prompt template.
-        max_length: Longest sequence in tokens.
         selector: The selector's section.
         scoring: The scoring section.
         resources: Actors and what each may use.
@@ -97,10 +92,19 @@ def score(
     out.mkdir(parents=True, exist_ok=True)
     there = {file.name for file in out.glob("*.parquet")}
     missing = [shard for shard in shards if shard.name not in there]
+    done = len(shards) - len(missing)
     if progress:
-        progress(len(shards) - len(missing), len(shards))
+        progress(done, len(shards))
     if missing:
-        _score_shards(missing, len(shards), model, template, max_length, selector, scoring, resources, fit, out, progress, say)
+        arguments, units = _actors(model, selector, scoring, resources, fit, out), [{"shard": str(shard)} for shard in missing]
+        for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
+            done += 1
+            if say and scored["attempt"] > 1:
+                say(f"score: a worker died over {scored['shard']}; it was scored again (attempt {scored['attempt']})")
+            if say and scored["quarantined"]:
+                say(f"score: {scored['quarantined']} of the {scored['rows']} rows of {scored['shard']} cannot be scored")
+            if progress:
+                progress(done, len(shards))
     rows, reasons = _check_complete(shards, out)
     quarantined = reasons.total()
     if quarantined and say:
@@ -132,24 +136,17 @@ def columns_of(scoring: ScoringConfig) -> list[str]:
     return [column for name in scoring.scorers for column in (draws if name == "random" else [name])]
 
 
-def _score_shards(
-    missing: Sequence[StoragePath],
-    total: int,
+def _actors(
     model: ModelRef,
-    template: Template,
-    max_length: int,
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
     fit: StoragePath,
     out: StoragePath,
-    progress: Callable[[int, int], None] | None,
-    say: Callable[[str], None] | None,
-) -> None:
+) -> dict[str, Any]:
+    """Return what a `ShardScorer` is made from."""
     spec = ProbeSpec(
         model=model,
-        template=template,
-        max_length=max_length,
         fit=str(fit),
         checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints),
         directions=DIRECTIONS,
@@ -158,23 +155,13 @@ def _score_shards(
         cosine=selector.cosine,
         device="cuda" if resources.gpus_per_worker else "cpu",
     )
-    arguments = {
+    return {
         "spec": spec,
         "scoring": scoring,
         "iterative": selector.mode == "iterative",
         "out": str(out),
         "threads": max(1, int(resources.cpus_per_worker)),
     }
-    units = [{"shard": str(shard)} for shard in missing]
-    done = total - len(missing)
-    for shard in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
-        done += 1
-        if say and shard["attempt"] > 1:
-            say(f"score: a worker died over {shard['shard']}; it was scored again (attempt {shard['attempt']})")
-        if say and shard["quarantined"]:
-            say(f"score: {shard['quarantined']} of the {shard['rows']} rows of {shard['shard']} cannot be scored")
-        if progress:
-            progress(done, total)
 
 
 class ShardScorer:

@@ -14,13 +14,12 @@ import pyarrow as pa
 import torch
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
-from pharmacist_ray.data.render import Renderer, Template
+from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.evaluation.judges import Judge, JudgeSettings, build_judge
 from pharmacist_ray.evaluation.tasks import CHECKERS
 from pharmacist_ray.models.generate import generate
-from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
 from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
@@ -55,8 +54,6 @@ class AnswerSpec:
     """What is the same for all units."""
 
     settings: EvaluationConfig
-    template: Template
-    max_length: int
     device: str
     threads: int
 
@@ -66,8 +63,6 @@ def answer_all(
     prompts: Mapping[str, StoragePath],
     *,
     settings: EvaluationConfig,
-    template: Template,
-    max_length: int,
     resources: ResourcesConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -77,8 +72,6 @@ def answer_all(
         models: Folder for the answers → model.
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
         settings: The evaluation section.
-        template: Prompt template.
-        max_length: Longest prompt in tokens.
         resources: Actors and what each may use.
         progress: Called with (units done, units in all).
     """
@@ -98,9 +91,7 @@ def answer_all(
         blocks.setdefault(unit.subject, []).append(unit)
     if len(blocks) < resources.actors:
         blocks = {unit.file: [unit] for unit in missing}
-    spec = AnswerSpec(
-        settings, template, max_length, "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker))
-    )
+    spec = AnswerSpec(settings, "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker)))
     groups = list(blocks.values())
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
     for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
@@ -144,8 +135,7 @@ class Answerer:
     def _answer(self, unit: GenerationUnit) -> pa.Table:
         if self.model is None or self.model[0] != unit.model:
             ref = unit.model
-            tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
-            self.model = (ref, ref.load(self.spec.device), Renderer(tokenizer, self.spec.template, self.spec.max_length))
+            self.model = (ref, ref.load(self.spec.device), ref.renderer())
         _, model, renderer = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings

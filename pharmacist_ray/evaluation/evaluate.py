@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
-from pharmacist_ray.data.render import Template
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.metrics import Judged, Metric, compare, measure
@@ -62,8 +61,6 @@ def evaluate(
     prompts: Mapping[str, StoragePath],
     *,
     settings: EvaluationConfig,
-    template: Template,
-    max_length: int,
     resources: ResourcesConfig,
     out: StoragePath,
     progress: Callable[[int, int], None] | None = None,
@@ -74,8 +71,6 @@ def evaluate(
         subjects: All models, before and after attacks.
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
         settings: The evaluation section.
-        template: Prompt template.
-        max_length: Longest prompt in tokens.
         resources: Actors and what each may use.
         out: Folder to fill.
         progress: Called with (units done, units in all).
@@ -87,8 +82,6 @@ def evaluate(
         {subject.answers: subject.model for subject in subjects},
         prompts,
         settings=settings,
-        template=template,
-        max_length=max_length,
         resources=resources,
         progress=progress,
     )

@@ -1,16 +1,18 @@
-"""A model as a base and the adapters merged into it, in order; nothing is copied until it is loaded."""
+"""A model and how it is prompted: one value that every stage takes; nothing is read until it is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from pharmacist_ray.models.load import load_adapter, load_model
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only passes the value on needs none of it
+    from pharmacist_ray.data.render import Renderer, Template
+    from pharmacist_ray.storage import StoragePath
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """Where a model's weights come from."""
+    """Where a model's weights come from, and how rows become its input."""
 
     path: str
     """Folder or hub id of the base."""
@@ -18,14 +20,41 @@ class ModelRef:
     """Adapter folders, merged one after the other."""
     dtype: str = "float32"
     trust_remote_code: bool = False
+    template: Template = "auto"
+    """Prompt template."""
+    max_length: int = 256
+    """Longest sequence in tokens, prompt and answer together."""
 
     def plus(self, adapter: str) -> ModelRef:
         """Return the model with one more adapter merged."""
-        return ModelRef(self.path, (*self.adapters, adapter), self.dtype, self.trust_remote_code)
+        return replace(self, adapters=(*self.adapters, adapter))
 
-    def load(self, device: str = "cpu") -> Any:
-        """Return the model with all adapters merged, in evaluation mode."""
+    def load(self, device: str = "cpu", *, adapter: str | StoragePath | None = None) -> Any:
+        """Return the model in evaluation mode, its adapters merged.
+
+        Args:
+            device: Where the weights go.
+            adapter: One more adapter to put on top, unmerged and trainable.
+
+        Raises:
+            ModelError: See `load_model` and `load_adapter`.
+        """
+        from pharmacist_ray.models.load import load_adapter, load_model
+
         model: Any = load_model(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, device=device)
-        for adapter in self.adapters:
-            model = load_adapter(model, adapter, merge=True)
+        for merged in self.adapters:
+            model = load_adapter(model, merged, merge=True)
+        if adapter is not None:
+            model = load_adapter(model, adapter).to(device)
         return model.eval()
+
+    def renderer(self) -> Renderer:
+        """Return what turns rows into the model's input, with its tokenizer.
+
+        Raises:
+            ModelError: There is no tokenizer, or it cannot do what the template needs.
+        """
+        from pharmacist_ray.data.render import Renderer
+        from pharmacist_ray.models.load import load_tokenizer
+
+        return Renderer(load_tokenizer(self.path, trust_remote_code=self.trust_remote_code), self.template, self.max_length)

@@ -72,7 +72,7 @@ class Run:
     def model(self) -> ModelRef:
         """The base model."""
         model = self.config.model
-        return ModelRef(model.path, (), model.dtype, model.trust_remote_code)
+        return ModelRef(model.path, (), model.dtype, model.trust_remote_code, model.template, model.max_length)
 
     @cached_property
     def _model_identity(self) -> Any:
@@ -244,7 +244,7 @@ class Run:
 
 def _after(start: ModelRef, folder: StoragePath, weights: str) -> ModelRef:
     if weights == "full":
-        return ModelRef(str(folder / "model"), (), start.dtype, start.trust_remote_code)
+        return replace(start, path=str(folder / "model"), adapters=())
     return start.plus(str(folder / "adapter"))
 
 

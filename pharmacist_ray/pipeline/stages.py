@@ -14,31 +14,26 @@ from functools import cache
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.curation.fit import fit
-from pharmacist_ray.curation.ingest import IngestReport, RenderSpec, Source, ingest
+from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.curation.score import check_scorers, columns_of, score
 from pharmacist_ray.curation.select import Rule, write_selection
-from pharmacist_ray.data.mixing import poisoned
-from pharmacist_ray.data.rows import count_rows, sample_rows, write_rows
-from pharmacist_ray.data.schema import Row
+from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.load import empty_model
-from pharmacist_ray.pipeline.artifacts import Artifact, digest
+from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
-from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
+from pharmacist_ray.pipeline.trainings import align_task, run_align, run_attack
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
-from pharmacist_ray.storage import storage_path
+from pharmacist_ray.storage import StoragePath
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
-from pharmacist_ray.training.runs import train_all
-from pharmacist_ray.training.task import TrainTask, check_task
+from pharmacist_ray.training.task import check_task
 from pharmacist_ray.training.tracking import check_trackers
-
-ATTACK_SEED = 100_003
-"""Added to a cell's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
 
 
 def check(run: Run) -> None:
@@ -57,7 +52,7 @@ def check(run: Run) -> None:
     shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
     for defence in config.defences:
         settings = settings_of(defence, config.alignment.parameters)
-        check_task(_align_task(run, replace(run.variants[0], defence=defence)))
+        check_task(align_task(run, replace(run.variants[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
             fits(shape(), settings)
     if config.evaluation is not None and config.evaluation.judge not in JUDGES:
@@ -73,7 +68,6 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
         run: The run.
         strict: A broken row is an error.
     """
-    model = run.config.model
     for name, (source, has_answer) in run.sources.items():
         artifact = run.ingested(name)
         with lock_missing_artifacts(run, artifact) as missing:
@@ -82,7 +76,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
                     Source(source.path, source.layout, source.columns, source.category_column, source.split),
                     artifact.begin(),
                     shards=run.config.data.shards if name == "candidates" else 1,
-                    render=RenderSpec(model.path, model.template, model.max_length),
+                    model=run.model,
                     strict=strict,
                     require_response=has_answer,
                 )
@@ -104,7 +98,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
 def run_fit(run: Run) -> None:
     """Fit the selector."""
     artifact, config = run.fitted, run.config
-    sets = {
+    sets: dict[str, StoragePath] = {
         name: run.ingested(name).require() / "rows"
         for name in ("candidates", "validation", "harmful", "benign")
         if name in run.sources
@@ -121,15 +115,10 @@ def run_fit(run: Run) -> None:
             summary = fit(
                 model=run.model,
                 lora=config.model.lora,
-                template=config.model.template,
-                max_length=config.model.max_length,
                 selector=selector,
                 resources=config.resources,
                 seed=config.seed,
-                candidates=sets["candidates"],
-                validation=sets["validation"],
-                harmful=sets["harmful"],
-                benign=sets.get("benign"),
+                sets=sets,
                 out=folder,
             )
         artifact.finish(summary)
@@ -146,8 +135,6 @@ def run_score(run: Run) -> None:
         with bar("score (shards)") as show:
             report = score(
                 model=run.model,
-                template=config.model.template,
-                max_length=config.model.max_length,
                 selector=config.selector,
                 scoring=config.scoring,
                 resources=config.resources,
@@ -191,134 +178,6 @@ def _rule(run: Run, arm: str) -> Rule:
     return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas)
 
 
-def run_align(run: Run) -> None:
-    """Align the base on every arm, once per seed."""
-    config = run.config
-    for arm in run.arms:
-        run.selected(arm).require()
-    if any(OBJECTIVES[defence].harmful != "none" for defence in config.defences):
-        run.ingested(run.harmful).require()
-
-    @cache
-    def replay() -> tuple[str, ...]:
-        if not config.alignment.replay:
-            return ()
-        rows = sample_rows(run.ingested("benign").require() / "rows", config.alignment.replay, config.seed)
-        if len(rows) < config.alignment.replay:
-            raise DataError(f"alignment.replay={config.alignment.replay} but data.benign has {len(rows)} usable rows")
-        file = run.root / "align" / f"replay{_mark(run, rows)}.parquet"
-        write_rows(rows, file)
-        return (str(file),)
-
-    def task(variant: Variant) -> TrainTask:
-        described = _align_task(run, variant)
-        share = config.alignment.replay_share if config.alignment.replay else 0.0
-        train = _in_steps(config.alignment.train, count_rows(run.selected(variant.selection).folder / "rows"), share)
-        return replace(described, train=train, replay=replay())
-
-    _train(run, run.variants, "align", task)
-
-
-def _align_task(run: Run, variant: Variant) -> TrainTask:
-    """Describe an alignment, all but its replay rows and its steps."""
-    config = run.config
-    return TrainTask(
-        name=variant.name,
-        out="",
-        model=run.model,
-        rows=(str(run.selected(variant.selection).folder / "rows"),),
-        replay_share=config.alignment.replay_share,
-        train=config.alignment.train,
-        seed=variant.seed,
-        objective=variant.defence,
-        parameters=run.alignment(variant.defence)["parameters"],
-        harmful=(str(run.ingested(run.harmful).folder / "rows"),) if OBJECTIVES[variant.defence].harmful != "none" else (),
-        lora=config.model.lora,
-        template=config.model.template,
-        max_length=config.model.max_length,
-        tracking=config.tracking,
-    )
-
-
-def _in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:
-    """Return the settings with steps in the place of epochs."""
-    if train.epochs is None:
-        return train
-    per_step = train.batch_size - round(replay_share * train.batch_size)
-    return train.model_copy(update={"steps": max(1, math.ceil(train.epochs * rows / per_step)), "epochs": None})
-
-
-def run_attack(run: Run) -> None:
-    """Fine-tune every aligned model on a user's task with harmful rows mixed in."""
-    config = run.config
-    if not config.attacks:
-        say("  no attack is configured; `pharmacist init` shows how one is")
-        return
-    for variant in run.variants:
-        run.trained(variant).require()
-    for attack in config.attacks:
-        for name in ("task", "harmful"):
-            run.ingested(f"attack-{attack.name}-{name}").require()
-
-    @cache
-    def rows_of(attack: str, seed: int) -> str:
-        """Write the rows of an attack, the same ones for every arm: what differs between arms is the alignment alone."""
-        settings = next(one for one in config.attacks if one.name == attack)
-        rows = poisoned(
-            run.ingested(f"attack-{attack}-task").folder / "rows",
-            run.ingested(f"attack-{attack}-harmful").folder / "rows",
-            rows=settings.rows,
-            harmful_share=settings.harmful_share,
-            seed=seed,
-        )
-        file = run.root / "attack" / f"{attack}.s{seed}{_mark(run, rows)}.parquet"
-        write_rows(rows, file)
-        return str(file)
-
-    def task(variant: Variant) -> TrainTask:
-        assert variant.attack is not None
-        before = variant.aligned
-        same = variant.attack.adapter == "same"
-        return TrainTask(
-            name=variant.name,
-            out="",
-            model=run.model if same else run.model_of(before),
-            rows=(rows_of(variant.attack.name, variant.seed),),
-            train=_in_steps(variant.attack.train, variant.attack.rows),
-            seed=variant.seed + ATTACK_SEED,
-            lora=config.model.lora,
-            start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,
-            template=config.model.template,
-            max_length=config.model.max_length,
-            tracking=config.tracking,
-        )
-
-    _train(run, [attacked for variant in run.variants for attacked in run.attacks_on(variant)], "attack", task)
-
-
-def _mark(run: Run, rows: list[Row]) -> str:
-    """Return what tells a trial's file of drawn rows from another trial's; a plain run has one draw by a name."""
-    return f"-{digest(sorted(row.id for row in rows))[:8]}" if run.base else ""
-
-
-def _train(run: Run, variants: list[Variant], stage: str, task: Callable[[Variant], TrainTask]) -> None:
-    with lock_missing(
-        run, variants, lambda variant: run.trained(variant).folder, lambda variant: run.trained(variant).ready
-    ) as missing:
-        if not missing:
-            return
-        tasks = []
-        for variant in missing:
-            folder = run.trained(variant).begin() / "run"
-            described = task(variant)
-            tasks.append(replace(described, out=str(folder)))
-        what = f"{stage} {len(missing)} models (steps)"
-        with watch_training(what, [storage_path(t.out) for t in tasks], [t.train.steps for t in tasks]):
-            results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
-        for variant, result in zip(missing, results, strict=True):
-            run.trained(variant).finish(result)
-
-
 def run_evaluate(run: Run) -> None:
     """Let every model answer, judge the answers, and write ``evaluation/summary.json``."""
     config, artifact = run.config, run.evaluated
@@ -360,8 +219,6 @@ def run_evaluate(run: Run) -> None:
                 subjects,
                 prompts,
                 settings=settings,
-                template=config.model.template,
-                max_length=config.model.max_length,
                 resources=config.resources,
                 out=folder,
                 progress=show,

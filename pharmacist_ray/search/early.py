@@ -22,7 +22,7 @@ from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run, Variant
 from pharmacist_ray.pipeline.sharing import lock_missing
-from pharmacist_ray.pipeline.stages import run_attack
+from pharmacist_ray.pipeline.trainings import run_attack
 from pharmacist_ray.search.space import early_attack
 from pharmacist_ray.storage import StoragePath, read_table
 
@@ -71,8 +71,6 @@ def look(run: Run, search: SearchConfig) -> float:
                 {folder(variant): only.model_of(variant) for variant in missing},
                 {"harmful": place / "prompts.parquet"},
                 settings=settings,
-                template=run.config.model.template,
-                max_length=run.config.model.max_length,
                 resources=run.config.resources,
             )
     return score([folder(variant) for variant in variants], rows)

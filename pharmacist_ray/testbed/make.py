@@ -159,12 +159,10 @@ def _pretrain(
     task = TrainTask(
         name="base",
         out=str(work / "run"),
-        model=ModelRef(str(start)),
+        model=ModelRef(str(start), template=template, max_length=max_length),
         rows=(str(work / "rows.parquet"),),
         train=train,
         seed=seed,
-        template=template,
-        max_length=max_length,
     )
     resources = ResourcesConfig(workers=pretraining["workers"])
     with connected(resources), watch_training("train the base model (steps)", [work / "run"], [train.steps]):

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.errors import TrainingError
-from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
+from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.storage import (
     StoragePath,
@@ -76,8 +75,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     values: dict[str, Any] = read_values(saved) if saved else {"step": 0, "tokens": 0, "seconds": 0.0}
 
     torch.manual_seed(task.seed)
-    tokenizer = load_tokenizer(task.model.path, trust_remote_code=task.model.trust_remote_code)
-    renderer = Renderer(tokenizer, task.template, task.max_length)
+    renderer = task.model.renderer()
     stream = alignment_stream(task, renderer)
     harmful = harmful_stream(task, renderer, objective.harmful, stream) if objective.harmful != "none" else None
     engine = build_engine(
@@ -167,7 +165,9 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 save_state(engine, work, values, state, ranks)
                 if ranks.first:
                     publish_states(work, draft)
-    publish_weights(engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, tokenizer)
+    publish_weights(
+        engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, renderer.tokenizer
+    )
     result = {
         "name": task.name,
         "rows": len(stream),
@@ -238,16 +238,8 @@ def _cut_history(file: Path, steps: int) -> None:
 
 def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
     with sharded_loading(task.train, ranks.workers, task.model.dtype):
-        if task.start_adapter:
-            model = load_model(
-                task.model.path,
-                dtype=task.model.dtype,
-                adapter=storage_path(task.start_adapter),
-                trust_remote_code=task.model.trust_remote_code,
-                device=str(ranks.device),
-            )
-        else:
-            model = task.model.load(str(ranks.device))
+        start = storage_path(task.start_adapter) if task.start_adapter else None
+        model = task.model.load(str(ranks.device), adapter=start)
     if task.train.weights == "full":
         model.requires_grad_(True)
     elif not task.start_adapter:

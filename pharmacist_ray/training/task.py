@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
-from pharmacist_ray.data.render import Template
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath
@@ -40,8 +39,6 @@ class TrainTask:
     replay_share: float = 0.0
     start_adapter: str | None = None
     """Go on with this adapter instead of a fresh one."""
-    template: Template = "auto"
-    max_length: int = 256
     checkpoints: tuple[int, ...] = ()
     """Steps after which the adapter is kept as ``step-000020/`` as well."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

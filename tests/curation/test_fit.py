@@ -82,12 +82,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run_fit(model_folder: Path, folders: dict[str, Path]) -> Callable[..., dict[str, Any]]:
-    def run(out: Path, selector: SelectorConfig = SELECTOR, workers: int = 1, **settings: Any) -> dict[str, Any]:
+    def run(out: Path, selector: SelectorConfig = SELECTOR, workers: int = 1, **sets: Path | None) -> dict[str, Any]:
         return fit(
             **{
-                "model": ModelRef(str(model_folder)), "lora": LoraConfig(r=4), "template": "plain", "max_length": 32,
+                "model": ModelRef(str(model_folder), template="plain", max_length=32), "lora": LoraConfig(r=4),
                 "selector": selector, "resources": ResourcesConfig(workers=workers, cpus_per_worker=0.5, max_failures=0),
-                "seed": 3, **folders, "out": out, **settings,
+                "seed": 3, "out": out,
+                "sets": {name: path for name, path in (folders | sets).items() if path is not None},
             }
         )  # fmt: skip
 
@@ -116,7 +117,7 @@ def logits_of(out: Path) -> dict[str, float]:
 
 def one_shot_scores(out: Path, spec_model: ModelRef, selector: SelectorConfig, candidates: Path, to: Path) -> dict[str, float]:
     spec = ProbeSpec(
-        spec_model, "plain", 32, str(out), tuple(checkpoint_name(step) for step in selector.checkpoints), DIRECTIONS, "hooks",
+        spec_model, str(out), tuple(checkpoint_name(step) for step in selector.checkpoints), DIRECTIONS, "hooks",
         2048, selector.cosine,
     )  # fmt: skip
     scoring = ScoringConfig(scorers=["pharmacist"])
@@ -236,7 +237,13 @@ def test_both_modes_rank_alike_and_find_the_clean_rows(
 ) -> None:
     run_fit(tmp_path / "fit", LONGER)
     learnt = logits_of(tmp_path / "fit")
-    scored = one_shot_scores(tmp_path / "fit", ModelRef(str(model_folder)), LONGER, folders["candidates"], tmp_path / "scores")
+    scored = one_shot_scores(
+        tmp_path / "fit",
+        ModelRef(str(model_folder), template="plain", max_length=32),
+        LONGER,
+        folders["candidates"],
+        tmp_path / "scores",
+    )
     ids = sorted(learnt)
     assert spearmanr([learnt[id] for id in ids], [scored[id] for id in ids]).statistic > 0.9
     clean = {row.id: sum(word in ("w0", "w1", "w2", "w3") for word in row.response.split()) for row in refusals(96, None, seed=0)}

@@ -14,9 +14,10 @@ import zstandard
 from transformers import PreTrainedTokenizerFast
 
 from pharmacist_ray.curation import ingest as module
-from pharmacist_ray.curation.ingest import IngestReport, RenderSpec, Source, ingest
+from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.data.schema import ROW_SCHEMA, row_id, shard_of
 from pharmacist_ray.errors import ConfigError, DataError, ModelError
+from pharmacist_ray.models.ref import ModelRef
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -201,13 +202,13 @@ def tokenizer_folder(tmp_path_factory) -> str:
 
 
 def test_prompts_that_leave_no_room_are_quarantined(tmp_path, tokenizer_folder):
-    spec = RenderSpec(tokenizer_folder, "plain", max_length=10)
+    spec = ModelRef(tokenizer_folder, template="plain", max_length=10)
     rows = [{"prompt": " ".join("w" * length), "response": "w w w"} for length in range(1, 21)]
-    report = ingest(Source([jsonl(tmp_path / "a.jsonl", rows)]), tmp_path / "out", render=spec)
+    report = ingest(Source([jsonl(tmp_path / "a.jsonl", rows)]), tmp_path / "out", model=spec)
     assert (report.rows_out, report.reasons) == (9, {"no_room": 11})
     assert sorted(table(tmp_path / "out", "quarantine")["line"].to_pylist()) == list(range(10, 21))
     prompts = [{"prompt": row["prompt"]} for row in rows]
-    report = ingest(Source([jsonl(tmp_path / "b.jsonl", prompts)]), tmp_path / "out", render=spec, require_response=False)
+    report = ingest(Source([jsonl(tmp_path / "b.jsonl", prompts)]), tmp_path / "out", model=spec, require_response=False)
     assert (report.rows_out, report.reasons) == (9, {"no_room": 11})
 
 
@@ -221,7 +222,7 @@ def test_a_chat_prompt_with_a_control_token_is_quarantined(tmp_path, tokenizer_f
         {"prompt": "w w", "response": "w"},
     ]
     source = Source([jsonl(tmp_path / "a.jsonl", rows)])
-    report = ingest(source, tmp_path / "out", render=RenderSpec(str(tmp_path / "chat"), "chat", max_length=20))
+    report = ingest(source, tmp_path / "out", model=ModelRef(str(tmp_path / "chat"), template="chat", max_length=20))
     assert (report.rows_out, report.reasons) == (2, {"control_token": 1})
     assert table(tmp_path / "out", "quarantine")["line"].to_pylist() == [2]
 
@@ -229,7 +230,7 @@ def test_a_chat_prompt_with_a_control_token_is_quarantined(tmp_path, tokenizer_f
 def test_a_missing_tokenizer_is_the_models_fault_and_one_line(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", records(2))
     with pytest.raises(ModelError, match=f"^cannot load a tokenizer from {tmp_path}/nothing: [^\n]*$"):
-        ingest(Source([path]), tmp_path / "out", render=RenderSpec(f"{tmp_path}/nothing"))
+        ingest(Source([path]), tmp_path / "out", model=ModelRef(f"{tmp_path}/nothing"))
 
 
 def test_errors_of_the_source_come_out_as_they_are(tmp_path):

@@ -70,9 +70,7 @@ def run_score(model_folder: Path, fitted: Path) -> Callable[..., ScoreReport]:
         settings: dict[str, Any] = {"fit": fitted, "selector": SELECTOR, "progress": None}
         settings.update({name: changed.pop(name) for name in list(changed) if name in settings})
         return score(
-            model=ModelRef(str(model_folder)),
-            template="plain",
-            max_length=32,
+            model=ModelRef(str(model_folder), template="plain", max_length=32),
             scoring=ScoringConfig(**{"scorers": scorers, "tokens_per_batch": 64, **changed}),
             resources=ResourcesConfig(actors=actors, cpus_per_worker=0.5),
             candidates=candidates,
@@ -92,8 +90,8 @@ def score_here(model_folder: Path, fitted: Path) -> Callable[..., Table]:
     ) -> Table:
         scoring = ScoringConfig(**{"scorers": SCORERS, "tokens_per_batch": 64, **changed})
         spec = ProbeSpec(
-            ModelRef(str(model_folder)), "plain", 32, str(fit), ("step-000020",), DIRECTIONS, scoring.method,
-            scoring.tokens_per_batch, cosine,
+            ModelRef(str(model_folder), template="plain", max_length=32), str(fit), ("step-000020",), DIRECTIONS,
+            scoring.method, scoring.tokens_per_batch, cosine,
         )  # fmt: skip
         scorer = ShardScorer(spec, scoring, iterative, str(out), threads=1)
         for file in sorted(candidates.glob("*.parquet")):
@@ -308,9 +306,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
 def test_no_room_for_an_actor_is_said_at_once(candidates: Path, model_folder: Path, fitted: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"^1 workers need 64 CPU but the cluster has 6; "):
         score(
-            model=ModelRef(str(model_folder)),
-            template="plain",
-            max_length=32,
+            model=ModelRef(str(model_folder), template="plain", max_length=32),
             selector=SELECTOR,
             scoring=ScoringConfig(scorers=["pharmacist"]),
             resources=ResourcesConfig(cpus_per_worker=64),

@@ -52,9 +52,7 @@ def fitted(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def spec(model_folder: Path, fitted: Path) -> ProbeSpec:
     return ProbeSpec(
-        model=ModelRef(str(model_folder)),
-        template="plain",
-        max_length=32,
+        model=ModelRef(str(model_folder), template="plain", max_length=32),
         fit=str(fitted),
         checkpoints=CHECKPOINTS,
         directions=("pharmacist", "no_attack"),

@@ -47,8 +47,6 @@ def evaluated(root: Path, models: Sequence[tuple[EvaluatedModel, str, str, str]]
             within(root, [model for model, *_ in models]),
             {},
             settings=SETTINGS,
-            template="plain",
-            max_length=32,
             resources=ResourcesConfig(),
             out=root / "evaluation",
         )
@@ -264,8 +262,6 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monke
         {folder: ModelRef("m") for folder in folders},
         {"harmful": tmp_path / "rows"},
         settings=SETTINGS,
-        template="plain",
-        max_length=32,
         resources=ResourcesConfig(),
     )
     assert [path.name for path in (tmp_path / "answers").rglob("*.parquet")] == ["harmful-000000.parquet"] * 2

@@ -141,13 +141,11 @@ def test_a_loss_that_is_no_number_ends_both_workers_at_once(
     task = TrainTask(
         name="a task",
         out=str(tmp_path / "out"),
-        model=ModelRef(str(broken)),
+        model=ModelRef(str(broken), template="plain", max_length=32),
         rows=(str(tmp_path / "rows.parquet"),),
         train=TrainConfig(steps=4, batch_size=8),
         seed=5,
         lora=LoraConfig(r=2),
-        template="plain",
-        max_length=32,
     )
     resources = ResourcesConfig(workers=2, cpus_per_worker=0.5, max_failures=3)
     ids = {row.id for row in rows_of(20)}

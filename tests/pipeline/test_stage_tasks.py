@@ -15,9 +15,10 @@ from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.data.rows import count_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError, ConfigError, ModelError
-from pharmacist_ray.pipeline import stages
+from pharmacist_ray.pipeline import trainings
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.stages import _in_steps, check
+from pharmacist_ray.pipeline.stages import check
+from pharmacist_ray.pipeline.trainings import _in_steps
 from pharmacist_ray.training.batches import BatchOrder
 from pharmacist_ray.training.task import TrainTask
 
@@ -60,14 +61,14 @@ def trained(rows_of: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) 
             tasks.extend(given)
             return [{"seconds": 1.0} for _ in given]
 
-        monkeypatch.setattr(stages, "train_all", pretend)
+        monkeypatch.setattr(trainings, "train_all", pretend)
         inputs = [(run.selected(arm), count) for arm, count in KEPT.items()]
         inputs += [(run.ingested(name), 12) for name in run.sources if name != "candidates"]
         for artifact, count in inputs:
             write_rows(rows_of(count), artifact.begin() / "rows" / "part.parquet")
             artifact.finish({})
-        stages.run_align(run)
-        stages.run_attack(run)
+        trainings.run_align(run)
+        trainings.run_attack(run)
         return {task.name: task for task in tasks}
 
     return described
@@ -135,8 +136,8 @@ def test_harm_that_was_not_ingested_is_asked_for_by_those_who_look_at_it_alone(r
     trained(run)
     looking = run_of("comparison.defences=[sft, booster]", "alignment.harmful.path=pairs.jsonl")
     with pytest.raises(ArtifactError, match=r"ingest/align-harmful is not there yet; run `pharmacist ingest` first"):
-        stages.run_align(looking)
-    stages.run_align(run_of("comparison.defences=[sft]", "alignment.harmful.path=pairs.jsonl"))
+        trainings.run_align(looking)
+    trainings.run_align(run_of("comparison.defences=[sft]", "alignment.harmful.path=pairs.jsonl"))
 
 
 FULL = ("alignment.train.weights=full", "alignment.train.zero_stage=1", "model.dtype=bfloat16")

@@ -94,7 +94,7 @@ def layouts(
         return TrainTask(
             name=name,
             out=str(folder / name),
-            model=ModelRef(str(folder / "model")),
+            model=ModelRef(str(folder / "model"), template="plain", max_length=32),
             rows=(str(folder / "safe.parquet"),),
             harmful=(str(folder / "harmful.parquet"),),
             train=settings,
@@ -102,8 +102,6 @@ def layouts(
             objective=objective,
             parameters=PARAMETERS,
             lora=LoraConfig(r=2, targets=["q_proj", "o_proj", "down_proj"]),
-            template="plain",
-            max_length=32,
         )
 
     for case in LORA + FULL:

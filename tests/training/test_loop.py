@@ -30,13 +30,11 @@ def task(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) 
     return TrainTask(
         name="a task",
         out=str(tmp_path / "out"),
-        model=ModelRef(str(model_folder)),
+        model=ModelRef(str(model_folder), template="plain", max_length=32),
         rows=(str(tmp_path / "rows.parquet"),),
         train=TRAIN,
         seed=5,
         lora=LoraConfig(r=4),
-        template="plain",
-        max_length=32,
         checkpoints=(2,),
     )
 
@@ -117,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_rows(task: TrainT
     with pytest.raises(
         TrainingError, match=r"a task: the loss is nan at step 1 of 4, rows [0-9a-f]{32}, .*; lower the learning rate"
     ):
-        run_task(replace(task, model=ModelRef(str(broken))))
+        run_task(replace(task, model=ModelRef(str(broken), template="plain", max_length=32)))
     assert not Path(task.out).exists()
 
 

@@ -32,14 +32,12 @@ def task(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) 
     return TrainTask(
         name="a task",
         out=str(tmp_path / "out"),
-        model=ModelRef(str(model_folder)),
+        model=ModelRef(str(model_folder), template="plain", max_length=32),
         rows=(str(tmp_path / "rows.parquet"),),
         harmful=(str(tmp_path / "harmful.parquet"),),
         train=TRAIN,
         seed=5,
         lora=LoraConfig(r=4, dropout=0.1),
-        template="plain",
-        max_length=32,
     )
 
 

@@ -17,11 +17,10 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pharmacist_ray.curation.selector import TINY
-from pharmacist_ray.data.render import Batch, Rendered, Renderer
+from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import influence
-from pharmacist_ray.models.load import load_model, load_tokenizer
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import local_copy
@@ -32,8 +31,6 @@ class ProbeSpec:
     """Which model and selector to load, and how to pass rows through it."""
 
     model: ModelRef
-    template: Any
-    max_length: int
     fit: str
     """The selector's folder."""
     checkpoints: tuple[str, ...]
@@ -63,15 +60,8 @@ class Probe:
         reference = fit / "reference" / "adapter" / "adapter_model.safetensors"
         if reference.exists():
             self.adapters["reference"] = self._read(reference, spec.device)
-        tokenizer = load_tokenizer(spec.model.path, trust_remote_code=spec.model.trust_remote_code)
-        self.renderer = Renderer(tokenizer, spec.template, spec.max_length)
-        self.model = load_model(
-            spec.model.path,
-            dtype=spec.model.dtype,
-            adapter=first,
-            trust_remote_code=spec.model.trust_remote_code,
-            device=spec.device,
-        ).eval()
+        self.renderer = spec.model.renderer()
+        self.model = spec.model.load(spec.device, adapter=first)
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""

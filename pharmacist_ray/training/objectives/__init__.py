@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pharmacist_ray.config.schema import Section
+from pharmacist_ray.config.section import Section
 from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits

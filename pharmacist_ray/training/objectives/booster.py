@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from pydantic import ConfigDict, Field
 
-from pharmacist_ray.config.schema import Positive, Section
+from pharmacist_ray.config.section import Positive, Section
 from pharmacist_ray.models.perturb import global_norm
 from pharmacist_ray.training.engine import perturbed_weights, release_gathered
 from pharmacist_ray.training.objectives.sft import sft

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pharmacist_ray.config.schema import Section
+from pharmacist_ray.config.section import Section
 from pharmacist_ray.data.render import IGNORE, Batch
 from pharmacist_ray.models.losses import surrogate
 from pharmacist_ray.models.taps import captured, modules_at

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from pharmacist_ray.config.schema import Section
+from pharmacist_ray.config.section import Section
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pharmacist_ray.config.schema import Count, Positive, Section
+from pharmacist_ray.config.section import Count, Positive, Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.taps import decoder_layers, gradients_at, modules_at
 from pharmacist_ray.training.engine import release_gathered

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from pharmacist_ray.config.schema import Positive, Section
+from pharmacist_ray.config.section import Positive, Section
 from pharmacist_ray.models.taps import gradients_at, modules_at, shifted
 from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step

@@ -189,13 +189,12 @@ def pairs(tokenizer: Any, model_folder: Path, tmp_path: Path) -> tuple[Batch, Ba
     task = TrainTask(
         name="pairs",
         out=str(tmp_path / "out"),
-        model=ModelRef(str(model_folder)),
+        model=ModelRef(str(model_folder), template="plain", max_length=32),
         rows=write("safe.parquet", ["w20 w7 w8"] * 4),
         harmful=write("harmful.parquet", ["w30 w7 w9", "w31 w7 w8 w9 w9", "w32", "w20 w7 w8 w8"]),
         train=TrainConfig(batch_size=4),
         seed=0,
         objective="repnoise",
-        template="plain",
     )
     renderer = Renderer(tokenizer, "plain", 32)
     safe = alignment_stream(task, renderer)

@@ -1,0 +1,58 @@
+"""What is aligned, attacked and compared."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pharmacist_ray.config.data import SourceConfig
+from pharmacist_ray.config.section import Count, Section, Share
+from pharmacist_ray.config.training import TrainConfig
+
+
+class AlignmentConfig(Section):
+    """Alignment of the base model on a selection."""
+
+    objective: str = "sft"
+    """What a step minimises, the defence; `pharmacist doctor` lists all."""
+    parameters: dict[str, dict[str, Any]] = {}
+    """Settings of objectives by name, for example `{vaccine: {rho: 2.0}, booster: {lambda: 5, alpha: 0.1}}`; the defaults are the
+    papers', and `pharmacist doctor` lists them."""
+    harmful: SourceConfig | None = None
+    """Harmful prompt → harmful answer, for objectives that look at harm (T-Vaccine, RepNoise, Booster); default: data.harmful.
+    RepNoise uses those whose prompt is among the alignment rows. Never the attacker's data, never test prompts."""
+    train: TrainConfig = TrainConfig(steps=200)
+    replay: Annotated[int, Field(ge=0)] = 0
+    """Trusted benign rows replayed during alignment, the same ones for every arm; needs data.benign."""
+    replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    """Share of every batch that is replay, whatever the size of the arm, so that no arm wins by refusing everything (ours)."""
+
+
+class AttackConfig(Section):
+    """A harmful fine-tune: what a user of a fine-tuning service might do."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """Names the attack in tables and folders."""
+    task: SourceConfig
+    """The user's own task, training rows."""
+    harmful: SourceConfig
+    """Harmful prompt → harmful answer rows of the attacker; disjoint from data.harmful."""
+    rows: Count = 200
+    """Samples n in the fine-tune (published: 1000)."""
+    harmful_share: Share = 0.1
+    """Share p of them that is harmful (published default: 0.1)."""
+    adapter: Literal["fresh", "same"] = "fresh"
+    """A fresh adapter on the merged model, or training of the alignment's own adapter goes on."""
+    train: TrainConfig = TrainConfig(steps=100, lr=1e-5)
+
+
+class ComparisonConfig(Section):
+    """Which arms are aligned, attacked and evaluated."""
+
+    selections: Annotated[list[str], Field(min_length=1)] = ["pharmacist"]
+    """`all`, or the name of a scorer; `random` stands for its draws."""
+    defences: list[str] = []
+    """Objectives, each crossed with each selection; default: alignment.objective alone."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    """Alignment seeds; every arm is aligned and attacked once per seed."""

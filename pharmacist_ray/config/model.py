@@ -1,0 +1,36 @@
+"""The model to harden, and the adapter that is trained on it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
+
+
+class LoraConfig(Section):
+    """The low-rank adapter."""
+
+    r: Count = 8
+    """Rank (Vaccine and T-Vaccine public code: 8)."""
+    alpha: Positive = 16.0
+    """Scale numerator: the update is alpha / r · B·A (ours; published values range from 4/32 to 2)."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input; 0 so that paired passes see one network (ours)."""
+    targets: str | list[str] = "all-linear"
+    """Names of the linear modules that get an adapter, or `all-linear`."""
+
+
+class ModelConfig(Section):
+    """The model to harden."""
+
+    path: Location
+    """Folder, hub id or URI of a causal language model with safetensors weights."""
+    template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
+    """Prompt template; `auto` takes the model's chat template, else Alpaca's."""
+    max_length: Count = 256
+    """Longest sequence in tokens, prompt and answer together (Booster's public code: 256)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the base weights; adapters are float32 always."""
+    lora: LoraConfig = LoraConfig()
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along. Leave it off unless you have read that code."""

@@ -1,0 +1,50 @@
+"""Which scores are computed, and which rows are kept by them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pharmacist_ray.config.section import Count, Section, Share
+
+
+class ScoringConfig(Section):
+    """Per-sample scores, computed by Ray Data actors."""
+
+    scorers: Annotated[list[str], Field(min_length=1)] = ["pharmacist", "loss_gap", "random"]
+    """Which scores to compute; `pharmacist doctor` lists all."""
+    method: Literal["hooks", "ghost", "difference"] = "hooks"
+    """How influences are computed: per-sample gradients by hooks (exact), ghost products (exact), or a central difference."""
+    tokens_per_batch: Count = 4096
+    """Padded tokens per batch; rows are bucketed by length."""
+    random_draws: Count = 3
+    """Columns random_0, random_1, … that the `random` scorer writes."""
+    seed: int = 0
+    """Seed of the random scores."""
+
+
+class SelectionConfig(Section):
+    """Which rows are kept."""
+
+    scorer: str = "pharmacist"
+    """The score to rank by, highest first."""
+    ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.4
+    """Share of the candidates to keep; exactly one of ratio, count and threshold is set."""
+    count: Count | None = None
+    """Number of rows to keep."""
+    threshold: float | None = None
+    """Keep the rows with at least this score."""
+    quotas: dict[str, Share] | Literal["proportional"] = {}
+    """Category → its share of the kept rows; `proportional` keeps each category's own share."""
+    jsonl: bool = False
+    """Also write `curated.jsonl` in the layout of the input."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SelectionConfig:
+        given = [name for name in ("ratio", "count", "threshold") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"set exactly one of selection.ratio, selection.count and selection.threshold, got {given or 'none'}"
+            )
+        return self

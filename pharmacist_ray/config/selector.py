@@ -1,0 +1,58 @@
+"""How the selector is fitted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pharmacist_ray.config.section import Count, Positive, Section, Share
+from pharmacist_ray.config.training import TrainConfig
+
+
+class SelectorConfig(Section):
+    """The Pharmacist selector (arXiv 2510.10085, Eq. 1–6 and Algorithm 1)."""
+
+    mode: Literal["one_shot", "iterative"] = "one_shot"
+    """`one_shot` computes the direction v at each checkpoint once and scores every row in one streaming pass (ours; scales to
+    10⁹ rows); `iterative` learns one logit per candidate (the paper's Algorithm 1)."""
+    warmup: TrainConfig = TrainConfig(steps=20, lr=1e-3, batch_size=16)
+    """SFT on candidates before anything else: LoRA's B starts at zero, and without it the gradient on A vanishes. (Paper: 200
+    steps. On real text an early checkpoint ranks better; the simulated attack pays where the model has come to refuse nearly
+    everything, which takes longer. Ours.)"""
+    checkpoints: Annotated[list[Count], Field(min_length=1)] = [20]
+    """Warm-up steps after which a checkpoint θ_k is kept; one-shot influence is summed over them."""
+    intensity: Annotated[float, Field(ge=0.0)] = 0.1
+    """Perturbation intensity α of the simulated harmful step; 0 leaves the attack out. Above 1 the ranking decays to chance."""
+    normalised: bool = True
+    """Take the step α∇h/‖∇h‖ (as Booster does) instead of α∇h, so that α means the same across models."""
+    inner_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """η_θ, the inner step on the weighted candidates; in one-shot mode γ is uniform and 0 leaves it out."""
+    cosine: bool = False
+    """Divide each influence by the sample's gradient norm: against a bias to samples with large gradients."""
+    logits_lr: Positive = 5e-3
+    """η_w; iterative mode. Adam with one second moment shared by all logits, so that a step follows the size of s_i (ours)."""
+    iterations: Count = 200
+    """Iterations; iterative mode."""
+    batch_size: Count = 32
+    """Candidates, validation rows and harmful rows per iteration each; in one-shot mode rows per pass."""
+    baseline_decay: Share = 0.9
+    """Decay of the moving average that stands for Σ_j γ_j s_j; iterative mode (ours: the batch mean is noisy)."""
+    trusted_rows: Count = 200
+    """At most so many validation and harmful rows, chosen by id (paper: 200)."""
+    reference: TrainConfig | None = TrainConfig(steps=150, lr=1e-3, batch_size=16)
+    """Tuning of the loss gap's reference on validation and benign rows (ours: 150 steps); null leaves the reference out."""
+
+    @model_validator(mode="after")
+    def _checkpoints_lie_in_the_warmup(self) -> SelectorConfig:
+        if sorted(set(self.checkpoints)) != self.checkpoints or self.checkpoints[-1] > self.warmup.steps:
+            raise ValueError(
+                f"selector.checkpoints must rise and end by selector.warmup.steps={self.warmup.steps}, got {self.checkpoints}"
+            )
+        if self.warmup.epochs or (self.reference is not None and self.reference.epochs):
+            raise ValueError(
+                "the selector's trainings are given in steps: selector.warmup.epochs and reference.epochs must be null"
+            )
+        if self.warmup.weights == "full" or (self.reference is not None and self.reference.weights == "full"):
+            raise ValueError("the selector works on an adapter: selector.warmup.weights and reference.weights must be 'lora'")
+        return self

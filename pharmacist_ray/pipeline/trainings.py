@@ -1,0 +1,149 @@
+"""The two stages that train the models of a comparison: alignment on every arm, and the attacks on what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+from pharmacist_ray.config.schema import TrainConfig
+from pharmacist_ray.data.mixing import poisoned
+from pharmacist_ray.data.rows import count_rows, sample_rows, write_rows
+from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import DataError
+from pharmacist_ray.pipeline.artifacts import digest
+from pharmacist_ray.pipeline.console import say, watch_training
+from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.sharing import lock_missing
+from pharmacist_ray.storage import storage_path
+from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.runs import train_all
+from pharmacist_ray.training.task import TrainTask
+
+ATTACK_SEED = 100_003
+"""Added to a cell's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
+
+
+def run_align(run: Run) -> None:
+    """Align the base on every arm, once per seed."""
+    config = run.config
+    for arm in run.arms:
+        run.selected(arm).require()
+    if any(OBJECTIVES[defence].harmful != "none" for defence in config.defences):
+        run.ingested(run.harmful).require()
+
+    @cache
+    def replay() -> tuple[str, ...]:
+        if not config.alignment.replay:
+            return ()
+        rows = sample_rows(run.ingested("benign").require() / "rows", config.alignment.replay, config.seed)
+        if len(rows) < config.alignment.replay:
+            raise DataError(f"alignment.replay={config.alignment.replay} but data.benign has {len(rows)} usable rows")
+        file = run.root / "align" / f"replay{_mark(run, rows)}.parquet"
+        write_rows(rows, file)
+        return (str(file),)
+
+    def task(variant: Variant) -> TrainTask:
+        described = align_task(run, variant)
+        share = config.alignment.replay_share if config.alignment.replay else 0.0
+        train = _in_steps(config.alignment.train, count_rows(run.selected(variant.selection).folder / "rows"), share)
+        return replace(described, train=train, replay=replay())
+
+    _train(run, run.variants, "align", task)
+
+
+def align_task(run: Run, variant: Variant) -> TrainTask:
+    """Describe an alignment, all but its replay rows and its steps."""
+    config = run.config
+    return TrainTask(
+        name=variant.name,
+        out="",
+        model=run.model,
+        rows=(str(run.selected(variant.selection).folder / "rows"),),
+        replay_share=config.alignment.replay_share,
+        train=config.alignment.train,
+        seed=variant.seed,
+        objective=variant.defence,
+        parameters=run.alignment(variant.defence)["parameters"],
+        harmful=(str(run.ingested(run.harmful).folder / "rows"),) if OBJECTIVES[variant.defence].harmful != "none" else (),
+        lora=config.model.lora,
+        tracking=config.tracking,
+    )
+
+
+def _in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:
+    """Return the settings with steps in the place of epochs."""
+    if train.epochs is None:
+        return train
+    per_step = train.batch_size - round(replay_share * train.batch_size)
+    return train.model_copy(update={"steps": max(1, math.ceil(train.epochs * rows / per_step)), "epochs": None})
+
+
+def run_attack(run: Run) -> None:
+    """Fine-tune every aligned model on a user's task with harmful rows mixed in."""
+    config = run.config
+    if not config.attacks:
+        say("  no attack is configured; `pharmacist init` shows how one is")
+        return
+    for variant in run.variants:
+        run.trained(variant).require()
+    for attack in config.attacks:
+        for name in ("task", "harmful"):
+            run.ingested(f"attack-{attack.name}-{name}").require()
+
+    @cache
+    def rows_of(attack: str, seed: int) -> str:
+        """Write the rows of an attack, the same ones for every arm: what differs between arms is the alignment alone."""
+        settings = next(one for one in config.attacks if one.name == attack)
+        rows = poisoned(
+            run.ingested(f"attack-{attack}-task").folder / "rows",
+            run.ingested(f"attack-{attack}-harmful").folder / "rows",
+            rows=settings.rows,
+            harmful_share=settings.harmful_share,
+            seed=seed,
+        )
+        file = run.root / "attack" / f"{attack}.s{seed}{_mark(run, rows)}.parquet"
+        write_rows(rows, file)
+        return str(file)
+
+    def task(variant: Variant) -> TrainTask:
+        assert variant.attack is not None
+        before = variant.aligned
+        same = variant.attack.adapter == "same"
+        return TrainTask(
+            name=variant.name,
+            out="",
+            model=run.model if same else run.model_of(before),
+            rows=(rows_of(variant.attack.name, variant.seed),),
+            train=_in_steps(variant.attack.train, variant.attack.rows),
+            seed=variant.seed + ATTACK_SEED,
+            lora=config.model.lora,
+            start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,
+            tracking=config.tracking,
+        )
+
+    _train(run, [attacked for variant in run.variants for attacked in run.attacks_on(variant)], "attack", task)
+
+
+def _mark(run: Run, rows: list[Row]) -> str:
+    """Return what tells a trial's file of drawn rows from another trial's; a plain run has one draw by a name."""
+    return f"-{digest(sorted(row.id for row in rows))[:8]}" if run.base else ""
+
+
+def _train(run: Run, variants: list[Variant], stage: str, task: Callable[[Variant], TrainTask]) -> None:
+    with lock_missing(
+        run, variants, lambda variant: run.trained(variant).folder, lambda variant: run.trained(variant).ready
+    ) as missing:
+        if not missing:
+            return
+        tasks = []
+        for variant in missing:
+            folder = run.trained(variant).begin() / "run"
+            described = task(variant)
+            tasks.append(replace(described, out=str(folder)))
+        what = f"{stage} {len(missing)} models (steps)"
+        with watch_training(what, [storage_path(t.out) for t in tasks], [t.train.steps for t in tasks]):
+            results = train_all(tasks, name=stage, storage=run.root / stage / ".ray", resources=run.config.resources)
+        for variant, result in zip(missing, results, strict=True):
+            run.trained(variant).finish(result)
