@@ -28,7 +28,7 @@ from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.pipeline.artifacts import Artifact, digest
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.run import Run, Variant
-from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
+from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts, say_why_anew
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
 from pharmacist_ray.storage import storage_path
@@ -307,6 +307,7 @@ def _train(run: Run, variants: list[Variant], stage: str, task: Callable[[Varian
     ) as missing:
         if not missing:
             return
+        say_why_anew(run, map(run.trained, missing))
         tasks = []
         for variant in missing:
             folder = run.trained(variant).begin() / "run"
