@@ -14,10 +14,10 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -31,6 +31,7 @@ from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, ModelError, ResourceError, TrainingError
 from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.storage import RemotePath
 from pharmacist_ray.training.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,17 @@ ELSEWHERE = {
     "cluster/README.md": "how-to/cluster.md",
 }
 """File of the repository → the page that shows it."""
+TYPES = {
+    type(None): "null",
+    str: "text",
+    float: "number",
+    int: "whole number",
+    bool: "true | false",
+    Any: "anything",
+    Path: "folder",
+    RemotePath: "URI",
+}
+"""Types in words of YAML."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -95,7 +107,7 @@ def configuration() -> str:
     ]
     for kind in dict.fromkeys(sections(Config)):
         title = "The whole file" if kind is Config else _title(kind)
-        parts += [f"## {title} {{#{_anchor(kind)}}}", _text(inspect.getdoc(kind) or ""), _keys(kind)]
+        parts += [f"## {title} {{#{_anchor(kind) or 'whole'}}}", _text(inspect.getdoc(kind) or ""), _keys(kind)]
     parts += [
         "## Settings of objectives {#alignment-parameters}",
         "What `alignment.parameters` may hold, by the name of its section. The defaults are the papers'.",
@@ -124,9 +136,8 @@ def _keys(kind: type[BaseModel]) -> str:
     for name, field in kind.model_fields.items():
         models = _models(field.annotation)
         text = field.description or (inspect.getdoc(models[0]) if models else "") or ""
-        links = ", ".join(f"[{_title(model)}](#{_anchor(model)})" for model in models)
         shown = "**required**" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        lines.append(f"| `{field.alias or name}` | {links or _type(field.annotation)} | {shown} | {_text(text)} |")
+        lines.append(f"| `{field.alias or name}` | {_text(_type(field.annotation, field.metadata))} | {shown} | {_text(text)} |")
     return "\n".join(lines)
 
 
@@ -139,15 +150,22 @@ def _anchor(kind: type[BaseModel]) -> str:
     return re.sub(r"[^a-z]+", "-", _title(kind))
 
 
-def _type(annotation: Any) -> str:
-    plain = str(annotation) if getattr(annotation, "__args__", None) else getattr(annotation, "__name__", str(annotation))
-    while (bare := re.sub(r"typing\.Annotated\[([^\[\],]+(?:\[[^\[\]]*\])?), .*?\)\]", r"\1", plain)) != plain:
-        plain = bare
-    plain = (
-        re.sub(r"(typing|pathlib|pharmacist_ray)[\w.]*\.(?=\w)", "", plain).replace("NoneType", "null").replace("None", "null")
-    )
-    plain = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(", ", " | "), plain)
-    return f"`{plain}`".replace("|", "\\|")
+def _type(annotation: Any, limits: Iterable[Any] = ()) -> str:
+    """Return a type in words of YAML, with the limits of a number."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{_title(annotation)}](#{_anchor(annotation)})"
+    if origin is Annotated:
+        return _type(inner[0], [limit for one in inner[1:] for limit in getattr(one, "metadata", [one])])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, inner))
+    if origin is not None:
+        return f"{origin.__name__} of {' → '.join(map(_type, inner))}"
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [f"{sign} {getattr(one, end):g}" for one in limits for end, sign in signs.items() if hasattr(one, end)]
+    return " ".join([TYPES.get(annotation, getattr(annotation, "__name__", str(annotation))), ", ".join(bounds)]).strip()
 
 
 def _default(value: Any) -> str:
@@ -162,12 +180,11 @@ def _yaml(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a docstring on one line, safe in a table."""
-    escaped = "".join(
-        part if number % 2 else html.escape(part, quote=False)
-        for number, part in enumerate(re.split(r"(`[^`]*`)", " ".join(text.split())))
+    """Return a docstring on one line, safe in a table; code stays as it is."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.replace("``", "`").split()))
+    return "".join(
+        part if number % 2 else html.escape(part, quote=False).replace("|", "\\|") for number, part in enumerate(parts)
     )
-    return escaped.replace("``", "`").replace("|", "\\|")
 
 
 def command_line() -> str:
@@ -258,9 +275,8 @@ def layers() -> str:
     """Return the rooms of the package from top to bottom, as the contract in pyproject.toml orders them."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     ordered = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    lines = ["| room | what is in it |", "| --- | --- |"]
-    for layer in ordered:
-        rooms = [room.strip() for room in layer.split("|")]
-        names = "<br>".join(f"`{room.removeprefix('pharmacist_ray.')}`" for room in rooms)
-        lines.append(f"| {names} | {'<br>'.join(_first(importlib.import_module(room)) for room in rooms)} |")
+    lines = ["| layer | room | what is in it |", "| ---: | --- | --- |"]
+    for number, layer in enumerate(ordered, 1):
+        for room in map(str.strip, layer.split("|")):
+            lines.append(f"| {number} | **{room.removeprefix('pharmacist_ray.')}** | {_first(importlib.import_module(room))} |")
     return "\n".join(lines)

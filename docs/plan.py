@@ -58,7 +58,8 @@ def plan(given: Plan | None = None) -> str:
     lines = ["| stage | work | on |", "| --- | --- | --- |", *(f"| {' | '.join(cells)} |" for cells in rows)]
     assumed = (
         f"Assumed: {one.row_bytes:,.0f} bytes and {one.tokens:,.0f} tokens a row; {one.forwards} forwards a row; "
-        f"GPUs at {one.share:.0%} of {one.peak / 1e12:.0f} TFLOP/s; {1000 * one.ingest_s:g} ms of CPU a row in ingestion, {1e6 * one.select_s:g} µs in selection."
+        f"GPUs at {one.share:.0%} of {one.peak / 1e12:.0f} TFLOP/s; "
+        f"{1000 * one.ingest_s:g} ms of CPU a row in ingestion, {1e6 * one.select_s:g} µs in selection."
     )
     return "\n".join([*lines, "", assumed])
 
