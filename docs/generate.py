@@ -250,6 +250,14 @@ def _listed(rows: dict[str, tuple[str, ...]], *headings: str) -> str:
     return "\n".join([*lines, *(f"| `{name}` | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
+ABOUT = {
+    "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
+    "objectives": "What a step of each objective costs over one of SFT, the median over rounds in which they take turns; CPU seconds on a CPU.",
+    "growth": "What each stage of curation takes, by the number of rows. See [Growth](../growth.md).",
+}
+"""Kind of a result → what its table shows."""
+
+
 def all_results() -> str:
     """Return every result with its table, its picture, and where it comes from."""
     parts = [
@@ -260,11 +268,10 @@ def all_results() -> str:
         "helpfulness: a model that refuses everything has none. Shares have 95 % intervals of a bootstrap over training runs and "
         "prompts. With three runs an arm they are too narrow.",
         "**What these figures show is that the machinery works, not how good a method is.** The demo rests on one synthetic world and one "
-        "tiny base model. Other processors round otherwise, and with another base model the figures come out otherwise too.",
+        "tiny base model. Earlier headline figures did not come back on another machine.",
     ]
     for name, result in results().items():
-        parts.append(f"## {name.capitalize()}")
-        parts.append(provenance(result))
+        parts += [f"## {name.capitalize()}", ABOUT[result["kind"]], provenance(result)]
         if result["kind"] == "comparison":
             parts.append(f"![Harmful score, task accuracy and helpfulness after each attack](../pictures/{name}.svg)")
         parts.append(table(result))
