@@ -48,7 +48,7 @@ search-demo: setup
 	$(BIN)/pharmacist search --config $(SEARCH)/search.yaml
 	$(BIN)/pharmacist report --config $(SEARCH)/search.yaml
 
-# The documentation as a site in build/site, without a network.
+# The documentation as a site in build/site, without a network. Not --quiet: MkDocs would then pass over its warnings.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/site/index.html"

@@ -252,7 +252,7 @@ def _listed(rows: dict[str, tuple[str, ...]], *headings: str) -> str:
 
 ABOUT = {
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
-    "objectives": "What a step of each objective costs over one of SFT, the median over rounds in which they take turns; CPU seconds on a CPU.",
+    "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "growth": "What each stage of curation takes, by the number of rows. See [Growth](../growth.md).",
 }
 """Kind of a result → what its table shows."""

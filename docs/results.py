@@ -13,6 +13,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -196,7 +197,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
     attacks = [one["name"] for one in result["attacks"]]
     arms = list(dict.fromkeys((row["selection"], row["defence"]) for row in result["rows"]))
     several = len({defence for _, defence in arms}) > 1
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "pharmacist",
         "font.size": 10,
@@ -254,6 +255,10 @@ def _interval(value: list[float | None]) -> str:
     return f"{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]"
 
 
+def _metric(name: str, row: Row) -> str:
+    return _interval(row[name])
+
+
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "comparison": {
         "attack": lambda row: row["attack"],
@@ -263,7 +268,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "rows": lambda row: f"{row['kept']:,}",
         "align s": lambda row: f"{row['align_seconds']:.1f}",
         "HS before": lambda row: _number(row["harmful_score_before"]),
-        **{heading: lambda row, name=name: _interval(row[name]) for name, heading in METRICS.items()},
+        **{heading: partial(_metric, name) for name, heading in METRICS.items()},
     },
     "objectives": {
         "objective": lambda row: f"`{row['objective']}`",
