@@ -159,9 +159,10 @@ def provenance(result: dict[str, Any]) -> str:
     machine = result["machine"]
     gpu = machine["gpu"] or "no GPU"
     versions = ", ".join(f"{name} {one}" for name, one in machine["versions"].items())
+    load = ", ".join(f"{name} {value}" for name, value in result.get("load", {}).items() if value not in (None, False))
     return (
         f"Made by `{result['command']}` at commit `{result['commit']}` on {result['date']}: {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB of memory, {gpu}; {versions}."
+        f"{machine['memory_gib']} GiB of memory, {gpu}; {versions}." + (f" Load: {load}." if load else "")
     )
 
 
