@@ -5,7 +5,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 DEMO ?= runs/demo
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test demo defences search-demo lint unit
+.PHONY: setup setup-browser test demo defences search-demo docs lint unit
 
 setup: .venv/ready
 
@@ -47,3 +47,8 @@ search-demo: setup
 	$(BIN)/pharmacist testbed $(SEARCH) --seed 7
 	$(BIN)/pharmacist search --config $(SEARCH)/search.yaml
 	$(BIN)/pharmacist report --config $(SEARCH)/search.yaml
+
+# The documentation as a site in build/site, without a network. Not --quiet: MkDocs would then pass over its warnings.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"
