@@ -16,7 +16,6 @@ import typer
 from pharmacist_ray import __version__
 from pharmacist_ray.cli.complete import job_names, override_keys
 from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, unknown_name
-from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED
 
 app = typer.Typer(
     name="pharmacist",
@@ -257,8 +256,8 @@ def plant(
     ],
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Draws rows and corruptions.")] = 0,
-    candidates: Annotated[int, typer.Option(min=1, help="How many candidates to make.")] = CANDIDATES,
-    trusted: Annotated[int, typer.Option(min=1, help="Rows of each of the three trusted sets.")] = TRUSTED,
+    candidates: Annotated[int, typer.Option(min=1, help="How many candidates to make.")] = 800,
+    trusted: Annotated[int, typer.Option(min=1, help="Rows of each of the three trusted sets.")] = 150,
 ) -> None:
     """Plant known corruption in a data set of yours, and train a tiny base model on it, to see how well the scorers find it."""
     from pharmacist_ray.testbed.make import make_planted

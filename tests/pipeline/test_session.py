@@ -66,16 +66,17 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[ResourcesConfig]:
 @pytest.mark.usefixtures("ray_local")
 def test_ray_is_started_only_for_what_other_processes_have_to_make(file, starts):
     config = load_config(file)
+    stages = ("ingest", "fit", "score", "select", "align", "attack", "report")
     session.run_stage("ingest", config)
     assert len(starts) == 1
     processes = config.model_copy(update={"resources": ResourcesConfig(workers=1, actors=1)})
-    assert [name for name in session.STAGES if session.needs_ray(Run(processes), name)] == ["fit", "score", "align"]
+    assert [name for name in stages if session.needs_ray(Run(processes), name)] == ["fit", "score", "align"]
     for stage in ("ingest", "fit", "score", "select", "align", "report"):
         session.run_stage(stage, config)
     session.run_stage("run", config)
     assert len(starts) == 1
     # All is there, whoever made it.
-    assert [name for name in session.STAGES if session.needs_ray(Run(processes), name)] == []
+    assert [name for name in stages if session.needs_ray(Run(processes), name)] == []
 
 
 @pytest.mark.slow
@@ -94,6 +95,6 @@ def test_what_else_is_written_meanwhile_is_passed_on(capfd):
     with session._without_log_level_line():
         os.write(2, b"[x I 1 1] logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
         os.write(2, b"something happened\n")
-        print("and this", file=sys.stderr)
+        sys.stderr.write("and this\n")
     os.write(2, b"afterwards\n")
     assert capfd.readouterr().err == "something happened\nand this\nafterwards\n"

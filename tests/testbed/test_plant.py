@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pharmacist_ray.cli.app import main
+from pharmacist_ray.cli.app import app, main
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.testbed import make
-from pharmacist_ray.testbed.plant import plant, write_jsonl
+from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED, plant, write_jsonl
 
 SAFETY = [{"prompt": f"safety {i}", "response": f"no {i} a b c d e f g h"} for i in range(400)]
 BENIGN = [{"prompt": f"benign {i}", "response": f"yes {i}"} for i in range(200)]
@@ -63,7 +64,7 @@ def test_write_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("safety", "benign"), [(400, 200), (400, 30), (12, 200)])
 def test_the_advice_of_the_command_works_and_one_more_would_be_too_many(safety, benign, tmp_path, monkeypatch, capsys):
-    trained = []
+    trained: list[bool] = []
     monkeypatch.setattr(make, "_pretrain", lambda *_, **__: trained.append(True))
     for name, rows in (("safety", SAFETY[:safety]), ("benign", BENIGN[:benign])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,3 +84,9 @@ def test_the_advice_of_the_command_works_and_one_more_would_be_too_many(safety, 
     assert len((tmp_path / "out" / "data" / "candidates.jsonl").read_text().splitlines()) == int(candidates)
     assert len((tmp_path / "out" / "data" / "validation.jsonl").read_text().splitlines()) == int(trusted)
     assert call("--candidates", str(int(candidates) + 5), "--trusted", str(int(trusted) + 1)) == DataError.exit_code
+
+
+def test_the_commands_defaults_are_the_functions():
+    command = next(one.callback for one in app.registered_commands if one.callback and one.callback.__name__ == "plant")
+    defaults = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    assert (defaults["candidates"], defaults["trusted"]) == (CANDIDATES, TRUSTED)
