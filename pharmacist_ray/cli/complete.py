@@ -32,5 +32,5 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
         if section is None:
             yield f"{prefix}{name}"
         else:
-            item = ".0" if list in map(get_origin, inner) else ""
+            item = ".0" if any(get_origin(one) is list for one in inner) else ""
             yield from _keys(section, f"{prefix}{name}{item}.")
