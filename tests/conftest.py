@@ -215,14 +215,9 @@ def ray_local() -> Iterator[None]:
     """Run a private Ray on this machine for the whole session; more logical CPUs than cores, so that nothing waits for itself."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=6,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=200_000_000,
-    )
+    from pharmacist_ray.runtime.private_ray import start_ray
+
+    start_ray(cpus=6, store_bytes=200_000_000)
     yield
     ray.shutdown()
 

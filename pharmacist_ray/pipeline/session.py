@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from tempfile import TemporaryFile
 
 import ray
 
@@ -19,6 +17,7 @@ from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
+from pharmacist_ray.runtime.private_ray import start_ray
 from pharmacist_ray.storage import write_text
 
 TRIAL_CPUS = 0.1
@@ -104,7 +103,7 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
         trials: Trials of a search at the same time.
 
     Raises:
-        ResourceError: ``RAY_ADDRESS`` names a cluster that cannot be reached.
+        ResourceError: ``RAY_ADDRESS`` names a cluster that cannot be reached, or a private Ray does not start.
     """
     _quiet_ray_data()
     if ray.is_initialized():
@@ -119,49 +118,15 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
             ) from error
         yield
         return
-    # By default Ray's workers yield to everything else on the machine; here they are the work.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Nobody announces to a private Ray that its one machine will go; a process that listens for it costs seconds of every run.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Hide the machine's GPUs from processes that asked for none: PEFT would take any that it sees.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
-    with _without_log_level_line():
-        ray.init(
-            address="local",  # else Ray would look for a head that somebody started on this machine
-            num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=int(os.environ.get("PHARMACIST_OBJECT_STORE_BYTES", 512 << 20)),
-        )
+    start_ray(
+        cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
+        store_bytes=int(os.environ.get("PHARMACIST_OBJECT_STORE_BYTES", 512 << 20)),
+    )
     try:
         yield
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def _without_log_level_line() -> Iterator[None]:
-    """Keep from standard error the one line by which Ray's C++ code says, at its start, that it heeds RAY_BACKEND_LOG_LEVEL.
-
-    It has no switch and writes past Python. Everything else is passed on when the block ends.
-    """
-    sys.stderr.flush()
-    screen = os.dup(2)
-    with TemporaryFile() as caught:  # not a pipe, which could fill up
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(screen, 2)
-            os.close(screen)
-            caught.seek(0)
-            for line in caught:
-                if b"Set ray log level from environment variable" not in line:
-                    os.write(2, line)
 
 
 def _quiet_ray_data() -> None:

@@ -19,6 +19,7 @@ from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.pipeline import session
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.runtime import private_ray
 
 TRAIN = {"steps": 1, "batch_size": 4}
 
@@ -92,7 +93,7 @@ def test_a_private_ray_says_nothing_of_its_own_on_the_screen(file):
 
 
 def test_what_else_is_written_meanwhile_is_passed_on(capfd):
-    with session._without_log_level_line():
+    with private_ray._without_log_level_line():
         os.write(2, b"[x I 1 1] logging.cc:303: Set ray log level from environment variable RAY_BACKEND_LOG_LEVEL to 3\n")
         os.write(2, b"something happened\n")
     os.write(2, b"afterwards\n")
