@@ -65,6 +65,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["PHARMACIST_SCRATCH"], ignore_errors=True)
 
 
+LINEAR = torch.nn.functional.linear
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *[f"w{i}" for i in range(44)]]
 
 
@@ -194,6 +195,12 @@ def s3() -> Iterator[Bucket]:
     yield found[0]
     server.shutdown()
     thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _torchs_own_linear() -> None:
+    """After ZeRO 3 DeepSpeed leaves its own ``linear`` in torch; no test may see what one before it left."""
+    torch.nn.functional.linear = LINEAR
 
 
 @pytest.fixture

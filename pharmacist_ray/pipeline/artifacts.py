@@ -70,6 +70,8 @@ class Artifact:
         before, now = made.get("revision", 1), revision(self.stage)
         if before != now:
             return f"by revision {before} of {self.stage}, this is {now}; since then: {raised_since(self.stage, before)}"
+        if "config" not in made:
+            return "with other settings or inputs"
         missing = object()
         old, new = dict(_flat(made.get("config"))), dict(_flat(json.loads(json.dumps(self.config, default=str))))
         for key in old | new:
@@ -182,8 +184,8 @@ def _version(package: str) -> str | None:
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of nested dictionaries with their values."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and (value or not key):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    else:
+    elif value is not None or key:
         yield key or "settings", value

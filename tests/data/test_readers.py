@@ -196,17 +196,17 @@ def test_an_object_store_is_read_like_a_folder(monkeypatch):
     server.start()
     try:
         client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="bucket")
-        client.put_object(Bucket="bucket", Key="dir/a b.jsonl", Body=TEXT)
-        client.put_object(Bucket="bucket", Key="dir/b.jsonl.gz", Body=gzip.compress(TEXT))
+        client.create_bucket(Bucket="readers")  # a name of its own: moto's servers share what they hold
+        client.put_object(Bucket="readers", Key="dir/a b.jsonl", Body=TEXT)
+        client.put_object(Bucket="readers", Key="dir/b.jsonl.gz", Body=gzip.compress(TEXT))
         query = f"?endpoint_override=http%3A%2F%2F127.0.0.1%3A{port}&region=us-east-1&scheme=http"
         for path in ("dir/*", "dir", "**/*.jsonl*"):
-            chunks = plan([f"s3://bucket/{path}{query}"], chunk_bytes=3000)
-            assert {chunk.name for chunk in chunks} == {"s3://bucket/dir/a b.jsonl", "s3://bucket/dir/b.jsonl.gz"}
+            chunks = plan([f"s3://readers/{path}{query}"], chunk_bytes=3000)
+            assert {chunk.name for chunk in chunks} == {"s3://readers/dir/a b.jsonl", "s3://readers/dir/b.jsonl.gz"}
             assert [line.decode() for _, line in read_all(chunks)] == LINES + LINES
-        assert len(plan([f"s3://bucket/dir/a%20b.jsonl{query}"])) == 1
-        with pytest.raises(DataError, match=r"no such file: s3://bucket/dir/missing.jsonl;"):
-            plan([f"s3://bucket/dir/missing.jsonl{query}"])
+        assert len(plan([f"s3://readers/dir/a%20b.jsonl{query}"])) == 1
+        with pytest.raises(DataError, match=r"no such file: s3://readers/dir/missing.jsonl;"):
+            plan([f"s3://readers/dir/missing.jsonl{query}"])
     finally:
         server.stop()
 

@@ -112,6 +112,7 @@ def done(files: Path, ray_local: None) -> tuple[Path, Outcome]:
     """Return the run directory of a whole run, and what the user saw."""
     outcome = pharmacist("run", "--config", files / "run.yaml")
     assert outcome.code == 0, outcome
+    assert load_config(files / "run" / "config.yaml") == load_config(files / "run.yaml")  # before another command writes its own
     return files / "run", outcome
 
 
@@ -151,7 +152,6 @@ def test_a_person_reads_what_happened_and_where_it_is(done):
         .read_text()
         .startswith("# Comparison\n\n## attack: weak\n\n| aligned on | defence | runs | rows |")
     )
-    assert load_config(root / "config.yaml") == load_config(root.parent / "run.yaml")
 
 
 def test_all_arms_are_attacked_with_the_same_rows_of_which_the_share_is_harmful(done, files):
@@ -236,8 +236,8 @@ def test_evaluating_without_the_section_is_an_error_and_a_run_without_it_is_not(
     before = times(files / "run")
     outcome = pharmacist("run", "-c", files / "run.yaml", "evaluation=null")
     assert outcome.code == 0, outcome
-    assert "\nattack\n" in outcome.out
-    assert "\nevaluate\n" not in outcome.out
+    assert "\nattack: there already\n" in outcome.out
+    assert "\nevaluate" not in outcome.out
     assert times(files / "run") == before
 
 

@@ -17,7 +17,7 @@ from pharmacist_ray.runtime.group_store import GroupStore
 @pytest.fixture
 def silent(monkeypatch) -> GroupStore:
     """Return a board on which nothing was written, without a cluster."""
-    monkeypatch.setattr(GroupStore, "told", lambda self: "")
+    monkeypatch.setattr(GroupStore, "status", lambda self: "")
     return GroupStore("nobody")
 
 
