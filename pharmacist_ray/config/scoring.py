@@ -9,6 +9,15 @@ from pydantic import Field, model_validator
 from pharmacist_ray.config.section import Count, Section, Share
 
 
+class PlantedConfig(Section):
+    """Where planted labels are, in data of a benchmark."""
+
+    column: str = "quality"
+    """Column of the candidates."""
+    good: Annotated[list[str], Field(min_length=1)]
+    """The labels of rows that should be kept."""
+
+
 class ScoringConfig(Section):
     """Per-sample scores, computed by Ray Data actors."""
 
@@ -22,6 +31,8 @@ class ScoringConfig(Section):
     """Columns random_0, random_1, … that the `random` scorer writes."""
     seed: int = 0
     """Seed of the random scores."""
+    planted: PlantedConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For the `oracle` scorer, on benchmarks alone: the column with planted labels, and which are good."""
 
 
 class SelectionConfig(Section):

@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
+from pharmacist_ray.curation.scorers import needs_model
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
@@ -122,10 +124,26 @@ class Run:
         config = {"selector": _dump(self.config.selector), "seed": self.config.seed}
         return self._placed(Artifact(self.root / "fit", "fit", config, inputs), self.base.fitted if self.base else None)
 
+    @property
+    def needs_selector(self) -> bool:
+        """Whether any scorer needs the model, and so the selector that is fitted on it."""
+        return needs_model(self.config.scoring.scorers)
+
+    @property
+    def trusted(self) -> TrustedSets:
+        """The trusted rows as scorers that need no model read them, as many as the selector takes."""
+        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful")}
+        return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
+
     @cached_property
     def scored(self) -> Artifact:
         """The scores, in ``<folder>/rows``."""
-        inputs = {"fit": self.fitted.fingerprint, "candidates": self.ingested("candidates").fingerprint}
+        inputs: dict[str, Any] = {"candidates": self.ingested("candidates").fingerprint}
+        if self.needs_selector:
+            inputs["fit"] = self.fitted.fingerprint
+        else:
+            limit = {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
+            inputs |= {name: self.ingested(name).fingerprint for name in ("validation", "harmful")} | limit
         artifact = Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 

@@ -96,7 +96,10 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
 
 
 def run_fit(run: Run) -> None:
-    """Fit the selector."""
+    """Fit the selector, if a scorer needs one."""
+    if not run.needs_selector:
+        say(f"  no selector is fitted: {', '.join(run.config.scoring.scorers)} need none")
+        return
     artifact, config = run.fitted, run.config
     sets: dict[str, StoragePath] = {
         name: run.ingested(name).require() / "rows"
@@ -127,7 +130,8 @@ def run_fit(run: Run) -> None:
 def run_score(run: Run) -> None:
     """Score every candidate."""
     artifact, config = run.scored, run.config
-    candidates, fitted = run.ingested("candidates").require(), run.fitted.require()
+    candidates = run.ingested("candidates").require()
+    fitted = run.fitted.require() if run.needs_selector else None
     with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
@@ -139,6 +143,7 @@ def run_score(run: Run) -> None:
                 scoring=config.scoring,
                 resources=config.resources,
                 candidates=candidates / "rows",
+                trusted=run.trusted,
                 fit=fitted,
                 out=folder / "rows",
                 progress=show,
@@ -253,7 +258,7 @@ def reused(run: Run, name: str) -> str:
     """Return how much of what a stage makes was made before, in words that follow its name; nothing if none of it."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
         "ingest": lambda: [run.ingested(source) for source in run.sources],
-        "fit": lambda: [run.fitted],
+        "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
         "select": lambda: [run.selected(arm) for arm in dict.fromkeys([run.main_arm, *run.arms])],
         "align": lambda: [run.trained(variant) for variant in run.variants],
