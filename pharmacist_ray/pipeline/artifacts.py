@@ -1,8 +1,8 @@
 """Artifacts: folders with a fingerprint, made at most once.
 
 A fingerprint is a hash of what an artifact was made from: the part of the configuration that matters, the fingerprints of its
-inputs, and this package's version. An artifact is ready if its ``manifest.json``, written last, carries the expected fingerprint.
-That one rule gives resume, reuse and provenance.
+inputs, and the stage's revision (not the package's version, see `revisions`). An artifact is ready if its ``manifest.json``, written
+last, carries the expected fingerprint. That one rule gives resume, reuse and provenance.
 """
 
 from __future__ import annotations
@@ -11,63 +11,29 @@ import glob
 import hashlib
 import json
 import platform
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import orjson
-import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pharmacist_ray import __version__
-from pharmacist_ray.data.readers import public_name
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import StoragePath, json_of, remove_tree, write_text
+from pharmacist_ray.pipeline.revisions import raised_since, revision, spelled
+from pharmacist_ray.storage import StoragePath, json_of, matching, remove_tree, write_text
 
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
+PLACES = ("path", "judge_path")
+"""Keys of a configuration that say where files lie; what they are is for `file_identity` to say."""
 
 
 def digest(value: Any) -> str:
     """Return 16 hexadecimal digits that identify a JSON-able value."""
     data = orjson.dumps(value, option=orjson.OPT_SORT_KEYS, default=str)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def file_identity(path: str) -> Any:
-    """Return what identifies a file, a folder, a glob or a hub id without reading it: names, sizes and times of change.
-
-    Args:
-        path: A path or URI; what is neither a file nor a folder is identified by its name.
-    """
-    name = public_name(path)
-    if "://" in path:
-        return [name, _remote_files(path)]
-    local = Path(path.removeprefix("hf:")).expanduser()
-    named = [local] if local.exists() else map(Path, glob.glob(str(local), recursive=True, include_hidden=True))
-    files = sorted(file for place in named for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file())
-    return [name, [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
-
-
-def _remote_files(path: str) -> list[Any]:
-    """Return the files of a URI; for a pattern all those in the folder that it looks through."""
-    parts = urlsplit(path, allow_fragments=False)
-    folder = re.split(r"[*?[]", parts.path, maxsplit=1)[0]
-    if folder != parts.path:
-        folder = folder.rpartition("/")[0]
-    try:
-        filesystem, inner = pafs.FileSystem.from_uri(urlunsplit(parts._replace(path=folder)))
-        found = filesystem.get_file_info([inner])
-        if found[0].type == pafs.FileType.Directory:
-            found = filesystem.get_file_info(pafs.FileSelector(inner, recursive=True))
-    except (OSError, ValueError, pa.ArrowException):
-        return []  # whoever reads it will say what is wrong
-    return sorted([info.path, info.size, str(info.mtime)] for info in found if info.is_file)
 
 
 @dataclass
@@ -83,8 +49,8 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """The hash of stage, configuration, inputs and package version."""
-        return digest([self.stage, self.config, dict(self.inputs), __version__])
+        """The hash of stage, configuration, inputs and the stage's revision."""
+        return digest([self.stage, self.config, dict(self.inputs), spelled(self.stage)])
 
     @property
     def ready(self) -> bool:
@@ -93,10 +59,45 @@ class Artifact:
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest, or an empty dictionary if there is none."""
-        try:
-            return dict(json_of(self.folder / "manifest.json"))
-        except (OSError, ValueError, TypeError):  # none, or a broken one
-            return {}
+        return _manifest(self.folder)
+
+    def difference(self, made: Mapping[str, Any]) -> str:
+        """Return in words, that follow "was made", the first thing in which what was made differs from what is wanted.
+
+        Args:
+            made: The manifest of what was made.
+        """
+        before, now = made.get("revision", 1), revision(self.stage)
+        if before != now:
+            return f"by revision {before} of {self.stage}, this is {now}; since then: {raised_since(self.stage, before)}"
+        missing = object()
+        old, new = dict(_flat(made.get("config"))), dict(_flat(json.loads(json.dumps(self.config, default=str))))
+        for key in old | new:
+            if key.rpartition(".")[2] not in PLACES and old.get(key, missing) != new.get(key, missing):
+                was, wanted = (f"{key}={values[key]!r:.60}" if key in values else f"no {key}" for values in (old, new))
+                return f"with {was}, wanted is {wanted}"
+        inputs = made.get("inputs", {})
+        changed = [name for name in inputs | dict(self.inputs) if inputs.get(name, missing) != self.inputs.get(name, missing)]
+        if changed and "revision" not in made and self.stage == "ingest":
+            return (
+                "by version 0.1.0, which knew files by path, size and time; "
+                f"the {' and the '.join(changed)} may be the same, but lie elsewhere or have another time, and it kept no hash"
+            )
+        return f"from other inputs ({', '.join(changed)})" if changed else "with other settings or inputs"
+
+    def outdated(self) -> str:
+        """Return in words, that follow "was made", why what was made before will not do; nothing if it does, or if there is none.
+
+        What lies in a folder that carries its fingerprint is compared with the latest one of the same name.
+        """
+        if self.ready:
+            return ""
+        made = self.manifest()
+        name, dash, mark = self.folder.name.rpartition("-")
+        if not made and dash and mark == self.fingerprint[:8]:
+            others = map(_manifest, matching(self.folder.parent, f"{glob.escape(name)}-{'?' * len(mark)}"))
+            made = max(others, key=lambda one: str(one.get("made_at", "")), default={})
+        return self.difference(made) if made else ""
 
     def require(self) -> StoragePath:
         """Return the folder.
@@ -105,7 +106,8 @@ class Artifact:
             ArtifactError: It is not there, or was made from other inputs.
         """
         if not self.ready:
-            why = "was made with other settings or inputs" if self.manifest() else "is not there yet"
+            made = self.manifest()
+            why = f"was made {self.difference(made)}" if made else "is not there yet"
             raise ArtifactError(
                 f"{self.folder} {why}; run `pharmacist {self.stage}` first, or `pharmacist run` for everything that is missing"
             )
@@ -154,6 +156,7 @@ class Artifact:
         """Return the provenance that goes into manifests."""
         return {
             "stage": self.stage,
+            "revision": revision(self.stage),
             "fingerprint": self.fingerprint,
             "inputs": dict(self.inputs),
             "config": self.config,
@@ -163,8 +166,24 @@ class Artifact:
         }
 
 
+def _manifest(folder: StoragePath) -> dict[str, Any]:
+    try:
+        return dict(json_of(folder / "manifest.json"))
+    except (OSError, ValueError, TypeError):  # none, or a broken one
+        return {}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested dictionaries with their values."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key or "settings", value

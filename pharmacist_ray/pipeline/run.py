@@ -1,6 +1,7 @@
 """A run: which artifacts a configuration stands for, where they lie, and what each is made from.
 
-Everything here is a pure function of the configuration and of the input files' identity; nothing is computed or written.
+Everything here is a pure function of the configuration, of the input files' identity and, for a run directory that version 0.1.0
+made, of that version's rule for identities; nothing is computed or written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pharmacist_ray.curation.scorers import needs_model
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
+from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest
+from pharmacist_ray.pipeline.identity import dated_identity, file_identity
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
@@ -59,8 +61,30 @@ class Run:
     def _file(self, path: str) -> Any:
         """What identifies a file or folder as it is now; looked up once, so that a run and its trials agree with each other."""
         if path not in self._known_files:
-            self._known_files[path] = file_identity(path)
+            self._known_files[path] = dated_identity(path) if self._dated else file_identity(path)
         return self._known_files[path]
+
+    @cached_property
+    def _dated(self) -> bool:
+        """Whether version 0.1.0 made this directory from the files that are there now, as far as it could tell.
+
+        That version knew files by where they lie and when they changed. Fingerprints build on each other, so such a directory keeps
+        its rule, or nothing in it would be found again. Once its candidates or its model moved or changed, the directory is made anew
+        by the present rule.
+        """
+        if self.base:
+            return self.base._dated
+        source, model = self.config.data.candidates, self.config.model
+        inputs = Artifact(self.root / "ingest" / "candidates", "ingest", {}).manifest().get("inputs")
+        return inputs is not None and inputs == {
+            "files": digest([dated_identity(path) for path in source.path]),
+            "model": digest([dated_identity(model.path), _dump(model)]),
+        }
+
+    def _settings(self, section: Section) -> dict[str, Any]:
+        """Return a section as what is made from it depends on it: without the places of files."""
+        values = _dump(section)
+        return values if self._dated else _without_places(values)
 
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
@@ -78,7 +102,7 @@ class Run:
 
     @cached_property
     def _model_identity(self) -> Any:
-        return digest([self._file(self.config.model.path), _dump(self.config.model)])
+        return digest([self._file(self.config.model.path), self._settings(self.config.model)])
 
     @cached_property
     def sources(self) -> dict[str, tuple[SourceConfig, bool]]:
@@ -111,7 +135,7 @@ class Run:
         """Return the canonical rows of a source, in ``<folder>/rows``."""
         source, _ = self.sources[name]
         shards = self.config.data.shards if name == "candidates" else 1
-        config = {"source": _dump(source), "shards": shards, "max_length": self.config.model.max_length}
+        config = {"source": self._settings(source), "shards": shards, "max_length": self.config.model.max_length}
         inputs = {"files": self._files[name], "model": self._model_identity}
         usual = self.base.ingested(name) if self.base and name in self.base.sources else None
         return self._placed(Artifact(self.root / "ingest" / name, "ingest", config, inputs), usual)
@@ -205,7 +229,7 @@ class Run:
                 inputs["harmful"] = self.ingested(self.harmful).fingerprint
         else:
             stage = "attack"
-            config |= {"attack": _dump(variant.attack)}
+            config |= {"attack": self._settings(variant.attack)}
             inputs = {
                 "aligned": self.trained(variant.aligned).fingerprint,
                 "task": self.ingested(f"attack-{variant.attack.name}-task").fingerprint,
@@ -252,7 +276,8 @@ class Run:
         assert self.config.evaluation is not None
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
-        asked = self.config.evaluation.model_dump(mode="json", exclude={"bootstrap_draws"})
+        asked = self._settings(self.config.evaluation)
+        del asked["bootstrap_draws"]  # no answer hangs on it
         return digest([prompts, asked, self.config.model.template, self._file(judge) if judge else None])
 
     def answers(self, variant: Variant) -> StoragePath:
@@ -268,3 +293,11 @@ def _after(start: ModelRef, folder: StoragePath, weights: str) -> ModelRef:
 
 def _dump(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
+
+
+def _without_places(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    if isinstance(values, dict):
+        return {key: _without_places(value) for key, value in values.items() if key not in PLACES}
+    return values

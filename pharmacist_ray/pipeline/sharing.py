@@ -12,6 +12,7 @@ import ray
 from filelock import FileLock
 
 from pharmacist_ray.pipeline.artifacts import Artifact, digest
+from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.storage import StoragePath, relative
 
@@ -76,4 +77,15 @@ class _Holder:
 def lock_missing_artifacts(run: Run, *artifacts: Artifact) -> Iterator[list[Artifact]]:
     """Give the artifacts that still have to be made; see `lock_missing`."""
     with lock_missing(run, artifacts, lambda one: one.folder, lambda one: one.ready) as still:
+        say_why_anew(run, still)
         yield still
+
+
+def say_why_anew(run: Run, missing: Iterable[Artifact]) -> None:
+    """Say why what was made before is made anew, in one line a reason. What a trial makes has no before: its folders are its own."""
+    places: dict[str, list[str]] = {}
+    for artifact in () if run.base else missing:
+        if why := artifact.outdated():
+            places.setdefault(why, []).append(str(relative(artifact.folder, run.root)))
+    for why, (first, *more) in places.items():
+        say(f"  {escaped(first)}{f' and {len(more)} more' if more else ''} made anew: what was there was made {escaped(why)}")

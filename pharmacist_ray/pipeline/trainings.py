@@ -15,7 +15,7 @@ from pharmacist_ray.errors import DataError
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import say, watch_training
 from pharmacist_ray.pipeline.run import Run, Variant
-from pharmacist_ray.pipeline.sharing import lock_missing
+from pharmacist_ray.pipeline.sharing import lock_missing, say_why_anew
 from pharmacist_ray.storage import storage_path
 from pharmacist_ray.training.objectives import OBJECTIVES
 from pharmacist_ray.training.runs import train_all
@@ -137,6 +137,7 @@ def _train(run: Run, variants: list[Variant], stage: str, task: Callable[[Varian
     ) as missing:
         if not missing:
             return
+        say_why_anew(run, map(run.trained, missing))
         tasks = []
         for variant in missing:
             folder = run.trained(variant).begin() / "run"

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pharmacist_ray
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.pipeline import artifacts
-from pharmacist_ray.pipeline.artifacts import Artifact, digest, file_identity
+from pharmacist_ray.pipeline import revisions
+from pharmacist_ray.pipeline.artifacts import Artifact, digest
+from pharmacist_ray.pipeline.stages import STAGES
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def artifact(tmp_path: Path) -> Artifact:
     return Artifact(tmp_path / "score", "score", {"method": "hooks", "n": 1}, {"fit": "abc"})
 
 
-def test_a_fingerprint_is_what_it_was_made_from_and_not_where_it_lies(artifact, tmp_path, monkeypatch):
+def test_a_fingerprint_is_what_it_was_made_from_and_not_where_it_lies(artifact, tmp_path):
     same = replace(artifact, folder=tmp_path / "elsewhere", config={"n": 1, "method": "hooks"})
     assert same.fingerprint == artifact.fingerprint
     assert len(artifact.fingerprint) == 16
@@ -26,9 +28,6 @@ def test_a_fingerprint_is_what_it_was_made_from_and_not_where_it_lies(artifact, 
         replace(artifact, inputs={"fit": "abd"}), replace(artifact, inputs={"fit": "abc", "more": 1}),
     ]  # fmt: skip
     assert len({artifact.fingerprint, *(other.fingerprint for other in others)}) == 5
-    before = artifact.fingerprint
-    monkeypatch.setattr(artifacts, "__version__", "0.0.0")
-    assert artifact.fingerprint != before
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
 
 
@@ -108,47 +107,79 @@ def test_what_is_missing_and_what_is_stale_say_which_command_makes_it(artifact):
     artifact.begin()
     artifact.finish({})
     assert artifact.require() == artifact.folder
-    with pytest.raises(ArtifactError, match="was made with other settings or inputs; run `pharmacist score` first"):
-        replace(artifact, config={"n": 3}).require()
+    with pytest.raises(
+        ArtifactError, match=r"score was made with method='hooks', wanted is no method; run `pharmacist score` first"
+    ):
+        replace(artifact, config={"n": 1}).require()
 
 
-def test_a_file_is_known_by_name_size_and_time(tmp_path, monkeypatch):
-    file = tmp_path / "a.jsonl"
-    file.write_text("1")
-    known = file_identity(str(file))
-    assert file_identity(str(file)) == known
-    file.write_text("12")
-    assert file_identity(str(file)) != known
-    known = file_identity(str(file))
-    os.utime(file, ns=(1, 1))
-    assert file_identity(str(file)) != known
-    monkeypatch.setenv("HOME", str(tmp_path))
-    known = file_identity("~/a.jsonl")
-    file.write_text("123")
-    assert file_identity("~/a.jsonl") != known
-    json.dumps(known)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"method": "ghost", "n": 1}}, "with method='hooks', wanted is method='ghost'"),
+        ({"config": {"method": "hooks", "n": 1, "more": {"deep": [1]}}}, "with no more.deep, wanted is more.deep=[1]"),
+        ({"inputs": {"fit": "new", "rows": "r"}}, "from other inputs (fit, rows)"),
+        ({"inputs": {}}, "from other inputs (fit)"),
+    ],
+)
+def test_what_is_outdated_says_in_words_what_differs(artifact, changes, words):
+    assert artifact.outdated() == ""  # nothing is there
+    artifact.begin()
+    artifact.finish({})
+    assert artifact.outdated() == ""
+    assert replace(artifact, **changes).outdated() == words
 
 
-@pytest.mark.parametrize("pattern", ["*.jsonl", "?.jsonl", "**/*.jsonl", "[ab].jsonl", "", "../*/a.jsonl"])
-@pytest.mark.parametrize("kind", ["absolute", "relative", "file://", "hf:"])
-def test_a_change_behind_a_pattern_or_in_a_folder_is_noticed(tmp_path, monkeypatch, pattern, kind):
-    home = tmp_path / "data"
-    home.mkdir()
-    (home / "a.jsonl").write_text("1")
-    monkeypatch.chdir(home)
-    path = {"absolute": f"{home}/", "relative": "./", "file://": f"file://{home}/", "hf:": f"hf:{home}/"}[kind] + pattern
-    known = file_identity(path)
-    assert file_identity(path) == known
-    (home / "a.jsonl").write_text("12")
-    changed = file_identity(path)
-    assert changed != known
-    if "a.jsonl" not in pattern:
-        (home / "b.jsonl").write_text("1")
-        assert file_identity(path) != changed
+def test_a_manifest_that_tells_nothing_is_of_other_settings_or_inputs(artifact):
+    artifact.begin()
+    manifest = {"fingerprint": "other", "config": artifact.config, "inputs": artifact.inputs}
+    (artifact.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert artifact.outdated() == "with other settings or inputs"
 
 
-def test_what_is_no_file_is_known_by_its_name_without_secrets(tmp_path):
-    assert file_identity("org/model") == ["org/model", []]
-    assert file_identity("hf:org/data") == ["hf:org/data", []]
-    identity = file_identity("nowhere://key:secret@host/x.jsonl?token=secret")
-    assert identity == ["nowhere://host/x.jsonl", []]
+def test_a_folder_that_carries_its_fingerprint_is_compared_with_the_latest_of_its_name(artifact):
+    def cell(**changes: Any) -> Artifact:
+        made = replace(artifact, **changes)
+        made.folder = artifact.folder.parent / f"all.sft.s0-{made.fingerprint[:8]}"
+        return made
+
+    for n, at in ((2, "2026-01-02"), (3, "2026-01-01")):
+        made = cell(config={"n": n})
+        made.begin()
+        made.finish({})
+        (made.folder / "manifest.json").write_text(json.dumps(made.manifest() | {"made_at": at}))
+    (artifact.folder.parent / "all.sft.s0-broken00").mkdir()
+    assert cell(config={"n": 4}).outdated() == "with n=2, wanted is n=4"
+    assert cell(config={"n": 2}).outdated() == ""
+
+
+def test_a_new_version_of_the_package_finds_what_the_last_one_made(artifact, monkeypatch):
+    artifact.begin()
+    artifact.finish({})
+    monkeypatch.setattr(pharmacist_ray, "__version__", "9.9.9")
+    assert artifact.ready
+    assert artifact.fingerprint == "d73489453c51d533"  # as version 0.1.0 had it
+
+
+def test_a_raised_revision_makes_anew_and_says_why(artifact, monkeypatch):
+    artifact.begin()
+    artifact.finish({})
+    assert artifact.manifest()["revision"] == 1
+    monkeypatch.setitem(revisions.REASONS, "fit", ["fits better"])
+    assert artifact.ready
+    monkeypatch.setitem(revisions.REASONS, "score", ["ties are broken by id", "losses are means"])
+    assert not artifact.ready
+    with pytest.raises(ArtifactError) as caught:
+        artifact.require()
+    assert "was made by revision 1 of score, this is 3; since then: ties are broken by id; losses are means; run" in str(
+        caught.value
+    )
+    artifact.begin()
+    artifact.finish({})
+    assert (artifact.ready, artifact.manifest()["revision"]) == (True, 3)
+    monkeypatch.setitem(revisions.REASONS, "score", [])
+    assert artifact.outdated() == "by revision 3 of score, this is 1; since then: this version of the package is older"
+
+
+def test_every_stage_that_makes_artifacts_has_a_revision():
+    assert list(revisions.REASONS) == [stage for stage in STAGES if stage != "report"]

@@ -224,9 +224,11 @@ def test_a_stage_without_its_input_says_what_to_run(files, tmp_path, stage, miss
 
 def test_a_stage_whose_input_is_stale_says_so(done, files):
     error = failed(5, "score", "-c", files / "run.yaml", "selector.intensity=0.7")
-    assert error.startswith(f"pharmacist: {files}/run/fit was made with other settings or inputs; run `pharmacist fit` first")
+    assert error.startswith(
+        f"pharmacist: {files}/run/fit was made with selector.intensity=0.1, wanted is selector.intensity=0.7; run `"
+    )
     error = failed(5, "report", "-c", files / "run.yaml", "evaluation.max_new_tokens=5")
-    assert "run/evaluation was made with other settings or inputs; run `pharmacist evaluate` first" in error
+    assert "run/evaluation was made from other inputs (asked); run `pharmacist evaluate` first" in error
 
 
 def test_evaluating_without_the_section_is_an_error_and_a_run_without_it_is_not(done, files):
