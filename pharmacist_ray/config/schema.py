@@ -95,7 +95,8 @@ class Config(Section):
             if len(set(given)) != len(given):
                 yield f"{what} must differ, got {given}"
         known = {*self.scoring.scorers, "all"}
-        for name in dict.fromkeys((self.selection.scorer, *self.comparison.selections)):
+        arms = [name.removeprefix("trusted+") for name in self.comparison.selections if name not in ("trusted", "none")]
+        for name in dict.fromkeys((self.selection.scorer, *arms)):
             if name not in known:
                 yield f"selection '{name}' is not among scoring.scorers; scored: {', '.join(sorted(known - {'all'}))}"
         for attack in self.attacks:

@@ -157,7 +157,7 @@ def run_select(run: Run) -> None:
     """Write the curated subset, and the other arms of the comparison."""
     scored = run.scored.require() / "rows"
     candidates = run.ingested("candidates").require()
-    for arm in dict.fromkeys([run.main_arm, *run.arms]):
+    for arm in run.selections:
         artifact = run.selected(arm)
         with lock_missing_artifacts(run, artifact) as missing:
             if not missing:
@@ -201,7 +201,7 @@ def run_evaluate(run: Run) -> None:
                     defence=one.defence,
                     seed=one.seed,
                     attack=one.attack.name if one.attack else None,
-                    kept=count_rows(run.selected(one.selection).folder / "rows"),
+                    kept=run.kept(one.selection),
                     align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
                 )
             )
@@ -260,7 +260,7 @@ def reused(run: Run, name: str) -> str:
         "ingest": lambda: [run.ingested(source) for source in run.sources],
         "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
-        "select": lambda: [run.selected(arm) for arm in dict.fromkeys([run.main_arm, *run.arms])],
+        "select": lambda: [run.selected(arm) for arm in run.selections],
         "align": lambda: [run.trained(variant) for variant in run.variants],
         "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],
