@@ -200,7 +200,10 @@ class Run:
     def selected(self, arm: str) -> Artifact:
         """Return the curated subset of an arm."""
         # Everything is everything, whatever the rule.
-        config = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
+        config: dict[str, Any] = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
+        config.pop("combinations", None)
+        if arm in self.config.selection.combinations:
+            config["weights"] = self.config.selection.combinations[arm]
         return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
 
     @property

@@ -180,7 +180,8 @@ def _rule(run: Run, arm: str) -> Rule:
         # Every row has a random score, so with ratio 1 by it nothing is left out.
         columns = columns_of(run.config.scoring)
         return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
-    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas)
+    weights = selection.combinations.get(arm, {})
+    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas, weights=weights)
 
 
 def run_evaluate(run: Run) -> None:

@@ -251,3 +251,16 @@ def test_no_selector_is_fitted_where_no_scorer_needs_one(run_of, monkeypatch, ca
     inputs = run.scored.inputs
     assert "fit" not in inputs
     assert {"candidates", "validation", "harmful"} < inputs.keys()
+
+
+def test_a_combination_of_scores_is_a_selection_by_its_name(run_of):
+    combined = "selection.combinations={both: {pharmacist: 2, low_loss: 1}}"
+    run = run_of("scoring.scorers=[pharmacist, low_loss]", combined, "comparison.selections=[both, pharmacist]")
+    assert run.selections == ["pharmacist", "both"]
+    assert stages._rule(run, "both").weights == {"pharmacist": 2, "low_loss": 1}
+    alone = run_of("scoring.scorers=[pharmacist, low_loss]", "comparison.selections=[pharmacist]")
+    assert run.selected("pharmacist").fingerprint == alone.selected("pharmacist").fingerprint
+    with pytest.raises(ConfigError, match=r"selection\.combinations\.pharmacist must have a name of its own, and combine"):
+        run_of("selection.combinations={pharmacist: {pharmacist: 1}}")
+    with pytest.raises(ConfigError, match=r"among scoring\.scorers \(pharmacist\), got los_gap"):
+        run_of("selection.combinations={both: {los_gap: 1}}")
