@@ -5,7 +5,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 DEMO ?= runs/demo
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test demo defences search-demo lint unit
+.PHONY: setup setup-browser test test-all demo defences search-demo docs lint unit unit-all
 
 setup: .venv/ready
 
@@ -14,7 +14,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# What guards every change, in a coffee break; `test-all` has the long cases of each kind as well.
 test: setup lint unit
+
+test-all: setup lint unit-all
 
 lint: setup
 	$(BIN)/ruff check .
@@ -23,9 +26,11 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Compiled first: the tests start hundreds of processes, and each would compile the package for itself.
-unit: setup setup-browser
+# In two processes, for much of a test's time is waiting: for Ray to start, for a killed worker to be missed.
+unit: ONLY := -m "not slow"
+unit unit-all: setup setup-browser
 	$(BIN)/python -m compileall -q pharmacist_ray
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ONLY)
 
 # The report's tests look at the page in a real browser; without one they are skipped.
 setup-browser:
@@ -47,3 +52,8 @@ search-demo: setup
 	$(BIN)/pharmacist testbed $(SEARCH) --seed 7
 	$(BIN)/pharmacist search --config $(SEARCH)/search.yaml
 	$(BIN)/pharmacist report --config $(SEARCH)/search.yaml
+
+# The documentation as a site in build/site, without a network. Not --quiet: MkDocs would then pass over its warnings.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/site/index.html"

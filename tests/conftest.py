@@ -20,6 +20,8 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",  # nobody else can reach a test's private Ray
     RAY_USAGE_STATS_ENABLED="0",
     RAY_LOG_MONITOR_MANY_FILES_THRESHOLD="1",  # a session has hundreds of workers' logs, which nobody follows
+    RAY_enable_worker_prestart="0",  # most tests need fewer workers than there are CPUs
+    RAY_prestart_worker_first_driver="0",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_worker_niceness="0",
@@ -36,8 +38,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
+from tests.two_workers import TwoWorkers
 
 torch.set_num_threads(1)
+
+LONGEST = (
+    "search/test_search.py", "cluster/test_jobs.py", "faults/test_workers.py", "faults/test_poison_rows.py", "pipeline/test_stages.py",
+    "training/test_layouts.py", "faults/test_nodes.py", "faults/test_disk.py", "cluster/test_slurm.py",
+)  # fmt: skip
+"""What takes minutes, for `make test` to begin with; the rest then fills both processes to the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files where several processes share the tests."""
+
+    def place(item: pytest.Item) -> int:
+        file = f"{item.path.parent.name}/{item.path.name}"
+        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=place)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["PHARMACIST_SCRATCH"], ignore_errors=True)
+
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *[f"w{i}" for i in range(44)]]
 
@@ -170,12 +196,6 @@ def s3() -> Iterator[Bucket]:
     thread.join()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _scratch() -> Iterator[None]:
-    yield
-    shutil.rmtree(os.environ["PHARMACIST_SCRATCH"], ignore_errors=True)
-
-
 @pytest.fixture
 def placed_example(tmp_path: Path) -> dict[str, Any]:
     """Return the configuration that `init` writes, as plain values, with a run directory and data that are absolute paths."""
@@ -205,6 +225,14 @@ def ray_local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_workers(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
+    """Return what calls work(payload, ranks) on two workers that the session shares."""
+    shared = TwoWorkers(tmp_path_factory.mktemp("two-workers"))
+    yield shared
+    shared.end()
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

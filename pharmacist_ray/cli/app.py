@@ -7,11 +7,14 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pharmacist_ray import __version__
+from pharmacist_ray.cli.complete import job_names, override_keys
 from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, unknown_name
 
 app = typer.Typer(
@@ -19,14 +22,16 @@ app = typer.Typer(
     help="Rank safety-alignment data against harmful fine-tuning, align on the best of it, and measure what that is worth.",
     epilog="Start with `pharmacist init`, look at what it wrote, then `pharmacist run --config pharmacist.yaml`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file; `pharmacist init` writes one.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides by dotted key, for example selection.ratio=0.4")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides by dotted key, for example selection.ratio=0.4", autocompletion=override_keys
+    ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a broken row an error instead of putting it into quarantine.")]
 Defences = Annotated[
@@ -41,11 +46,27 @@ Address = Annotated[
 JobId = Annotated[str, typer.Argument(metavar="ID", help="The id that `submit` printed.")]
 
 job_app = typer.Typer(name="job", help="Look at submitted jobs of a cluster, or stop one.", no_args_is_help=True)
-app.add_typer(job_app)
+
+START, STAGES, RESULTS, TESTBED, CLUSTER = "Start here", "Stages", "Search and report", "Testbed", "Cluster"
+"""Panels of the help, in the order of their first commands below."""
+
+app.add_typer(job_app, rich_help_panel=CLUSTER)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        under = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "deepspeed"))
+        typer.echo(f"pharmacist {__version__} ({under})")
+        raise typer.Exit
 
 
 @app.callback()
-def _start(context: typer.Context) -> None:
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which versions these are, and exit.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand not in ("submit", "job"):  # which talk to a cluster, with its token
         private_ray()
 
@@ -91,62 +112,90 @@ def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = 
     run_stage(name, loaded, strict=strict)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("pharmacist.yaml"),
+    every: Annotated[
+        bool, typer.Option("--all", help="Write every key there is, and not only those that most runs set.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a commented configuration to start from."""
+    from pharmacist_ray.config.template import template
+
+    if path.exists() and not force:
+        raise ArtifactError(f"{path} is there already; choose another name or pass --force")
+    try:
+        path.write_text(template(every=every), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another name") from error
+    typer.echo(f"wrote {path}: fill in model.path and data.*, then `pharmacist doctor --config {path}`")
+
+
+@app.command(rich_help_panel=START)
+def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this run's file, too.")] = None) -> None:
+    """Say in words what this machine and this configuration can run."""
+    from pharmacist_ray.doctor.examine import examine
+
+    examine(config)
+
+
+@app.command(rich_help_panel=STAGES)
 def run(config: ConfigOption, overrides: Overrides = None, strict: Strict = False, defences: Defences = None) -> None:
     """All stages, or those whose inputs changed: ingest, fit, score, select, align, attack, evaluate, report."""
     crossed = [f"comparison.defences=[{defences}]"] if defences else []
     _stage("run", config, [*(overrides or []), *crossed], strict)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def ingest(config: ConfigOption, overrides: Overrides = None, strict: Strict = False) -> None:
     """Read and check every data set; broken rows go to quarantine with file, line and reason."""
     _stage("ingest", config, overrides, strict)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def fit(config: ConfigOption, overrides: Overrides = None) -> None:
     """Fit the selector: warm-up, simulated attack, and the direction that candidates are measured along."""
     _stage("fit", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def score(config: ConfigOption, overrides: Overrides = None) -> None:
     """Score every candidate by every configured scorer."""
     _stage("score", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def select(config: ConfigOption, overrides: Overrides = None) -> None:
     """Write the curated subset: the rows to align on."""
     _stage("select", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def align(config: ConfigOption, overrides: Overrides = None) -> None:
     """Align the model on every arm of the comparison."""
     _stage("align", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def attack(config: ConfigOption, overrides: Overrides = None) -> None:
     """Fine-tune the aligned models on a user's task with harmful rows mixed in."""
     _stage("attack", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
     """Let every model answer, judge the answers, and write evaluation/summary.json."""
     _stage("evaluate", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def report(config: ConfigOption, overrides: Overrides = None) -> None:
     """Print the comparison as a table, and write it and a page of the whole run to report/."""
     _stage("report", config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def search(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -172,15 +221,7 @@ def search(
     run_search(loaded, resume=resume)
 
 
-@app.command()
-def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this run's file, too.")] = None) -> None:
-    """Say in words what this machine and this configuration can run."""
-    from pharmacist_ray.doctor.examine import examine
-
-    examine(config)
-
-
-@app.command()
+@app.command(rich_help_panel=TESTBED)
 def benchmark(
     objectives: Annotated[list[str] | None, typer.Argument(help="What to measure besides SFT; default: all.")] = None,
     rounds: Annotated[int, typer.Option(help="Steps of each objective, which take turns.")] = 5,
@@ -193,24 +234,7 @@ def benchmark(
     measure(objectives or list(OBJECTIVES), Load(rounds=rounds))
 
 
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("pharmacist.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
-) -> None:
-    """Write a commented configuration to start from."""
-    from pharmacist_ray.config.template import template
-
-    if path.exists() and not force:
-        raise ArtifactError(f"{path} is there already; choose another name or pass --force")
-    try:
-        path.write_text(template(), encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another name") from error
-    typer.echo(f"wrote {path}: fill in model.path and data.*, then `pharmacist doctor --config {path}`")
-
-
-@app.command()
+@app.command(rich_help_panel=TESTBED)
 def testbed(
     folder: Annotated[Path, typer.Argument(help="Folder for the world's data, its base model and config.yaml.")],
     overrides: Overrides = None,
@@ -223,7 +247,7 @@ def testbed(
     make_testbed(folder, seed, overrides or [], base)
 
 
-@app.command()
+@app.command(rich_help_panel=TESTBED)
 def plant(
     safety: Annotated[Path, typer.Argument(help="JSONL of trusted prompt/response safety pairs.")],
     benign: Annotated[Path, typer.Argument(help="JSONL of ordinary prompt/response pairs.")],
@@ -232,14 +256,16 @@ def plant(
     ],
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Draws rows and corruptions.")] = 0,
+    candidates: Annotated[int, typer.Option(min=1, help="How many candidates to make.")] = 800,
+    trusted: Annotated[int, typer.Option(min=1, help="Rows of each of the three trusted sets.")] = 150,
 ) -> None:
     """Plant known corruption in a data set of yours, and train a tiny base model on it, to see how well the scorers find it."""
     from pharmacist_ray.testbed.make import make_planted
 
-    make_planted(safety, benign, folder, seed, overrides or [])
+    make_planted(safety, benign, folder, seed, overrides or [], candidates=candidates, trusted=trusted)
 
 
-@app.command()
+@app.command(rich_help_panel=TESTBED)
 def grade(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -253,11 +279,14 @@ def grade(
     grade_run(load_config(config, overrides or []), column, good or ["clean"])
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def submit(
-    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search or benchmark.")],
+    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search or benchmark.", autocompletion=job_names)],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; for benchmark its own options, after `--`.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Overrides; for benchmark its own options, after `--`.", autocompletion=override_keys
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="The run's YAML file, which travels with the job; not for benchmark.")
@@ -282,19 +311,20 @@ def submit(
     cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; with 0 it runs on the head.")] = 0,
 ) -> None:
     """Run a job on a Ray cluster. Submit the same line again after an interruption: what is finished is kept."""
-    from pharmacist_ray.cli import submit as jobs
+    from pharmacist_ray.cli import jobs
+    from pharmacist_ray.cli import submit as sending
 
-    if job not in jobs.JOBS:
-        raise unknown_name("job", job, jobs.JOBS)
+    if job not in sending.JOBS:
+        raise unknown_name("job", job, sending.JOBS)
     if (config is None) != (job == "benchmark"):
         raise ConfigError("benchmark takes no --config" if config else f"{job} needs --config FILE; `pharmacist init` writes one")
     if config is not None:  # what is wrong in it is known before anything is sent
         from pharmacist_ray.config import load_config
 
-        jobs.check_paths(load_config(config, arguments or []))
-    variables = jobs.environment(env or [])
+        sending.check_paths(load_config(config, arguments or []))
+    variables = sending.environment(env or [])
     client = jobs.connect(address)
-    given = jobs.submit(client, job, arguments or [], config=config, working_dir=working_dir, env=variables, id=id, cpus=cpus)
+    given = sending.submit(client, job, arguments or [], config=config, working_dir=working_dir, env=variables, id=id, cpus=cpus)
     typer.echo(f"submitted {job} as job {given} to {client.get_address()}")
     if not follow:
         typer.echo(f"follow it: pharmacist job logs {given} --follow; stop it: pharmacist job stop {given}")
@@ -305,7 +335,7 @@ def submit(
 @job_app.command("list")
 def list_jobs(address: Address = None) -> None:
     """List the submitted jobs, the latest first."""
-    from pharmacist_ray.cli import submit as jobs
+    from pharmacist_ray.cli import jobs
 
     jobs.show_jobs(jobs.connect(address))
 
@@ -313,7 +343,7 @@ def list_jobs(address: Address = None) -> None:
 @job_app.command()
 def status(id: JobId, address: Address = None) -> None:
     """Say how a job is."""
-    from pharmacist_ray.cli import submit as jobs
+    from pharmacist_ray.cli import jobs
 
     jobs.show_status(jobs.connect(address), id)
 
@@ -325,7 +355,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends; exit with its exit code.")] = False,
 ) -> None:
     """Print a job's log."""
-    from pharmacist_ray.cli import submit as jobs
+    from pharmacist_ray.cli import jobs
 
     if follow:
         raise typer.Exit(jobs.follow(jobs.connect(address), id))
@@ -335,7 +365,7 @@ def logs(
 @job_app.command()
 def stop(id: JobId, address: Address = None) -> None:
     """Stop a job and wait until it has ended; what it had finished stays."""
-    from pharmacist_ray.cli import submit as jobs
+    from pharmacist_ray.cli import jobs
 
     jobs.stop(jobs.connect(address), id)
 

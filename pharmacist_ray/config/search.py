@@ -13,7 +13,9 @@ class RangeConfig(Section):
     """Numbers between two ends, both included; whole numbers if the ends are."""
 
     low: int | float
+    """The lowest number."""
     high: int | float
+    """The highest number."""
     log: bool = False
     """Draw evenly on the logarithmic scale."""
     step: int | float | None = None

@@ -45,36 +45,57 @@ _BRIEF = (SourceConfig,)
 """Sections whose defaults are shown once, in `EXAMPLE`, because they occur many times."""
 
 
-def template() -> str:
-    """Return the YAML text: every section and field with its description above it, defaults included."""
+USUAL = (
+    "model.dtype",
+    "resources.workers",
+    "resources.gpus_per_worker",
+    "selection.ratio",
+    "alignment.objective",
+    "attacks.harmful_share",
+    "evaluation.judge",
+)
+"""What has a default but is changed in most runs, by its dotted name; with `EXAMPLE` the short file."""
+
+
+def template(*, every: bool = False) -> str:
+    """Return the YAML text: keys with their descriptions above them, defaults included.
+
+    Args:
+        every: Write every key there is; else those of `EXAMPLE` and `USUAL`, and of a source its path.
+    """
     config = Config.model_validate(EXAMPLE)
-    head = (
-        "# A run of pharmacist. Every key is explained above it; keys with a default may be left out.\n"
-        "# Relative paths are relative to where you run the command.\n"
-    )
-    return head + "\n".join(_section(config, EXAMPLE, 0)) + "\n"
+    if every:
+        keys = "Every key is explained above it; keys with a default may be left out."
+    else:
+        keys = "These are the keys that most runs set; `pharmacist init --all` writes every one there is."
+    head = f"# A run of pharmacist. {keys}\n# Relative paths are relative to where you run the command.\n"
+    return head + "\n".join(_section(config, EXAMPLE, 0, "", every)) + "\n"
 
 
-def _section(section: BaseModel, given: Any, depth: int) -> list[str]:
+def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool) -> list[str]:
     lines: list[str] = []
     pad = "  " * depth
     for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+        value, key = getattr(section, name), f"{where}{name}"
         shown = given.get(name) if isinstance(given, dict) else None
         if shown is None and isinstance(section, _BRIEF) and field.default == value:
+            continue
+        if not every and shown is None and not any(f"{usual}.".startswith(f"{key}.") for usual in USUAL):
             continue
         if not depth:
             lines.append("")
         description = field.description or (type(value).__doc__ if isinstance(value, BaseModel) else None)
-        if description:
+        if description and (every or field.description):
             text = " ".join(description.split())
             lines += [f"{pad}# {line}" for line in textwrap.wrap(text, 118 - len(pad))]
-        if isinstance(value, BaseModel):
-            lines += [f"{pad}{name}:", *_section(value, shown, depth + 1)]
+        if isinstance(value, _BRIEF) and not every:
+            lines.append(f"{pad}{name}: {{path: {', '.join(value.path)}}}")
+        elif isinstance(value, BaseModel):
+            lines += [f"{pad}{name}:", *_section(value, shown, depth + 1, f"{key}.", every)]
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             lines.append(f"{pad}{name}:")
             for index, item in enumerate(value):
-                first, *rest = _section(item, shown[index] if shown else None, depth + 2)
+                first, *rest = _section(item, shown[index] if shown else None, depth + 2, f"{key}.", every)
                 body = [first, *rest]
                 start = next(i for i, line in enumerate(body) if not line.lstrip().startswith("#"))
                 body[start] = f"{pad}  - {body[start].lstrip()}"

@@ -1,13 +1,15 @@
-"""Open a run: lock nothing, own nothing of the caller's; write down what is run, connect to Ray, run the stage."""
+"""Open a run: lock nothing, own nothing of the caller's; write down what is run, connect to Ray where a stage needs it, run the stage."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryFile
 
 import ray
 
@@ -16,7 +18,7 @@ from pharmacist_ray.config.schema import Config, ResourcesConfig
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.stages import STAGES, check, reused, run_all, run_ingest
+from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
 from pharmacist_ray.storage import write_text
 
 TRIAL_CPUS = 0.1
@@ -49,20 +51,34 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {escaped(run.root)}[/]")
-    with connected(config.resources):
+    if names == ("run",):
+        left_out = {"evaluate" if config.evaluation is None else "", "attack" if not config.attacks else ""}
+        names, headings = [name for name in STAGES if name not in left_out], True
+    with ExitStack() as ray_open:
         for name in names:
             started = time.perf_counter()
             if headings:
                 say(f"[bold]{name}[/]{reused(run, name)}")
-            if name == "run":
-                run_all(run, strict=strict)
-            elif name == "ingest":
+            if needs_ray(run, name):
+                ray_open.enter_context(connected(config.resources))
+            if name == "ingest":
                 run_ingest(run, strict=strict)
             else:
                 STAGES[name](run)
             if headings:
                 say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
     return run
+
+
+def needs_ray(run: Run, name: str) -> bool:
+    """Whether a stage needs Ray, which takes seconds to start: something of it is missing, and other processes are to make it.
+
+    Ingestion is always done by Ray Data, training by ``resources.workers`` and scoring and evaluation by ``resources.actors``, or in
+    this process where those are 0. Selection and the report are made here.
+    """
+    workers, actors = run.config.resources.workers, run.config.resources.actors
+    processes = {"ingest": 1, "fit": workers, "score": actors, "align": workers, "attack": workers, "evaluate": actors}
+    return processes.get(name, 0) > 0 and not all(artifact.ready for artifact in made_by(run, name))
 
 
 def needed_by(resources: ResourcesConfig, trials: int) -> dict[str, float]:
@@ -108,19 +124,44 @@ def connected(resources: ResourcesConfig, *, trials: int = 0) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Nobody announces to a private Ray that its one machine will go; a process that listens for it costs seconds of every run.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Hide the machine's GPUs from processes that asked for none: PEFT would take any that it sees.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     wanted = resources.cpus_per_worker * max(resources.workers * resources.parallel_runs, resources.actors)
-    ray.init(
-        address="local",  # else Ray would look for a head that somebody started on this machine
-        num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=int(os.environ.get("PHARMACIST_OBJECT_STORE_BYTES", 512 << 20)),
-    )
+    with _without_log_level_line():
+        ray.init(
+            address="local",  # else Ray would look for a head that somebody started on this machine
+            num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999) + 2, math.ceil(needed_by(resources, trials)["CPU"])),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=int(os.environ.get("PHARMACIST_OBJECT_STORE_BYTES", 512 << 20)),
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_log_level_line() -> Iterator[None]:
+    """Keep from standard error the one line by which Ray's C++ code says, at its start, that it heeds RAY_BACKEND_LOG_LEVEL.
+
+    It has no switch and writes past Python. Everything else is passed on when the block ends.
+    """
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with TemporaryFile() as caught:  # not a pipe, which could fill up
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
+            caught.seek(0)
+            for line in caught:
+                if b"Set ray log level from environment variable" not in line:
+                    os.write(2, line)
 
 
 def _quiet_ray_data() -> None:

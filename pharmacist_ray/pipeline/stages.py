@@ -1,13 +1,12 @@
 """The stages, each a function of a run: it makes the artifacts that are missing from those of earlier stages.
 
-A stage called by itself needs its inputs to be ready and says so if they are not; `run_all` goes through them in order, so it does
-only what is missing or whose inputs changed.
+A stage called by itself needs its inputs to be ready and says so if they are not; in order, they do only what is missing or whose
+inputs changed.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -255,8 +254,8 @@ STAGES: dict[str, Callable[[Run], None]] = {
 """In the order in which they run."""
 
 
-def reused(run: Run, name: str) -> str:
-    """Return how much of what a stage makes was made before, in words that follow its name; nothing if none of it."""
+def made_by(run: Run, name: str) -> list[Artifact]:
+    """Return what a stage makes; of the report, which is written anew every time, nothing."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
         "ingest": lambda: [run.ingested(source) for source in run.sources],
         "fit": lambda: [run.fitted] if run.needs_selector else [],
@@ -266,28 +265,11 @@ def reused(run: Run, name: str) -> str:
         "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],
     }
-    wanted = artifacts[name]() if name in artifacts else []
+    return artifacts[name]() if name in artifacts else []
+
+
+def reused(run: Run, name: str) -> str:
+    """Return how much of what a stage makes was made before, in words that follow its name; nothing if none of it."""
+    wanted = made_by(run, name)
     ready = sum(artifact.ready for artifact in wanted)
     return "" if not ready else f": {ready} of {len(wanted)} there already" if ready < len(wanted) else ": there already"
-
-
-def run_all(run: Run, *, strict: bool = False) -> None:
-    """Run every stage that the configuration asks for; what is ready is not made again.
-
-    Args:
-        run: The run.
-        strict: A broken row is an error.
-    """
-    check(run)
-    for name, stage in STAGES.items():
-        if run.config.evaluation is None and name == "evaluate":
-            continue
-        if name == "attack" and not run.config.attacks:
-            continue
-        started = time.perf_counter()
-        say(f"[bold]{name}[/]")
-        if name == "ingest":
-            run_ingest(run, strict=strict)
-        else:
-            stage(run)
-        say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")

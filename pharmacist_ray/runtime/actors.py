@@ -15,6 +15,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.runtime.ranks import stay_on_cpu
 
 Unit = dict[str, Any]
 """One unit of work, a few plain values: they travel through Ray's object store."""
@@ -112,6 +113,7 @@ def on_actors(
         ResourceError: The cluster has no room for an actor, or actors died more often than they are replaced.
     """
     if not resources.actors:
+        stay_on_cpu()
         yield from map(kind(**arguments), units)
         return
     check_room(per_worker(resources), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ class Ranks:
         """Wait until every worker is here."""
         if self.workers > 1:
             dist.barrier()
+
+
+def stay_on_cpu() -> None:
+    """Let libraries compute on the CPU in this process, whatever GPUs the machine has: DeepSpeed and PEFT take any that they see."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if "deepspeed" in sys.modules:  # has chosen when it was imported
+        from deepspeed.accelerator import set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
 
 
 def current_ranks() -> Ranks:

@@ -18,7 +18,7 @@ from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import PharmacistError, ResourceError, TrainingError
 from pharmacist_ray.runtime.actors import check_room, per_worker
 from pharmacist_ray.runtime.group_store import GroupStore
-from pharmacist_ray.runtime.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks, stay_on_cpu
 from pharmacist_ray.storage import RemotePath, StoragePath, disk_full_errors
 
 MAX_PREEMPTIONS = 1000
@@ -55,6 +55,7 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: StoragePath,
     """
     threads = max(1, int(resources.cpus_per_worker))
     if not resources.workers:
+        stay_on_cpu()
         torch.set_num_threads(threads)
         with disk_full_errors(storage):
             return work(payload, current_ranks())
@@ -65,7 +66,10 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: StoragePath,
     trainer = TorchTrainer(
         _on_worker,
         # As bytes, which Ray Train's controller passes on unread: else it would import all of this first, and then the workers would.
-        train_loop_config={"pickled": cloudpickle.dumps((work, payload, threads, store))},
+        train_loop_config={
+            "pickled": cloudpickle.dumps((work, payload, threads, store)),
+            "on_cpu": not resources.gpus_per_worker,
+        },
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=needed
         ),
@@ -120,9 +124,11 @@ def _why(
     )
 
 
-def _on_worker(config: dict[str, bytes]) -> tuple[Any, PharmacistError | None]:
+def _on_worker(config: dict[str, Any]) -> tuple[Any, PharmacistError | None]:
     work: Callable[[Any, Ranks], Any]
     store: GroupStore
+    if config["on_cpu"]:
+        stay_on_cpu()  # before DeepSpeed is imported with what is unpickled
     work, payload, threads, store = pickle.loads(config["pickled"])  # noqa: S301 - our own
     torch.set_num_threads(threads)
     ranks = replace(current_ranks(), set_status=store.set_status)

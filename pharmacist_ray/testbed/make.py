@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pharmacist_ray.pipeline.console import escaped, say, watch_training
 from pharmacist_ray.pipeline.session import connected
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import write_text
-from pharmacist_ray.testbed.plant import plant, write_jsonl
+from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED, plant, write_jsonl
 from pharmacist_ray.testbed.tiny import bpe_tokenizer, tiny_llama, word_tokenizer
 from pharmacist_ray.testbed.world import World
 from pharmacist_ray.training.runs import run_tasks
@@ -66,7 +67,16 @@ def make_testbed(folder: Path, seed: int, overrides: Sequence[str] = (), base: P
     say(f"  testbed ready in {time.perf_counter() - started:.0f} s: {escaped(folder)} (seed {seed})")
 
 
-def make_planted(safety: Path, benign: Path, folder: Path, seed: int, overrides: Sequence[str] = ()) -> None:
+def make_planted(
+    safety: Path,
+    benign: Path,
+    folder: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+    *,
+    candidates: int = CANDIDATES,
+    trusted: int = TRUSTED,
+) -> None:
     """Plant corruption of known kind in a data set, train a tiny base model on the ordinary pairs, and write a configuration.
 
     Args:
@@ -75,18 +85,20 @@ def make_planted(safety: Path, benign: Path, folder: Path, seed: int, overrides:
         folder: Gets ``data/``, ``base/`` and ``config.yaml``.
         seed: Draws rows and corruptions.
         overrides: Dotted keys of ``planted.yaml``, its ``pretraining`` section included.
+        candidates: How many candidates.
+        trusted: The size of each of the three trusted sets.
 
     Raises:
         DataError: A file cannot be read, or has too few rows.
     """
     started = time.perf_counter()
-    trusted, ordinary = _read_pairs(safety), _read_pairs(benign)
-    sets = plant(trusted, ordinary, seed)
+    safe, ordinary = _read_pairs(safety), _read_pairs(benign)
+    sets = plant(safe, ordinary, seed, candidates=candidates, trusted=trusted)
     write_jsonl(sets, folder / "data")
     settings = _settings("planted.yaml", folder, overrides)
     pretraining = settings.pop("pretraining")
     pretraining.pop("rows", None)
-    texts = [f"{row['prompt']}\n{row['response']}" for row in [*trusted, *ordinary]]
+    texts = [f"{row['prompt']}\n{row['response']}" for row in [*safe, *ordinary]]
     _pretrain(
         folder / "base",
         ordinary,
@@ -165,7 +177,10 @@ def _pretrain(
         seed=seed,
     )
     resources = ResourcesConfig(workers=pretraining["workers"])
-    with connected(resources), watch_training("train the base model (steps)", [work / "run"], [train.steps]):
+    with (
+        connected(resources) if resources.workers else nullcontext(),
+        watch_training("train the base model (steps)", [work / "run"], [train.steps]),
+    ):
         run_on_workers(run_tasks, [task], name="base", storage=work / "ray", resources=resources)
     (work / "run" / "model").rename(base)
     write_text(recipe, base / "recipe.json")

@@ -19,6 +19,9 @@ from pharmacist_ray.errors import ConfigError, DataError
 SHARES = {"clean": 0.5, "swapped": 0.2, "benign": 0.2, "shuffled": 0.1}
 """Shares of the qualities among the candidates (ours)."""
 
+CANDIDATES = 800
+"""How many candidates are planted (ours)."""
+
 TRUSTED = 150
 """The size of each trusted set (ours)."""
 
@@ -28,7 +31,7 @@ def plant(
     benign_rows: Sequence[Mapping[str, Any]],
     seed: int = 0,
     *,
-    candidates: int = 800,
+    candidates: int = CANDIDATES,
     trusted: int = TRUSTED,
     shares: Mapping[str, float] = SHARES,
 ) -> dict[str, list[dict[str, str]]]:
@@ -57,15 +60,12 @@ def plant(
     safety, ordinary = _distinct(safety_rows), _distinct(benign_rows)
     draw.shuffle(safety)
     draw.shuffle(ordinary)
-    counts = {quality: round(candidates * shares.get(quality, 0.0)) for quality in SHARES}
-    counts["clean"] += candidates - sum(counts.values())
-    from_safety = counts["clean"] + counts["swapped"] + counts["shuffled"] + 2 * trusted
-    from_ordinary = counts["benign"] + trusted + 1  # at least one answer to swap in
-    for name, rows, needed in (("safety", safety, from_safety), ("benign", ordinary, from_ordinary)):
+    counts = _counts(candidates, shares)
+    for name, rows, needed in zip(("safety", "benign"), (safety, ordinary), _needed(counts, trusted), strict=True):
         if len(rows) < needed:
             raise DataError(
                 f"planting {candidates} candidates and sets of {trusted} needs {needed} distinct {name} pairs, "
-                f"but there are {len(rows)}; lower the numbers"
+                f"but there are {len(rows)}; {_advice(len(safety), len(ordinary), candidates, trusted, shares)}"
             )
 
     take_safety, take_ordinary = iter(safety), iter(ordinary)
@@ -96,6 +96,28 @@ def plant(
         "harmful": swap(to_harm, answers[len(to_swap) :]),
         "benign": trusted_benign,
     }
+
+
+def _counts(candidates: int, shares: Mapping[str, float]) -> dict[str, int]:
+    counts = {quality: round(candidates * shares.get(quality, 0.0)) for quality in SHARES}
+    counts["clean"] += candidates - sum(counts.values())
+    return counts
+
+
+def _needed(counts: Mapping[str, int], trusted: int) -> tuple[int, int]:
+    """Return how many safety pairs and how many ordinary pairs are used up."""
+    from_safety = counts["clean"] + counts["swapped"] + counts["shuffled"] + 2 * trusted
+    return from_safety, counts["benign"] + trusted + 1  # at least one answer to swap in
+
+
+def _advice(safety: int, ordinary: int, candidates: int, trusted: int, shares: Mapping[str, float]) -> str:
+    """Return what to do where there are too few pairs: the largest numbers in the same proportion that there is enough for."""
+    for fewer in range(candidates - 1, 0, -1):
+        smaller = max(1, trusted * fewer // candidates)
+        from_safety, from_ordinary = _needed(_counts(fewer, shares), smaller)
+        if from_safety <= safety and from_ordinary <= ordinary:
+            return f"lower the numbers, for example --candidates {fewer} --trusted {smaller}"
+    return "no --candidates and --trusted are low enough: give more pairs"
 
 
 def write_jsonl(sets: Mapping[str, Sequence[Mapping[str, str]]], folder: str | Path) -> list[Path]:

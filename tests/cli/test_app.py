@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from typer import rich_utils
 
+from pharmacist_ray import __version__
 from pharmacist_ray.cli import app as module
 from pharmacist_ray.cli.app import app, main
+from pharmacist_ray.cli.complete import override_keys
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.errors import DataError
@@ -46,6 +51,52 @@ def test_help_names_every_stage_and_how_to_start(pharmacist):
         assert pharmacist(stage, "-h")[0] == 0
 
 
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_sorts_the_commands_into_panels_and_cuts_no_line(pharmacist, columns, monkeypatch):
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", int(columns))
+    out = pharmacist("--help")[1]
+    panels = re.findall(r"^╭─ (.+?) ─", out, re.MULTILINE)
+    assert panels == ["Options", "Start here", "Stages", "Search and report", "Testbed", "Cluster"]
+    assert "…" not in out
+    listed = re.findall(r"^│ (\w+) ", out, re.MULTILINE)
+    assert len(listed) == len(app.registered_commands) + 1  # and `job`
+
+
+def test_the_version_names_what_is_underneath_without_importing_it():
+    code = (
+        "import sys; from pharmacist_ray.cli.app import app; app(['--version'], standalone_mode=False); "
+        "print([name for name in ('torch', 'ray', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    under = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "deepspeed"))
+    assert out == f"pharmacist {__version__} ({under})\n[]\n"
+
+
+def completed(line: str, shell: str = "bash") -> list[str]:
+    """Return what a shell would offer at the end of a line."""
+    words = line.split(" ")
+    code = "import sys; sys.argv = ['pharmacist']; from pharmacist_ray.cli.app import main; main()"
+    variables = {"_PHARMACIST_COMPLETE": f"complete_{shell}", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **variables})
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_jobs_and_keys():
+    assert completed("pharmacist al") == ["align"]
+    assert completed("pharmacist submit cu") == ["curate"]
+    assert completed("pharmacist run -c x.yaml selection.ra") == ["selection.ratio="]
+    assert override_keys("alignment.harmful.path") == ["alignment.harmful.path="]
+    assert override_keys("attacks.0.train.lr") == ["attacks.0.train.lr="]
+
+
+def test_the_completion_is_shown():
+    code = "import sys; sys.argv = ['pharmacist', '--show-completion']; from pharmacist_ray.cli.app import main; main()"
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}"; exit $?'], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "_PHARMACIST_COMPLETE=complete_bash" in done.stdout
+
+
 def test_help_is_there_before_torch_and_ray_are():
     code = (
         "import sys; from pharmacist_ray.cli.app import app; "
@@ -60,6 +111,10 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
     assert code == 0
     assert f"wrote {target}" in out
     assert load_config(target).attacks[0].name == "p10"
+    long = tmp_path / "long.yaml"
+    assert pharmacist("init", "--all", long)[0] == 0
+    assert load_config(long) == load_config(target)
+    assert len(long.read_text()) > 3 * len(target.read_text())
     target.write_text("mine")
     assert pharmacist("init", target) == (5, "", f"pharmacist: {target} is there already; choose another name or pass --force\n")
     assert target.read_text() == "mine"

@@ -211,6 +211,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_worker_niceness": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
         # A node that does not answer is dead after two seconds; one that is slow to answer is not.
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "500",

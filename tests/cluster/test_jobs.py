@@ -21,7 +21,7 @@ from pharmacist_ray.testbed.world import World
 
 from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 ROWS, UNIQUE, SHARDS = 240, 237, 24
 
@@ -101,6 +101,7 @@ def test_a_submitted_curation_is_followed_to_its_result(undisturbed):
     assert all(line.expandtabs().isprintable() for line in lines)
 
 
+@pytest.mark.slow
 def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
     run, _ = undisturbed
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
@@ -113,6 +114,7 @@ def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undisturbed):
     """Kill one of two nodes with `SIGKILL` in the middle of a shard; the job finishes on the other, with the same selection."""
     run = world / "disturbed"
@@ -185,6 +187,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running_until_it_is_stopped(cluster, world):
     submitter = subprocess.Popen(
         [sys.executable, "-c", "from pharmacist_ray.cli.app import main; main()", "submit", "curate", "--config", world / "config.yaml",

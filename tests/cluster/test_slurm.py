@@ -124,7 +124,6 @@ def _seen(environment: dict[str, str], script: subprocess.Popen[str]) -> dict[st
     return seen
 
 
-@pytest.mark.slow
 def test_the_job_runs_on_the_whole_cluster_and_leaves_nothing_behind(slurm: dict[str, str]) -> None:
     script = _start(slurm, "--config", "a b.yaml", "run_dir=/mnt/cluster/x")
     seen = _seen(slurm, script)

@@ -5,12 +5,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from pydantic import BaseModel
 
 from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.config.schema import SourceConfig
-from pharmacist_ray.config.template import EXAMPLE, template
+from pharmacist_ray.config.template import EXAMPLE, USUAL, template
 
 
 def _fields(section: BaseModel, values: Any, where: str = "") -> list[tuple[str, bool, str | None]]:
@@ -26,13 +27,35 @@ def _fields(section: BaseModel, values: Any, where: str = "") -> list[tuple[str,
     return found
 
 
-def test_the_template_loads_and_is_the_defaults(tmp_path: Path):
-    (tmp_path / "pharmacist.yaml").write_text(template(), encoding="utf-8")
+@pytest.mark.parametrize("every", [False, True])
+def test_the_template_loads_and_is_the_defaults(every: bool, tmp_path: Path):
+    (tmp_path / "pharmacist.yaml").write_text(template(every=every), encoding="utf-8")
     assert load_config(tmp_path / "pharmacist.yaml") == Config.model_validate(EXAMPLE)
 
 
+def test_the_short_template_is_a_part_of_the_long_one_and_fits_on_a_screen_or_two():
+    text = template()
+    assert 30 <= len(text.splitlines()) <= 70
+    assert "pharmacist init --all" in text.splitlines()[0]
+
+    def missing(short: Any, long: Any, where: str = "") -> list[str]:
+        """Return where the short one has what the long one has not, or has otherwise; one path stands for a list of one."""
+        if isinstance(short, dict):
+            return [lost for key in short for lost in missing(short[key], long.get(key), f"{where}.{key}")]
+        if isinstance(short, list) and short and isinstance(short[0], dict):
+            return [lost for one, other in zip(short, long, strict=True) for lost in missing(one, other, f"{where}.0")]
+        return [] if short == long or [short] == long else [where]
+
+    short = yaml.safe_load(text)
+    assert missing(short, yaml.safe_load(template(every=True))) == []
+    for usual in USUAL:
+        value = short
+        for key in usual.split("."):
+            value = value[0][key] if isinstance(value, list) else value[key]
+
+
 def test_every_field_of_every_section_is_there_but_a_sources_defaults_only_once():
-    fields = _fields(Config.model_validate(EXAMPLE), yaml.safe_load(template()))
+    fields = _fields(Config.model_validate(EXAMPLE), yaml.safe_load(template(every=True)))
     left_out = {name for name, shown, _ in fields if not shown}
     assert all(name.rpartition(".")[2] in SourceConfig.model_fields for name in left_out)
     assert not any(name.startswith("data.candidates") for name in left_out)
@@ -41,7 +64,7 @@ def test_every_field_of_every_section_is_there_but_a_sources_defaults_only_once(
 
 
 def test_every_key_is_explained_above_it():
-    lines = template().splitlines()
+    lines = template(every=True).splitlines()
     for number, line in enumerate(lines):
         if re.match(r" *(- )?\w+:", line):
             assert lines[number - 1].lstrip().startswith("# "), line

@@ -26,6 +26,7 @@ from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
+from tests.two_workers import TwoWorkers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SELECTOR = SelectorConfig(
@@ -96,10 +97,12 @@ def run_fit(model_folder: Path, folders: dict[str, Path]) -> Callable[..., dict[
 
 
 @pytest.fixture(scope="module")
-def pair(ray_local: None, run_fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole of it, fitted once by two Ray Train workers."""
+def pair(two_workers: TwoWorkers, run_fit: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole of it, fitted once by two workers."""
     out = tmp_path_factory.mktemp("pair") / "fit"
-    run_fit(out, workers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
+        run_fit(out, workers=2)
     return out
 
 

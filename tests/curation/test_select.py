@@ -135,7 +135,7 @@ def test_proportional_quotas_keep_each_categorys_share(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     scores=st.lists(
-        st.unknown_name(st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf]), st.floats(allow_nan=False)),
+        st.one_of(st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf]), st.floats(allow_nan=False)),
         min_size=1,
         max_size=60,
     ),

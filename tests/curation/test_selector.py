@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig
+from pharmacist_ray.config.schema import LoraConfig, SelectorConfig
 from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction, logit_gradient
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.runtime.workers import run_on_workers
+from tests.two_workers import TwoWorkers
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CONFIG = SelectorConfig(mode="iterative", inner_lr=0.05, batch_size=6, intensity=0.2)
@@ -387,13 +387,11 @@ def measure(payload: tuple[Path, list[list[Row]]], ranks: Ranks) -> dict[str, An
     return {"workers": ranks.workers, "restored": bits(point) == before, **numbers}
 
 
-@pytest.mark.usefixtures("ray_local")
-def test_two_workers_measure_what_one_does(model_folder: Path, sets: list[list[Row]], tmp_path: Path) -> None:
+def test_two_workers_measure_what_one_does(model_folder: Path, sets: list[list[Row]], two_workers: TwoWorkers) -> None:
     alone = measure((model_folder, sets), ALONE)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
     try:
-        resources = ResourcesConfig(workers=2, cpus_per_worker=0.5, max_failures=0)
-        pair = run_on_workers(measure, (model_folder, sets), name="pair", storage=tmp_path, resources=resources)
+        pair = two_workers(measure, (model_folder, sets))
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert pair["workers"] == 2

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from pharmacist_ray.config import load_config
-from pharmacist_ray.config.schema import LoraConfig, ModelConfig, ResourcesConfig, TrainConfig
+from pharmacist_ray.config.schema import LoraConfig, ModelConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.doctor.estimate import EXTRAS, RESERVE, Item, Setup, advice, layer_bytes, memory, setup_of, total
 from pharmacist_ray.doctor.pace import PEAK, UTILISATION, known_gpu, seconds, token_flops
@@ -19,9 +19,9 @@ from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.objectives import OBJECTIVES
+from tests.two_workers import TwoWorkers
 
 GIB = 2**30
 LLAMA_2_7B = {
@@ -280,15 +280,12 @@ ENGINES = [
 ]
 
 
-@pytest.mark.slow
 def test_weights_gradients_and_states_are_those_of_the_engine(
-    tiny: Callable[..., Any], batch_of: Callable[..., Batch], ray_local: None, tmp_path: Path
+    tiny: Callable[..., Any], batch_of: Callable[..., Batch], two_workers: TwoWorkers, tmp_path: Path
 ) -> None:
     _llama(tiny, 2, torch.float32, False).save_pretrained(tmp_path)
     shape = shape_of(ModelConfig(path=str(tmp_path), lora=LoraConfig(r=4)))
-    measured = run_on_workers(
-        _measure, (str(tmp_path), batch_of(4)), name="bytes", storage=tmp_path, resources=ResourcesConfig(workers=2)
-    )
+    measured = two_workers(_measure, (str(tmp_path), batch_of(4)))
     assert len(measured) == len(ENGINES)
     for (stage, offload, dtype, lora), found in measured:
         setup = Setup(workers=2, zero=stage, offload=offload, lora=lora, dtype=dtype)

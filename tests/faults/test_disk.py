@@ -14,7 +14,8 @@ import pytest
 from pharmacist_ray.cli.app import plain_failures
 from tests.faults.disturb import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.usefixtures("ray_local")
+slow = pytest.mark.slow
 
 
 @pytest.fixture
@@ -41,7 +42,12 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("stage", "leave"), [("ingest", 40_960), ("score", 40_960), ("score", 0), ("select", 16_384), ("align", 65_536)]
+    ("stage", "leave"),
+    [
+        ("ingest", 40_960),
+        ("score", 40_960),
+        *(pytest.param(*case, marks=slow) for case in (("score", 0), ("select", 16_384), ("align", 65_536))),
+    ],
 )
 def test_a_full_disk_is_one_line_and_nothing_half_done(
     stage: str, leave: int, calm: World, disk: Path, capsys: pytest.CaptureFixture[str]

@@ -15,8 +15,6 @@ from ray.cluster_utils import Cluster
 
 from tests.faults.disturb import World, command, kill_one, wait_for
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
@@ -48,6 +46,18 @@ def lose_node_of(cluster: Cluster, worker: psutil.Process) -> None:
         worker.kill()
 
 
+def test_a_node_lost_while_scoring(calm: World, cluster: Cluster, tmp_path: Path) -> None:
+    world = calm.copy(tmp_path / "run", "ingest", "fit")
+    with command(world, "score", RAY_ADDRESS=cluster.address) as process:
+        wait_for(kill_one("ShardScorer", lambda: world.scoring(3, 19), partial(lose_node_of, cluster)), process)
+        out = process.communicate(timeout=150)[0]
+    assert process.returncode == 0, out
+    assert re.search(r"score: a worker died over part-000\d\d\.parquet; it was scored again \(attempt 2\)", out)
+    assert world.scores() == calm.scores()
+    assert world.litter() == []
+
+
+@pytest.mark.slow
 def test_a_node_lost_while_scoring_and_another_while_training(aligned: World, cluster: Cluster, tmp_path: Path) -> None:
     world, lose = aligned.copy(tmp_path / "run", "ingest", "fit"), partial(lose_node_of, cluster)
     with command(world, "run", RAY_ADDRESS=cluster.address) as process:

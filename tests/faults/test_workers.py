@@ -12,7 +12,7 @@ from pharmacist_ray.curation import score as score_module
 from pharmacist_ray.errors import ResourceError
 from tests.faults.disturb import INJECT, World, command, kill_one, meanwhile, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 def test_a_scoring_actor_killed(calm: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +57,20 @@ def test_a_training_worker_killed(aligned: World, tmp_path: Path, capsys: pytest
     assert world.litter() == []
 
 
+def test_the_driver_killed_while_scoring(calm: World, tmp_path: Path) -> None:
+    world = calm.copy(tmp_path / "run", "ingest", "fit")
+    with command(world, "score") as process:
+        wait_for(lambda: world.scored() >= 3, process)
+    done = {file: file.stat().st_mtime_ns for file in (world.root / "scores" / "rows").glob("part-*.parquet")}
+    assert 3 <= len(done) < 24
+    assert not (world.root / "scores" / "manifest.json").exists()
+    world.stage("score")
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert world.scores() == calm.scores()
+    assert world.litter() == []
+
+
+@pytest.mark.slow
 def test_the_driver_killed_while_scoring_and_while_training(aligned: World, tmp_path: Path) -> None:
     world = aligned.copy(tmp_path / "run", "ingest", "fit")
     with command(world, "run") as process:
@@ -79,19 +93,20 @@ def test_the_driver_killed_while_scoring_and_while_training(aligned: World, tmp_
     assert world.litter() == []
 
 
-def test_a_training_worker_that_always_dies_ends_with_the_step_and_its_rows(calm: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("failures", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_training_worker_that_always_dies_ends_with_the_step_and_its_rows(failures: int, calm: World, tmp_path: Path) -> None:
     """Token 10 is in nearly every batch: the first step of the warm-up already ends every group."""
     world = calm.copy(tmp_path / "run", "ingest")
-    world.values["resources"] = {**world.values["resources"], "workers": 1, "max_failures": 1}
+    world.values["resources"] = {**world.values["resources"], "workers": 1, "max_failures": failures}
     with command(world, "fit", PYTHONPATH=f"{INJECT}:{Path.cwd()}", FAULTS_DEADLY_TOKEN="10") as process:
         out = process.communicate(timeout=150)[0]
     assert process.returncode == 7, out
     assert re.search(
-        r"pharmacist: fit: its workers died 2 times \(resources\.max_failures=1\), the last time at warm-up: step 1 of 2, rows "
-        r"[0-9a-f]{32}, .* \(8 in all\); if it is always there, look at these rows",
+        rf"pharmacist: fit: its workers died {failures + 1} times \(resources\.max_failures={failures}\), the last time at warm-up: "
+        r"step 1 of 2, rows [0-9a-f]{32}, .* \(8 in all\); if it is always there, look at these rows",
         out,
     )
     assert "Traceback" not in out
-    assert (world.root / "fit" / "warmup.partial" / "attempts").read_text() == "2"
+    assert (world.root / "fit" / "warmup.partial" / "attempts").read_text() == str(failures + 1)
     assert not (world.root / "fit" / "manifest.json").exists()
-    assert json.loads((world.root / "fit" / "warmup.progress.json").read_text())["attempt"] == 2
+    assert json.loads((world.root / "fit" / "warmup.progress.json").read_text())["attempt"] == failures + 1

@@ -27,7 +27,7 @@ from pharmacist_ray.data.rows import count_rows, iterate_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.pipeline.run import Run, Variant
 
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 
 REQUIRED = {
     "selection", "defence", "seed", "attack", "kept", "align_seconds", "hs_before", "hs_after", "coherent_refusal", "task_accuracy",
@@ -329,21 +329,25 @@ def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
     assert "| all | booster | 1 | 24 |" in (root / "report" / "table.md").read_text()
 
 
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, tmp_path):
-    """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all."""
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, workers):
+    """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all.
+
+    With one worker on Ray's workers and actors, where the other run did all in this process.
+    """
     root, _ = done
-    where = f"run_dir={s3.uri('whole')}"
-    # On Ray's workers and actors, where the other did all in this process.
+    place = f"whole-{workers}"
     arguments = (
-        "run", "--config", files / "run.yaml", where, "resources={workers: 1, actors: 1, cpus_per_worker: 0.5}",
+        "run", "--config", files / "run.yaml", f"run_dir={s3.uri(place)}",
+        f"resources={{workers: {workers}, actors: {workers}, cpus_per_worker: 0.5}}",
         "tracking.to=[tensorboard]", "alignment.train.save_every=1",
     )  # fmt: skip
     outcome = pharmacist(*arguments)
     assert outcome.code == 0, outcome
-    assert "run directory: s3://bucket/whole" in outcome.out
-    keys = [key for key in s3.keys("whole/") if not key.endswith("/")]  # pyarrow leaves empty markers for folders
+    assert f"run directory: s3://bucket/{place}" in outcome.out
+    keys = [key for key in s3.keys(f"{place}/") if not key.endswith("/")]  # pyarrow leaves empty markers for folders
     local = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    ours = {key.removeprefix("whole/") for key in keys}
+    ours = {key.removeprefix(f"{place}/") for key in keys}
     kinds = ("ingest", "scores", "selections", "evaluation", "report", "config.yaml")
     assert {name for name in ours if name.startswith(kinds)} == {name for name in local if name.startswith(kinds)}
     assert any("tfevents" in key for key in keys)
@@ -353,16 +357,18 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, tmp_path):
         return [{key: value for key, value in record.items() if key != "align_seconds"} for record in json.loads(text)]
 
     def fetched(name: str) -> bytes:
-        return s3.client.get_object(Bucket="bucket", Key=f"whole/{name}")["Body"].read()
+        return s3.client.get_object(Bucket="bucket", Key=f"{place}/{name}")["Body"].read()
 
     assert numbers(fetched("evaluation/summary.json").decode()) == numbers((root / "evaluation" / "summary.json").read_text())
     shard = "selections/pharmacist/rows/part-00000.parquet"
     assert pq.read_table(io.BytesIO(fetched(shard))).equals(pq.read_table(root / shard))
     assert fetched("selections/pharmacist/curated.jsonl") == (root / "selections/pharmacist/curated.jsonl").read_bytes()
-    dates = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix="whole/")["Contents"]}
+    dates = {
+        one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix=f"{place}/")["Contents"]
+    }
     again = pharmacist(*arguments)
     assert again.code == 0, again
-    now = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix="whole/")["Contents"]}
+    now = {one["Key"]: one["LastModified"] for one in s3.client.list_objects_v2(Bucket="bucket", Prefix=f"{place}/")["Contents"]}
     changed = {key for key in now if now[key] != dates.get(key)}
     assert {key.split("/")[1] for key in changed} <= {"report", "config.yaml"}
 

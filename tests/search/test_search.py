@@ -31,7 +31,7 @@ from pharmacist_ray.search.agreement import show_agreement
 from pharmacist_ray.search.search import run_search
 from tests.faults.disturb import end
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 TRAIN: dict[str, Any] = {"steps": 2, "batch_size": 4, "lr": 1e-2}
 
@@ -93,53 +93,65 @@ def table_of(root: Path) -> list[dict[str, Any]]:
 SHARES = [number / 16 for number in range(12)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[3, pytest.param(12, marks=pytest.mark.slow)])
 def searched(
-    ray_local: None, model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory
+    ray_local: None,
+    request: pytest.FixtureRequest,
+    model_folder: Path,
+    rows_of: Callable[..., list[Row]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Config, str]:
     """Return a finished search that varies the share of one attack only, on hostile data, and what it printed.
 
-    Twelve trials finish, two at a time; 0.9 of 16 rows are more harmful rows than there are, so the thirteenth fails.
+    As many trials finish as are asked for, two at a time; 0.9 of 16 rows are more harmful rows than there are, so the last one fails.
     """
     file = write_config(tmp_path_factory.mktemp("searched"), model_folder, rows_of, hostile=True)
-    config = load_config(file, [f"search={{concurrent: 2, space: {{attacks.0.harmful_share: {[*SHARES, 0.9]}}}}}"])
+    config = load_config(
+        file, [f"search={{concurrent: 2, space: {{attacks.0.harmful_share: {[*SHARES[: request.param], 0.9]}}}}}"]
+    )
     with contextlib.redirect_stdout(io.StringIO()) as out:
         run_search(config)
     return config, out.getvalue()
 
 
-def test_twelve_trials_that_vary_the_attack_share_one_alignment_and_a_failure_is_one_of_them(searched):
+def test_trials_that_vary_the_attack_share_one_alignment_and_a_failure_is_one_of_them(searched):
     config, out = searched
-    root = config.run_dir
+    root, shares = config.run_dir, SHARES[: count_of(searched)]
+    count = len(shares)
     rows = table_of(root)
-    assert [float(row["param.attacks.0.harmful_share"]) for row in rows] == [*SHARES, 0.9]
-    assert [row["status"] for row in rows] == ["finished"] * 12 + ["failed"]
-    assert "the attack needs 14 harmful rows but" in rows[12]["error"]
-    assert f"trial {rows[12]['trial']} failed" in out
-    assert len({row["fingerprint"] for row in rows}) == 13
+    assert [float(row["param.attacks.0.harmful_share"]) for row in rows] == [*shares, 0.9]
+    assert [row["status"] for row in rows] == ["finished"] * count + ["failed"]
+    assert "the attack needs 14 harmful rows but" in rows[-1]["error"]
+    assert f"trial {rows[-1]['trial']} failed" in out
+    assert len({row["fingerprint"] for row in rows}) == count + 1
 
     manifests = {file: json.loads(file.read_text()) for file in root.rglob("manifest.json")}
     made: dict[str, list[Path]] = {}
     for file, manifest in manifests.items():
         made.setdefault(manifest["stage"], []).append(file)
     assert {stage: len(made[stage]) for stage in ("fit", "score", "align", "evaluate")} == {
-        "fit": 1, "score": 1, "align": 1, "evaluate": 12,
+        "fit": 1, "score": 1, "align": 1, "evaluate": count,
     }  # fmt: skip
     varied = [manifest["config"]["attack"]["harmful_share"] for file, manifest in manifests.items() if ".weak-" in str(file)]
-    assert sorted(varied) == SHARES
+    assert sorted(varied) == shares
     assert [manifest["stage"] for file, manifest in manifests.items() if ".strong-" in str(file)] == ["attack"]
-    assert len(made["attack"]) == 13  # what no trial changed ran once
+    assert len(made["attack"]) == count + 1  # what no trial changed ran once
     assert len(list((root / "selections").iterdir())) == 2  # the search's and the plain one, which the report shows
     # Nobody made the alignment a second time in its place: it is older than every attack, and its run has its two steps.
     assert max(os.stat(file).st_mtime_ns for file in made["align"]) < min(os.stat(file).st_mtime_ns for file in made["attack"])
-    for stage, count in (("fit", 1), ("align", 1), ("attack", 13)):
+    for stage, trained in (("fit", 1), ("align", 1), ("attack", count + 1)):
         histories = list((root / stage).rglob("history.jsonl"))
-        assert [[json.loads(line)["step"] for line in one.read_text().splitlines()] for one in histories] == [[1, 2]] * count
+        assert [[json.loads(line)["step"] for line in one.read_text().splitlines()] for one in histories] == [[1, 2]] * trained
 
     tried = sorted((json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")), key=started_at)
     assert tried[1]["started_at"] < tried[0]["started_at"] + tried[0]["seconds"]  # at the same time
-    shares = {len(pq.read_table(one)) for one in (root / "attack").glob("*.parquet")}
-    assert (len(list((root / "attack").glob("*.parquet"))), shares) == (13, {16, 6})
+    sizes = {len(pq.read_table(one)) for one in (root / "attack").glob("*.parquet")}
+    assert (len(list((root / "attack").glob("*.parquet"))), sizes) == (count + 1, {16, 6})
+
+
+def count_of(searched: tuple[Config, str]) -> int:
+    """Return how many trials can finish."""
+    return len(searched[0].search.space["attacks.0.harmful_share"]) - 1
 
 
 def started_at(record: dict[str, Any]) -> float:
@@ -157,7 +169,7 @@ def test_a_search_that_runs_again_makes_nothing_that_is_there(searched):
 def test_the_agreement_of_a_search_is_read_off_its_answers(searched, capsys):
     config, _ = searched
     found = show_agreement(config)
-    assert [(one.attack, one.trials) for one in found] == [("weak", 12), ("strong", 12)]
+    assert [(one.attack, one.trials) for one in found] == [("weak", count_of(searched)), ("strong", count_of(searched))]
     # The attack that all share is the worst one for all, and a look after it sees the same everywhere: nothing to rank, or to stop.
     assert [one.spearman for one in found] == [None, None]
     assert found[1].stopped == 0.0
@@ -188,11 +200,12 @@ def test_the_page_of_a_real_search_shows_every_figure_and_runs_nothing_of_its_da
             assert box["height"] > 80
             assert picture.locator("path").count() > 5
     words = page.locator("#search").inner_text()
-    assert "13 trials: 12 finished, 1 failed" in words
+    count = count_of(searched)
+    assert f"{count + 1} trials: {count} finished, 1 failed" in words
     assert f"Recommended: trial {json.loads((config.run_dir / 'search/recommendation.json').read_text())['trial']}" in words
 
 
-def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched):
+def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched, tmp_path):
     config, _ = searched
     root, rows = config.run_dir, table_of(config.run_dir)
     recommended = json.loads((root / "search" / "recommendation.json").read_text())
@@ -201,7 +214,8 @@ def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched)
     rerun = load_config(root / "search" / "recommended.yaml")
     for stage in ("ingest", "fit"):  # the alignment, the attacks and the answers are made anew
         shutil.copytree(root / stage, rerun.run_dir / stage)
-    for overrides in ([], [f"run_dir={root}"]):
+    shutil.copytree(root, tmp_path / "run")  # where the search was, everything is there
+    for overrides in ([], [f"run_dir={tmp_path}/run"]):
         again = run_stage("run", load_config(root / "search" / "recommended.yaml", overrides))
         assert again.evaluated.fingerprint == chosen["fingerprint"]
         table = json.loads((again.root / "evaluation" / "table.json").read_text())
@@ -260,18 +274,20 @@ def records(root: Path) -> dict[str, dict[str, Any]]:
     return {one.stem: json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")}
 
 
-def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(searched, tmp_path):
+def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(searched, tmp_path, capsys):
     """Optuna's trials are drawn from what finished before, so they have to be told of it again; two at a time."""
     config, _ = searched
     file, root = config.run_dir.parent / "run.yaml", tmp_path / "run"
     for part in ("ingest", "fit", "scores", "selections", "align", "attack"):  # to be killed over what trials do not share
         shutil.copytree(config.run_dir / part, root / part, ignore=shutil.ignore_patterns("*.weak-*"))
     space = "{attacks.0.train.lr: {low: 1.0e-3, high: 1.0e-1, log: true}, attacks.0.adapter: [fresh, same]}"
-    arguments = ["--config", file, f"run_dir={root}", f"search={{algorithm: tpe, trials: 4, concurrent: 2, space: {space}}}"]
+    search = f"search={{algorithm: tpe, trials: 4, concurrent: 2, space: {space}}}"
+    arguments = ["--config", file, f"run_dir={root}", search]
     first = start(*arguments)
     while not any(record["status"] == "finished" for record in records(root).values()):
         assert first.poll() is None, first.communicate()
-        time.sleep(0.1)
+        time.sleep(0.02)
+    first.send_signal(signal.SIGSTOP)  # it starts no more trials while its workers are looked up
     workers = psutil.Process(first.pid).children(recursive=True)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
@@ -280,9 +296,9 @@ def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(se
     assert {record["status"] for record in killed.values()} >= {"finished"}
     assert len(killed) < 4 or any(record["status"] == "running" for record in killed.values())
 
-    again = start(*arguments, "--resume")
-    out, _ = again.communicate()
-    assert again.returncode == 0, out
+    capsys.readouterr()
+    run_search(load_config(file, arguments[2:]), resume=True)
+    out = capsys.readouterr().out
     after, resumed = times(root), records(root)
     assert {name: after[name] for name in before} == before
     assert len(resumed) == 4

@@ -10,13 +10,13 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfig
+from pharmacist_ray.config.schema import LoraConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
-from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.engine import build_engine, deepspeed_config, perturbed_weights, sharded_loading, step_norm
+from tests.two_workers import TwoWorkers
 
 
 def _model(folder: str, weights: str) -> Any:
@@ -114,13 +114,10 @@ def _compare(payload: tuple[str, list[Batch]], ranks: Ranks) -> list[tuple[Any, 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_applied_update_is_that_of_plain_pytorch_on_the_whole_batch(
-    workers: int, ray_local: None, model_folder: Path, batch_of: Callable[..., Batch], tmp_path: Path
+    workers: int, two_workers: TwoWorkers, model_folder: Path, batch_of: Callable[..., Batch]
 ) -> None:
     work = (str(model_folder), [batch_of(8, seed=seed) for seed in range(3)])
-    if workers == 1:
-        found = _compare(work, current_ranks())
-    else:
-        found = run_on_workers(_compare, work, name="engine", storage=tmp_path, resources=ResourcesConfig(workers=workers))
+    found = _compare(work, current_ranks()) if workers == 1 else two_workers(_compare, work)
     assert len(found) == (len(CASES) if workers > 1 else len(CASES[::5]))
     # Adam divides by the root of tiny second moments, so rounding shows more in its step than in a gradient.
     assert {case: error for case, error in found if error > 1e-5} == {}

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfig
+from pharmacist_ray.config.schema import LoraConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.objectives import OBJECTIVES, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings
 from pharmacist_ray.training.task import TrainTask
+from tests.two_workers import TwoWorkers
 
 STEPS = 20
 STAGES = (0, 2, 3)  # stage 1 is 2 without sharded gradients; test_engine has it
 LORA = [(objective, "lora") for objective in OBJECTIVES]
 FULL = [("sft", "full"), ("booster", "full")]
+CELLS = [(*case, stage) for case in LORA + FULL for stage in STAGES]
+FEW = [(*case, stage) for case, stage in zip(LORA + FULL, cycle((3, 0, 2)))]
+"""One stage for each objective, each stage for some of them."""
 PARAMETERS = {
     "vaccine": {"rho": 1.0},
     "t_vaccine": {"rho": 1.0, "layers": 1, "interval": 3, "probe_interval": 5, "probe_rows": 3},
@@ -35,7 +39,7 @@ PARAMETERS = {
     "booster": {"lambda": 1.0, "alpha": 0.1},
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # everything runs in the setup of the first test
+pytestmark = pytest.mark.timeout(900)  # everything runs in the setup of the first test
 
 
 def _name(objective: str, weights: str, layout: str) -> str:
@@ -46,11 +50,14 @@ def _curve(folder: Path, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / name / "history.jsonl").read_text().splitlines()]
 
 
-def _work(payload: tuple[list[TrainTask], str, list[Batch]], ranks: Ranks) -> list[list[list[float]]]:
-    """Run all tasks; then return which layers every worker drew, and what it measured, over steps, from rows of its own."""
-    tasks, model, batches = payload
+def _run(tasks: list[TrainTask], ranks: Ranks) -> None:
     for task in tasks:
         run_task(task, ranks)
+
+
+def _draw(payload: tuple[str, list[Batch]], ranks: Ranks) -> list[list[list[float]]]:
+    """Return which layers every worker drew for T-Vaccine, and what it measured, over steps, from rows of its own."""
+    model, batches = payload
     own = batches[ranks.rank]
     engine = build_engine(
         add_lora(load_model(model), LoraConfig(r=2), seed=0),
@@ -73,10 +80,8 @@ def _work(payload: tuple[list[TrainTask], str, list[Batch]], ranks: Ranks) -> li
 
 
 @pytest.fixture(scope="module")
-def layouts(
-    ray_local: None, tiny: Any, tokenizer: Any, rows_of: Any, batch_of: Any, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[list[list[float]]]]:
-    """Run everything once: a folder of finished tasks, and what T-Vaccine drew on two workers."""
+def folder(tiny: Any, tokenizer: Any, rows_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model and rows, for finished tasks."""
     folder = tmp_path_factory.mktemp("layouts")
     tiny(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -87,41 +92,51 @@ def layouts(
     ]
     write_rows(safe, folder / "safe.parquet")
     write_rows(bad, folder / "harmful.parquet")
+    return folder
 
-    def task(objective: str, weights: Any, layout: str, **train: Any) -> TrainTask:
-        settings = TrainConfig(steps=STEPS, batch_size=8, lr=3e-3, weight_decay=0.1, save_every=0, weights=weights, **train)
-        name = _name(objective, weights, layout)
-        return TrainTask(
-            name=name,
-            out=str(folder / name),
-            model=ModelRef(str(folder / "model"), template="plain", max_length=32),
-            rows=(str(folder / "safe.parquet"),),
-            harmful=(str(folder / "harmful.parquet"),),
-            train=settings,
-            seed=5,
-            objective=objective,
-            parameters=PARAMETERS,
-            lora=LoraConfig(r=2, targets=["q_proj", "o_proj", "down_proj"]),
-        )
 
-    for case in LORA + FULL:
-        run_task(task(*case, "one"))
-    for case in LORA:
-        run_task(task(*case, "micro", accumulation=4))
-    tasks = [  # at stage 2 with micro-batches as well
-        task(*case, f"zero{stage}", zero_stage=stage, accumulation=2 if stage == 2 else 1)
-        for case in LORA + FULL
-        for stage in STAGES
-    ]
-    batches = [batch_of(4, seed=seed) for seed in (1, 2)]
-    found = run_on_workers(
-        _work,
-        (tasks, str(folder / "model"), batches),
-        name="layouts",
-        storage=folder / "ray",
-        resources=ResourcesConfig(workers=2, cpus_per_worker=0.5, max_failures=0),
+def _task(folder: Path, objective: str, weights: Any, layout: str, **train: Any) -> TrainTask:
+    settings = TrainConfig(steps=STEPS, batch_size=8, lr=3e-3, weight_decay=0.1, save_every=0, weights=weights, **train)
+    name = _name(objective, weights, layout)
+    return TrainTask(
+        name=name,
+        out=str(folder / name),
+        model=ModelRef(str(folder / "model"), template="plain", max_length=32),
+        rows=(str(folder / "safe.parquet"),),
+        harmful=(str(folder / "harmful.parquet"),),
+        train=settings,
+        seed=5,
+        objective=objective,
+        parameters=PARAMETERS,
+        lora=LoraConfig(r=2, targets=["q_proj", "o_proj", "down_proj"]),
     )
-    return folder, found
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """Run every objective in this process."""
+    for case in LORA + FULL:
+        run_task(_task(folder, *case, "one"))
+    return folder
+
+
+def _on_two(cells: Sequence[tuple[str, str, int]], folder: Path, two_workers: TwoWorkers) -> None:
+    """Run cells on two workers, at stage 2 with micro-batches as well."""
+    tasks = [
+        _task(folder, objective, weights, f"zero{stage}", zero_stage=stage, accumulation=2 if stage == 2 else 1)
+        for objective, weights, stage in cells
+    ]
+    two_workers(_run, tasks)
+
+
+@pytest.fixture(scope="module")
+def few(folder: Path, two_workers: TwoWorkers) -> None:
+    _on_two(FEW, folder, two_workers)
+
+
+@pytest.fixture(scope="module")
+def others(folder: Path, two_workers: TwoWorkers) -> None:
+    _on_two([cell for cell in CELLS if cell not in FEW], folder, two_workers)
 
 
 def _assert_same(folder: Path, objective: str, weights: str, layout: str) -> None:
@@ -134,28 +149,34 @@ def _assert_same(folder: Path, objective: str, weights: str, layout: str) -> Non
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("objective", "weights"), LORA + FULL)
-def test_two_workers_at_any_zero_stage_give_the_curve_of_one(objective: str, weights: str, stage: int, layouts: Any) -> None:
-    _assert_same(layouts[0], objective, weights, f"zero{stage}")
+@pytest.mark.parametrize(
+    ("objective", "weights", "stage"), [pytest.param(*cell, marks=() if cell in FEW else pytest.mark.slow) for cell in CELLS]
+)
+def test_two_workers_at_any_zero_stage_give_the_curve_of_one(
+    objective: str, weights: str, stage: int, alone: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("few" if (objective, weights, stage) in FEW else "others")
+    _assert_same(alone, objective, weights, f"zero{stage}")
 
 
 @pytest.mark.parametrize(("objective", "weights"), LORA)
-def test_micro_batches_give_the_curve_of_one_batch(objective: str, weights: str, layouts: Any) -> None:
-    _assert_same(layouts[0], objective, weights, "micro")
+def test_micro_batches_give_the_curve_of_one_batch(objective: str, weights: str, alone: Path) -> None:
+    run_task(_task(alone, objective, weights, "micro", accumulation=4))
+    _assert_same(alone, objective, weights, "micro")
 
 
-def test_the_curves_are_those_of_different_objectives_that_learn(layouts: Any) -> None:
+def test_the_curves_are_those_of_different_objectives_that_learn(alone: Path) -> None:
     """Or all of the above would hold for a loop that does nothing."""
-    curves = {objective: _curve(layouts[0], _name(objective, "lora", "one")) for objective in OBJECTIVES}
+    curves = {objective: _curve(alone, _name(objective, "lora", "one")) for objective in OBJECTIVES}
     drops = {name: curve[0]["loss"] - curve[-1]["loss"] for name, curve in curves.items()}
     assert min(drops.values()) > 0.05, drops
     ends = sorted(curve[-1]["grad_norm"] for curve in curves.values())
     assert all(b - a > 1e-3 for a, b in pairwise(ends))
 
 
-def test_every_worker_draws_the_same_layers_from_the_same_norms(layouts: Any) -> None:
-    found = torch.tensor(layouts[1])  # (steps, workers, norms and active layers)
+def test_every_worker_draws_the_same_layers_from_the_same_norms(folder: Path, batch_of: Any, two_workers: TwoWorkers) -> None:
+    drawn = two_workers(_draw, (str(folder / "model"), [batch_of(4, seed=seed) for seed in (1, 2)]))
+    found = torch.tensor(drawn)  # (steps, workers, norms and active layers)
     assert found.shape == (8, 2, 3)
     assert torch.equal(found[:, 0], found[:, 1])
     assert found[:, 0, 2].unique().numel() == 2  # over the steps both layers are drawn

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import pharmacist_ray.training.loop as loop
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfig
+from pharmacist_ray.config.schema import LoraConfig, TrainConfig
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
-from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.resume import newest_state
 from pharmacist_ray.training.task import TrainTask
+from tests.two_workers import TwoWorkers
 
 TRAIN = TrainConfig(steps=7, batch_size=8, lr=1e-2, weight_decay=0.1, schedule="cosine", warmup=0.3, save_every=2)
 T_VACCINE = {"t_vaccine": {"layers": 1, "interval": 2, "probe_interval": 4, "rho": 0.5}}
@@ -143,7 +143,7 @@ def _finish(tasks: list[TrainTask], ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(("stages", "before", "after"), [((2, 3), 2, 1), ((0, 3), 1, 2)])
 def test_a_run_goes_on_with_another_number_of_workers(
-    stages: tuple[int, ...], before: int, after: int, ray_local: None, task: TrainTask, tmp_path: Path
+    stages: tuple[int, ...], before: int, after: int, two_workers: TwoWorkers, task: TrainTask, tmp_path: Path
 ) -> None:
     def at(stage: int, out: str) -> TrainTask:
         train = TRAIN.model_copy(update={"zero_stage": stage})
@@ -153,8 +153,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
         if workers == 1:
             work(payload, current_ranks())
         else:
-            resources = ResourcesConfig(workers=workers, cpus_per_worker=0.5)
-            run_on_workers(work, payload, name="some", storage=tmp_path / "ray", resources=resources)
+            two_workers(work, payload)
 
     tasks, whole = [at(stage, "out") for stage in stages], [at(stage, "whole") for stage in stages]
     _finish(whole, current_ranks())

@@ -1,0 +1,293 @@
+"""Results are made, not typed: what a command measured becomes ``docs/results/NAME.json``, and every table and picture is drawn from that.
+
+    python docs/results.py runs/demo/run --name demo --command "make demo"
+
+takes a finished run, the ``benchmark.json`` of `jobs.benchmark` or the ``growth.json`` of `jobs.growth`. Run it on the machine that
+measured, from the commit that was measured: both go into the file. `python docs/results.py --redraw` only draws anew what is in README
+and in ``docs/pictures``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+import psutil
+import typer
+import yaml
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+BEGIN, END = "<!-- made by docs/results.py: {} -->", "<!-- end -->"
+
+METRICS = {
+    "harmful_score": "HS after",
+    "accuracy_correct": "task accuracy",
+    "over_refusal": "over-refusal",
+    "helpfulness": "helpful on benign",
+}
+"""Metric → heading. A harmful score never stands without the others: a model that refuses everything has none."""
+SHORT = ("attack", "defence", "aligned on", "runs", *METRICS.values())
+"""The columns of README's table, as far as there are any."""
+PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed")
+
+Row = dict[str, Any]
+
+
+def main(
+    source: Annotated[Path | None, typer.Argument(help="A run directory, a benchmark.json or a growth.json.")] = None,
+    name: Annotated[str, typer.Option(help="Names docs/results/NAME.json.")] = "demo",
+    command: Annotated[str, typer.Option(help="The command that made it.")] = "make demo",
+    commit: Annotated[str | None, typer.Option(help="The commit that was measured; default: the present one.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only draw README's table and the pictures anew.")] = False,
+) -> None:
+    """Write a result, and what is drawn from it."""
+    if not redraw:
+        if source is None:
+            raise typer.BadParameter("give a run directory, a benchmark.json or a growth.json, or --redraw")
+        taken = measured(source)
+        made = taken.pop("date")
+        facts = {"command": command, "commit": commit or _commit(), "date": made, "machine": machine()}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(facts | taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for name, result in results().items():
+        if result["kind"] == "comparison":
+            draw(result, PICTURES / f"{name}.svg")
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """Return every committed result by name."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))}
+
+
+def measured(source: Path) -> dict[str, Any]:
+    """Return the kind of a measurement, its date and its rows.
+
+    Args:
+        source: The run directory, or the file that a measuring job wrote.
+    """
+    if source.is_dir():
+        manifest = json.loads((source / "evaluation" / "manifest.json").read_text(encoding="utf-8"))
+        config = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+        table = json.loads((source / "evaluation" / "table.json").read_text(encoding="utf-8"))
+        return {"kind": "comparison", "date": manifest["made_at"][:10], "attacks": _attacks(config), "rows": _rows(table)}
+    date = datetime.fromtimestamp(source.stat().st_mtime, UTC).date().isoformat()
+    found = json.loads(source.read_text(encoding="utf-8"))
+    if isinstance(found, list):
+        return {"kind": "growth", "date": date, "rows": found}
+    return {"kind": "objectives", "date": date, "load": found["load"], "rows": found["costs"]}
+
+
+def _attacks(config: dict[str, Any]) -> list[Row]:
+    return [
+        {"name": one["name"], "lr": one["train"]["lr"], "rows": one["rows"], "harmful_share": one["harmful_share"]}
+        for one in config["attacks"]
+    ]
+
+
+def _rows(table: list[Row]) -> list[Row]:
+    before = {
+        (row["selection"], row["defence"]): row["metrics"]["harmful_score"]["estimate"] for row in table if not row["attack"]
+    }
+    return [
+        {
+            **{name: row[name] for name in ("attack", "defence", "selection", "runs", "kept")},
+            "align_seconds": round(row["align_seconds"], 2),
+            "harmful_score_before": _rounded(before[row["selection"], row["defence"]]),
+            **{name: [_rounded(row["metrics"][name][end]) for end in ("estimate", "low", "high")] for name in METRICS},
+        }
+        for row in table
+        if row["attack"]
+    ]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def machine() -> dict[str, Any]:
+    """Return what this machine has: cores, memory, GPU, versions."""
+    import torch
+
+    return {
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def table(result: dict[str, Any], columns: Iterable[str] | None = None) -> str:
+    """Return a result as a Markdown table.
+
+    Args:
+        result: The content of its file.
+        columns: Headings to show; default: all.
+    """
+    known = COLUMNS[result["kind"]]
+    if len({row.get("defence") for row in result["rows"]}) == 1:
+        known = {heading: cell for heading, cell in known.items() if heading != "defence"}
+    headings = [heading for heading in known if columns is None or heading in columns]
+    body = [[known[heading](row) for heading in headings] for row in result["rows"]]
+    if result["kind"] == "comparison":  # the arms of an attack stand together
+        attacks = [one["name"] for one in result["attacks"]]
+        body.sort(key=lambda cells: attacks.index(cells[0]))
+    rules = ["---" if heading in ("attack", "defence", "aligned on", "stage", "objective") else "---:" for heading in headings]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *body))
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """Return command, commit, machine and date of a result as one sentence."""
+    machine = result["machine"]
+    gpu = machine["gpu"] or "no GPU"
+    versions = ", ".join(f"{name} {one}" for name, one in machine["versions"].items())
+    load = ", ".join(f"{name} {value}" for name, value in result.get("load", {}).items() if value not in (None, False))
+    return (
+        f"Made by `{result['command']}` at commit `{result['commit']}` on {result['date']}: {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB of memory, {gpu}; {versions}." + (f" Load: {load}." if load else "")
+    )
+
+
+def filled(text: str) -> str:
+    """Return a Markdown text with what stands between its markers made anew: a short table of the result that each names."""
+    known = results()
+    for name, result in known.items():
+        begin = BEGIN.format(name)
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            _, _, tail = rest.partition(END)
+            text = f"{head}{begin}\n{table(result, SHORT)}\n{END}{tail}"
+    return text
+
+
+def words(result: dict[str, Any]) -> str:
+    """Return a comparison in words, for who does not see its picture."""
+    said = (
+        f"{row['selection']} by {row['defence']} after {row['attack']}: "
+        + ", ".join(f"{heading} {_interval(row[name])}" for name, heading in METRICS.items())
+        for row in result["rows"]
+    )
+    return "; ".join(said) + "."
+
+
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Draw a comparison: a panel a metric, a line an arm, with intervals.
+
+    Args:
+        result: A result of the kind ``comparison``.
+        out: The SVG file.
+    """
+    attacks = [one["name"] for one in result["attacks"]]
+    arms = list(dict.fromkeys((row["selection"], row["defence"]) for row in result["rows"]))
+    several = len({defence for _, defence in arms}) > 1
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pharmacist",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+        shown = {
+            "harmful_score": "harmful score (low is good)",
+            "accuracy_correct": "task accuracy",
+            "helpfulness": "helpful on benign",
+        }
+        for place, (axes, (metric, title)) in enumerate(zip(figure.subplots(1, 3, sharey=True), shown.items(), strict=True)):
+            for number, arm in enumerate(arms):
+                rows = [row for row in result["rows"] if (row["selection"], row["defence"]) == arm]
+                middle, low, high = zip(*(row[metric] for row in rows), strict=True)
+                axes.errorbar(
+                    [attacks.index(row["attack"]) + 0.12 * (number - (len(arms) - 1) / 2) for row in rows],
+                    middle,
+                    yerr=[[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]],
+                    marker="os^Dv<>PX"[number % 9], linestyle=("-", "--", ":", "-.")[number % 4], capsize=2, linewidth=1.3,
+                    label=" · ".join(arm) if several else arm[0],
+                )  # fmt: skip
+            axes.set_title(title, loc="left", fontsize=10)
+            axes.set_xticks(range(len(attacks)), attacks)
+            axes.set_xlabel("attack")
+            axes.set_ylim(-0.03, 1.03)
+            axes.grid(axis="y", alpha=0.3)
+            if place == 0:
+                handles, names = axes.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            names,
+            loc="outside lower left",
+            ncols=5,
+            frameon=False,
+            title="aligned on",
+            title_fontsize=10,
+            alignment="left",
+        )
+        figure.savefig(
+            out,
+            format="svg",
+            facecolor="white",
+            metadata={"Date": None, "Title": "After the attack", "Description": words(result)},
+        )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _interval(value: list[float | None]) -> str:
+    return f"{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]"
+
+
+def _metric(name: str, row: Row) -> str:
+    return _interval(row[name])
+
+
+COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
+    "comparison": {
+        "attack": lambda row: row["attack"],
+        "aligned on": lambda row: row["selection"],
+        "defence": lambda row: row["defence"],
+        "runs": lambda row: str(row["runs"]),
+        "rows": lambda row: f"{row['kept']:,}",
+        "align s": lambda row: f"{row['align_seconds']:.1f}",
+        "HS before": lambda row: _number(row["harmful_score_before"]),
+        **{heading: partial(_metric, name) for name, heading in METRICS.items()},
+    },
+    "objectives": {
+        "objective": lambda row: f"`{row['objective']}`",
+        "over SFT": lambda row: f"{row['ratio']:.2f}",
+        "forwards a step": lambda row: f"{row['forwards']:g}",
+        "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
+    },
+    "growth": {
+        "rows": lambda row: f"{row['rows']:,}",
+        "stage": lambda row: row["stage"],
+        "s": lambda row: f"{row['seconds']:.0f}",
+        "CPU s": lambda row: f"{row['cpu_seconds']:.0f}",
+        "driver MiB": lambda row: f"{row['driver_mib']:.0f}",
+        "largest worker MiB": lambda row: f"{row['worker_mib']:.0f}",
+        "all workers MiB": lambda row: f"{row['workers_mib']:.0f}",
+    },
+}
+"""Kind → heading → how a row's cell is written."""
+
+if __name__ == "__main__":
+    typer.run(main)
