@@ -114,6 +114,7 @@ def test_a_benchmark_writes_where_all_nodes_can_read(monkeypatch, capsys):
     assert "--out here is relative" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_measures_on_a_worker(ray_local, monkeypatch, capsys, tmp_path):
     job(monkeypatch, "benchmark", "--objectives", "sft", "--rounds", 1, "--rows", 2, "--length", 8, "--out", tmp_path)
     costs = json.loads((tmp_path / "benchmark.json").read_text())["costs"]

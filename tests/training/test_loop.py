@@ -16,10 +16,10 @@ from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, DataError, ResourceError, TrainingError
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.runs import run_tasks, train_all
 from pharmacist_ray.training.task import TrainTask, progress_file
+from tests.two_workers import TwoWorkers
 
 TRAIN = TrainConfig(steps=4, batch_size=8, lr=1e-2, weight_decay=0.1)
 
@@ -136,19 +136,18 @@ def test_a_discrepancy_of_samples_needs_two_of_them(task: TrainTask) -> None:
 
 
 def test_two_workers_give_the_curve_of_one_and_final_numbers_come_from_the_return_value(
-    ray_local: None, task: TrainTask, tmp_path: Path
+    two_workers: TwoWorkers, task: TrainTask, tmp_path: Path
 ) -> None:
     run_task(task)
     pair = replace(task, out=str(tmp_path / "pair"))
-    (result,) = run_on_workers(
-        run_tasks, [pair], name="pair", storage=tmp_path / "ray", resources=ResourcesConfig(workers=2, cpus_per_worker=0.5)
-    )
+    (result,) = two_workers(run_tasks, [pair])
     assert result["final_loss"] == pytest.approx(_history(pair)[-1]["loss"])
     for one, two in zip(_history(task), _history(pair), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_groups_side_by_side_return_all_results_in_order_and_our_errors_unwrapped(
     ray_local: None, task: TrainTask, tmp_path: Path
 ) -> None:
