@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def test_trials_that_vary_the_attack_share_one_alignment_and_a_failure_is_one_of
         assert [[json.loads(line)["step"] for line in one.read_text().splitlines()] for one in histories] == [[1, 2]] * trained
 
     tried = sorted((json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")), key=started_at)
-    assert tried[1]["started_at"] < tried[0]["started_at"] + tried[0]["seconds"]  # at the same time
+    # Some at the same time, though not the first two where the second worker is slow to start.
+    assert any(later["started_at"] < one["started_at"] + one["seconds"] for one, later in pairwise(tried))
     sizes = {len(pq.read_table(one)) for one in (root / "attack").glob("*.parquet")}
     assert (len(list((root / "attack").glob("*.parquet"))), sizes) == (count + 1, {16, 6})
 
