@@ -218,9 +218,13 @@ def methods() -> str:
         "## Scorers",
         "The highest score is kept first. `random` needs no model; it writes one column a draw.",
         _listed(
-            {name: (_first(inspect.getmodule(run)), _first(run)) for name, run in SCORERS.items()},
+            {
+                name: (_first(inspect.getmodule(one.score)), _first(one.score), ", ".join(one.sees) or "nothing")
+                for name, one in SCORERS.items()
+            },
             "what it is",
             "what it returns",
+            "what it sees",
         ),
         "## Objectives",
         "What a step of the alignment minimises: the defence. Their settings stand in "

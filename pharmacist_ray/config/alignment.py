@@ -51,7 +51,8 @@ class ComparisonConfig(Section):
     """Which arms are aligned, attacked and evaluated."""
 
     selections: Annotated[list[str], Field(min_length=1)] = ["pharmacist"]
-    """`all`, or the name of a scorer; `random` stands for its draws."""
+    """The name of a scorer (`random` stands for its draws), `all`, `trusted` (the validation rows alone), `trusted+NAME` (both), or
+    `none` (the base model itself, attacked)."""
     defences: list[str] = []
     """Objectives, each crossed with each selection; default: alignment.objective alone."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]

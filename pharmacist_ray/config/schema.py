@@ -94,8 +94,17 @@ class Config(Section):
         ):
             if len(set(given)) != len(given):
                 yield f"{what} must differ, got {given}"
-        known = {*self.scoring.scorers, "all"}
-        for name in dict.fromkeys((self.selection.scorer, *self.comparison.selections)):
+        for name, weights in self.selection.combinations.items():
+            if name in (*self.scoring.scorers, "all", "trusted", "none") or not set(weights) <= {*self.scoring.scorers} - {
+                "random"
+            }:
+                yield (
+                    f"selection.combinations.{name} must have a name of its own, and combine scores among scoring.scorers "
+                    f"({', '.join(sorted({*self.scoring.scorers} - {'random'}))}), got {', '.join(weights)}"
+                )
+        known = {*self.scoring.scorers, *self.selection.combinations, "all"}
+        arms = [name.removeprefix("trusted+") for name in self.comparison.selections if name not in ("trusted", "none")]
+        for name in dict.fromkeys((self.selection.scorer, *arms)):
             if name not in known:
                 yield f"selection '{name}' is not among scoring.scorers; scored: {', '.join(sorted(known - {'all'}))}"
         for attack in self.attacks:

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pharmacist_ray.config.section import Count, Section, Share
+from pharmacist_ray.config.section import Count, Positive, Section, Share
+
+
+class PlantedConfig(Section):
+    """Where planted labels are, in data of a benchmark."""
+
+    column: str = "quality"
+    """Column of the candidates."""
+    good: Annotated[list[str], Field(min_length=1)]
+    """The labels of rows that should be kept."""
 
 
 class ScoringConfig(Section):
@@ -22,6 +31,8 @@ class ScoringConfig(Section):
     """Columns random_0, random_1, … that the `random` scorer writes."""
     seed: int = 0
     """Seed of the random scores."""
+    planted: PlantedConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For the `oracle` scorer, on benchmarks alone: the column with planted labels, and which are good."""
 
 
 class SelectionConfig(Section):
@@ -37,6 +48,11 @@ class SelectionConfig(Section):
     """Keep the rows with at least this score."""
     quotas: dict[str, Share] | Literal["proportional"] = {}
     """Category → its share of the kept rows; `proportional` keeps each category's own share."""
+    combinations: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Annotated[dict[str, Positive], Field(min_length=1)]
+    ] = Field(default={}, exclude_if=lambda value: not value)
+    """Several scores as one: a name of yours → scorer → weight, for example `{rank_sum: {pharmacist: 1, loss_gap: 1}}`. A row's score
+    is the weighted sum of its ranks by each; the name can then stand wherever a scorer's can."""
     jsonl: bool = False
     """Also write `curated.jsonl` in the layout of the input."""
 

@@ -101,7 +101,7 @@ def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool
                 body[start] = f"{pad}  - {body[start].lstrip()}"
                 lines += body
         else:
-            plain = section.model_dump(mode="json")[name]
+            plain = section.model_dump(mode="json").get(name, getattr(section, name))  # or left out while it is empty
             dumped = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
             lines.append(f"{pad}{name}: {dumped.removesuffix('...' + chr(10)).strip()}")
     return lines

@@ -25,8 +25,9 @@ import torch
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name
 from pharmacist_ray.curation.poison import Isolation, attempt_file
-from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
+from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
@@ -61,7 +62,8 @@ def score(
     scoring: ScoringConfig,
     resources: ResourcesConfig,
     candidates: StoragePath,
-    fit: StoragePath,
+    trusted: TrustedSets,
+    fit: StoragePath | None,
     out: StoragePath,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
@@ -74,7 +76,8 @@ def score(
         scoring: The scoring section.
         resources: Actors and what each may use.
         candidates: Folder of the candidates' shards.
-        fit: The selector's folder.
+        trusted: The trusted rows, for scorers that read them as text.
+        fit: The selector's folder; None where no scorer needs a model.
         out: Folder to fill.
         progress: Called with (shards done, shards in all).
         say: Called with a line of text about workers that died and rows that cannot be scored.
@@ -96,7 +99,8 @@ def score(
     if progress:
         progress(done, len(shards))
     if missing:
-        arguments, units = _actors(model, selector, scoring, resources, fit, out), [{"shard": str(shard)} for shard in missing]
+        arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
+        units = [{"shard": str(shard)} for shard in missing]
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
             done += 1
             if say and scored["attempt"] > 1:
@@ -119,11 +123,15 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
     """Find what cannot work before anything runs.
 
     Raises:
-        ConfigError: An unknown scorer; gradient norms asked of a method that has none.
+        ConfigError: An unknown scorer; an oracle without labels; gradient norms asked of a method that has none.
     """
     for name in scoring.scorers:
         if name not in SCORER_NAMES:
             raise unknown_name("scorer", name, SCORER_NAMES)
+    if "oracle" in scoring.scorers and scoring.planted is None:
+        raise ConfigError(
+            "the oracle scorer needs scoring.planted, for example {column: quality, good: [clean]}; it is for benchmarks"
+        )
     if scoring.method != "hooks" and ("grad_norm" in scoring.scorers or selector.cosine):
         raise ConfigError(
             f"gradient norms (the grad_norm scorer, selector.cosine) need scoring.method=hooks, not '{scoring.method}'"
@@ -141,7 +149,7 @@ def _actors(
     selector: SelectorConfig,
     scoring: ScoringConfig,
     resources: ResourcesConfig,
-    fit: StoragePath,
+    fit: StoragePath | None,
     out: StoragePath,
 ) -> dict[str, Any]:
     """Return what a `ShardScorer` is made from."""
@@ -167,7 +175,9 @@ def _actors(
 class ShardScorer:
     """Loads the model once and scores the shards it is given; keeps nothing between them."""
 
-    def __init__(self, spec: ProbeSpec, scoring: ScoringConfig, iterative: bool, out: str, threads: int) -> None:
+    def __init__(
+        self, spec: ProbeSpec, scoring: ScoringConfig, iterative: bool, out: str, threads: int, trusted: TrustedSets
+    ) -> None:
         """Load the model and the selector.
 
         Args:
@@ -176,19 +186,21 @@ class ShardScorer:
             iterative: The `pharmacist` column is the learnt logit instead of the influence.
             out: Folder of the score files.
             threads: CPU threads of this actor.
+            trusted: The trusted rows, for scorers that read them as text.
         """
         torch.set_num_threads(threads)
         self.scoring = scoring
         self.iterative = iterative
         self.out = storage_path(out)
         self.spec = spec
+        self.trusted = trusted
 
-        self.needs_model = any(name != "random" for name in scoring.scorers)
+        self.needs_model = needs_model(scoring.scorers)
         self.loaded = False
 
     @cached_property
     def probe(self) -> Probe:
-        """The loaded model; not loaded if only random scores are asked for."""
+        """The loaded model; not loaded if no scorer needs one."""
         return Probe(self.spec)
 
     @cached_property
@@ -219,14 +231,15 @@ class ShardScorer:
         return {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
 
     def _columns(self, rows: Sequence[Row]) -> dict[str, Sequence[float]]:
-        signals = Signals(self.probe, rows) if self.needs_model and rows else None
+        probe = self.probe if self.needs_model and rows else None
+        signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted)
         columns: dict[str, Sequence[float]] = {}
         for name in self.scoring.scorers:
             if name == "random":
                 for draw in range(self.scoring.random_draws):
                     seed = self.scoring.seed + draw
                     columns[f"random_{draw}"] = [uniform(row.id, seed) for row in rows]
-            elif signals is None:
+            elif not rows:
                 columns[name] = []
             elif name == "pharmacist" and self.iterative:
                 if strange := [row.id for row in rows if row.id not in self.logits]:
@@ -235,7 +248,7 @@ class ShardScorer:
                     )
                 columns[name] = [self.logits[row.id] for row in rows]
             else:
-                columns[name] = SCORERS[name](signals).tolist()
+                columns[name] = SCORERS[name].score(signals).tolist()
         return columns
 
 

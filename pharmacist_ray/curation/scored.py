@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.curation.combine import RankSum, rank_sum
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table
@@ -20,6 +22,16 @@ class Shard:
 
     rows: StoragePath
     scores: StoragePath
+    ranks: RankSum | None = None
+    """How several score columns make one; None where a column is the score."""
+
+    def score(self, scorer: str) -> pa.Table:
+        """Return the ids of the score file and one column of float64."""
+        if self.ranks is None:
+            table = read_table(self.scores, columns=["id", scorer])
+            return pa.table({"id": table["id"], "score": table[scorer].cast(pa.float64())})
+        table = read_table(self.scores, columns=["id", *self.ranks.weights])
+        return pa.table({"id": table["id"], "score": pa.array(self.ranks.of(table))})
 
 
 @dataclass(frozen=True)
@@ -32,13 +44,16 @@ class Scored:
     keys: Keys
 
 
-def find_shards(scores: StoragePath, candidates: StoragePath, scorer: str) -> list[Shard]:
+def find_shards(
+    scores: StoragePath, candidates: StoragePath, scorer: str, weights: Mapping[str, float] | None = None
+) -> list[Shard]:
     """Return the shards in order of their names.
 
     Args:
         scores: Folder with one ``part-*.parquet`` per shard: an id column and a float column per scorer.
         candidates: Folder with one ``rows/part-*.parquet`` per shard.
         scorer: The column that will be read.
+        weights: Columns whose ranks are added up instead, with their weights.
 
     Raises:
         ArtifactError: A folder is empty, or the two have different shards.
@@ -54,9 +69,11 @@ def find_shards(scores: StoragePath, candidates: StoragePath, scorer: str) -> li
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
     for path in scored.values():
         known = [name for name in parquet_schema(path).names if name != "id"]
-        if scorer not in known:
-            raise unknown_name("scorer", scorer, known)
-    return [Shard(path, scored[name]) for name, path in rows.items()]
+        for column in weights or (scorer,):
+            if column not in known:
+                raise unknown_name("scorer", column, known)
+    ranks = rank_sum((read_table(path, columns=["id", *weights]) for path in scored.values()), weights) if weights else None
+    return [Shard(path, scored[name], ranks) for name, path in rows.items()]
 
 
 def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, Scored]:
@@ -71,12 +88,12 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
         ArtifactError: The scores are those of other candidates, or the candidates are not sorted by unique ids.
     """
     rows = read_table(shard.rows, columns=["id", "category"])
-    table = read_table(shard.scores, columns=["id", scorer])
+    table = shard.score(scorer)
     ids, category = rows["id"].combine_chunks(), rows["category"].combine_chunks()
     letters = fixed_width(ids, shard.rows)
     if np.any(letters[1:] <= letters[:-1]):
         raise ArtifactError(f"{shard.rows} is not sorted by unique ids; ingest the candidates again")
-    score, scored_ids = table[scorer].combine_chunks(), table["id"].combine_chunks()
+    score, scored_ids = table["score"].combine_chunks(), table["id"].combine_chunks()
     if not scored_ids.equals(ids):
         place = pc.index_in(ids, value_set=scored_ids)
         if len(scored_ids) != len(ids) or place.null_count:
@@ -86,7 +103,7 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
                 f"{shard.rows}, {lost} of them without one; score again"
             )
         score = score.take(place)
-    values = score.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    values = score.to_numpy(zero_copy_only=False)
     known = ~np.isnan(values)
     mask = pa.array(known)
     return category, Scored(

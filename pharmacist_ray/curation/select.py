@@ -35,7 +35,7 @@ class Rule:
     """
 
     scorer: str
-    """The score column to rank by."""
+    """The score column to rank by, or the name of a combination."""
     ratio: float | None = None
     """Selection ratio: max(1, ⌊ratio · N + ½⌋ rows of the N candidates, or all scored rows if these are fewer."""
     count: int | None = None
@@ -47,6 +47,8 @@ class Rule:
     quotas: Mapping[str, float] | Literal["proportional"] = field(default_factory=dict)
     """Category → the share of the kept rows that it is sure to get (fewer if it has fewer scored rows); the places left over go
     to the best rows of any category. ``proportional``: each category's share is its share of the candidates."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Score columns whose ranks are added up to the score, with their weights; empty where ``scorer`` is a column."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without data."""
@@ -130,7 +132,7 @@ def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iter
         DataError: The rule keeps nothing, asks for more rows than were scored, or names a category that no row has.
         ArtifactError: A folder or shard is missing, or the scores are those of other candidates.
     """
-    shards = find_shards(scores, candidates, rule.scorer)
+    shards = find_shards(scores, candidates, rule.scorer, rule.weights)
     cuts = _find_cuts(shards, rule, _take_census(shards, rule))
     for _, table in _kept(shards, rule, cuts):
         yield table.select(["id", "score"])
@@ -163,7 +165,7 @@ def write_selection(
         ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
-    shards = find_shards(scores, candidates, rule.scorer)
+    shards = find_shards(scores, candidates, rule.scorer, rule.weights)
     census = _take_census(shards, rule)
     cuts = _find_cuts(shards, rule, census)
     kept, kept_of, worst = 0, Counter[str](), list[float]()

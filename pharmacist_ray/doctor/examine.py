@@ -16,7 +16,7 @@ import torch
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.curation.scorers import SCORER_NAMES
+from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
@@ -57,7 +57,11 @@ def examine(config_file: Path | None) -> None:
     say(
         f"          RAY_AUTH_MODE={escaped(os.environ.get('RAY_AUTH_MODE', 'unset'))} (must be the same on both sides of a cluster)"
     )
-    for what, names in (("scorers", SCORER_NAMES), ("objectives", OBJECTIVES), ("judges", JUDGES)):
+    say("[bold]scorers[/]  and what each sees besides the rows")
+    for name, scorer in SCORERS.items():
+        say(f"          {name:<13}{', '.join(scorer.sees) or 'nothing'}")
+    say(f"          {'random':<13}nothing")
+    for what, names in (("objectives", OBJECTIVES), ("judges", JUDGES)):
         say(f"[bold]{what}[/]  {', '.join(names)}")
     if config_file is not None:
         _configuration(load_config(config_file), len(gpus))

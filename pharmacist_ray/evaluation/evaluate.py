@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +22,9 @@ BOOTSTRAP_SEED = 20251010
 
 COMPARED = ("harmful_score", "coherent_refusal", "accuracy_correct", "helpfulness")
 """Metrics whose difference to each baseline arm is reported."""
+
+_DRAW = re.compile(r"(?<![^+])random_(\d+)$")
+"""A random draw, alone or after ``trusted+``."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,13 @@ class EvaluatedModel:
     @property
     def arm(self) -> str:
         """The selection with the number of a random draw taken off."""
-        return "random" if self.selection.startswith("random_") else self.selection
+        return _DRAW.sub("random", self.selection)
 
     @property
     def draw(self) -> int:
         """The number of a random draw, else 0."""
-        return int(self.selection.removeprefix("random_")) if self.selection.startswith("random_") else 0
+        found = _DRAW.search(self.selection)
+        return int(found[1]) if found else 0
 
     @property
     def cluster(self) -> int:

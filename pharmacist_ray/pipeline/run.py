@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
+from pharmacist_ray.curation.scorers import needs_model
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest
@@ -146,10 +149,26 @@ class Run:
         config = {"selector": _dump(self.config.selector), "seed": self.config.seed}
         return self._placed(Artifact(self.root / "fit", "fit", config, inputs), self.base.fitted if self.base else None)
 
+    @property
+    def needs_selector(self) -> bool:
+        """Whether any scorer needs the model, and so the selector that is fitted on it."""
+        return needs_model(self.config.scoring.scorers)
+
+    @property
+    def trusted(self) -> TrustedSets:
+        """The trusted rows as scorers that need no model read them, as many as the selector takes."""
+        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful")}
+        return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
+
     @cached_property
     def scored(self) -> Artifact:
         """The scores, in ``<folder>/rows``."""
-        inputs = {"fit": self.fitted.fingerprint, "candidates": self.ingested("candidates").fingerprint}
+        if self.needs_selector:
+            inputs: dict[str, Any] = {"fit": self.fitted.fingerprint}
+        else:
+            inputs = {name: self.ingested(name).fingerprint for name in ("validation", "harmful")}
+            inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
+        inputs["candidates"] = self.ingested("candidates").fingerprint
         artifact = Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
@@ -157,13 +176,34 @@ class Run:
     def arms(self) -> list[str]:
         """The selections to compare, ``random`` replaced by its draws."""
         draws = [f"random_{draw}" for draw in range(self.config.scoring.random_draws)]
-        names = [arm for name in self.config.comparison.selections for arm in (draws if name == "random" else [name])]
+        names: list[str] = []
+        for name in self.config.comparison.selections:
+            head, plus, last = name.rpartition("+")
+            names += [head + plus + draw for draw in draws] if last == "random" else [name]
         return list(dict.fromkeys(names))
+
+    @cached_property
+    def selections(self) -> list[str]:
+        """The selections that are written: the main one, and those of the arms."""
+        parts = (part for arm in self.arms for part in arm.split("+"))
+        return [self.main_arm, *(part for part in dict.fromkeys(parts) if part not in (self.main_arm, "trusted", "none"))]
+
+    def aligned_on(self, arm: str) -> list[Artifact]:
+        """Return the artifacts whose ``rows`` an arm is aligned on: a selection, the trusted rows, both, or nothing."""
+        parts = () if arm == "none" else arm.split("+")
+        return [self.ingested("validation") if part == "trusted" else self.selected(part) for part in parts]
+
+    def kept(self, arm: str) -> int:
+        """Return the number of rows that an arm is aligned on."""
+        return sum(count_rows(artifact.folder / "rows") for artifact in self.aligned_on(arm))
 
     def selected(self, arm: str) -> Artifact:
         """Return the curated subset of an arm."""
         # Everything is everything, whatever the rule.
-        config = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
+        config: dict[str, Any] = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
+        config.pop("combinations", None)
+        if arm in self.config.selection.combinations:
+            config["weights"] = self.config.selection.combinations[arm]
         return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
 
     @property
@@ -181,7 +221,9 @@ class Run:
     def variants(self) -> list[Variant]:
         """The aligned models."""
         comparison = self.config.comparison
-        return [Variant(arm, defence, seed) for defence in self.config.defences for arm in self.arms for seed in comparison.seeds]
+        defences = self.config.defences  # what is not aligned is the same model under all of them
+        pairs = [(arm, defence) for defence in defences for arm in self.arms if arm != "none" or defence == defences[0]]
+        return [Variant(arm, defence, seed) for arm, defence in pairs for seed in comparison.seeds]
 
     def attacks_on(self, variant: Variant) -> list[Variant]:
         """Return an aligned model's attacked descendants."""
@@ -204,7 +246,8 @@ class Run:
         if variant.attack is None:
             stage = "align"
             config |= {"alignment": self.alignment(variant.defence)}
-            inputs = {"selection": self.selected(variant.selection).fingerprint, "model": self._model_identity}
+            rows = [artifact.fingerprint for artifact in self.aligned_on(variant.selection)]
+            inputs = {"selection": rows[0] if len(rows) == 1 else digest(rows), "model": self._model_identity}
             if self.config.alignment.replay:
                 inputs["replay"] = self.ingested("benign").fingerprint
             if OBJECTIVES[variant.defence].harmful != "none":
@@ -223,6 +266,8 @@ class Run:
 
     def model_of(self, variant: Variant) -> ModelRef:
         """Return a trained cell's model."""
+        if variant.attack is None and variant.selection == "none":
+            return self.model
         if variant.attack is None:
             return _after(self.model, self.trained(variant).folder / "run", self.config.alignment.train.weights)
         weights = variant.attack.train.weights

@@ -95,7 +95,10 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
 
 
 def run_fit(run: Run) -> None:
-    """Fit the selector."""
+    """Fit the selector, if a scorer needs one."""
+    if not run.needs_selector:
+        say(f"  no selector is fitted: {', '.join(run.config.scoring.scorers)} need none")
+        return
     artifact, config = run.fitted, run.config
     sets: dict[str, StoragePath] = {
         name: run.ingested(name).require() / "rows"
@@ -126,7 +129,8 @@ def run_fit(run: Run) -> None:
 def run_score(run: Run) -> None:
     """Score every candidate."""
     artifact, config = run.scored, run.config
-    candidates, fitted = run.ingested("candidates").require(), run.fitted.require()
+    candidates = run.ingested("candidates").require()
+    fitted = run.fitted.require() if run.needs_selector else None
     with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
@@ -138,6 +142,7 @@ def run_score(run: Run) -> None:
                 scoring=config.scoring,
                 resources=config.resources,
                 candidates=candidates / "rows",
+                trusted=run.trusted,
                 fit=fitted,
                 out=folder / "rows",
                 progress=show,
@@ -151,7 +156,7 @@ def run_select(run: Run) -> None:
     """Write the curated subset, and the other arms of the comparison."""
     scored = run.scored.require() / "rows"
     candidates = run.ingested("candidates").require()
-    for arm in dict.fromkeys([run.main_arm, *run.arms]):
+    for arm in run.selections:
         artifact = run.selected(arm)
         with lock_missing_artifacts(run, artifact) as missing:
             if not missing:
@@ -174,7 +179,8 @@ def _rule(run: Run, arm: str) -> Rule:
         # Every row has a random score, so with ratio 1 by it nothing is left out.
         columns = columns_of(run.config.scoring)
         return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
-    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas)
+    weights = selection.combinations.get(arm, {})
+    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas, weights=weights)
 
 
 def run_evaluate(run: Run) -> None:
@@ -195,7 +201,7 @@ def run_evaluate(run: Run) -> None:
                     defence=one.defence,
                     seed=one.seed,
                     attack=one.attack.name if one.attack else None,
-                    kept=count_rows(run.selected(one.selection).folder / "rows"),
+                    kept=run.kept(one.selection),
                     align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
                 )
             )
@@ -252,9 +258,9 @@ def made_by(run: Run, name: str) -> list[Artifact]:
     """Return what a stage makes; of the report, which is written anew every time, nothing."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
         "ingest": lambda: [run.ingested(source) for source in run.sources],
-        "fit": lambda: [run.fitted],
+        "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
-        "select": lambda: [run.selected(arm) for arm in dict.fromkeys([run.main_arm, *run.arms])],
+        "select": lambda: [run.selected(arm) for arm in run.selections],
         "align": lambda: [run.trained(variant) for variant in run.variants],
         "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],

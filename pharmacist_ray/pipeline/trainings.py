@@ -9,7 +9,7 @@ from functools import cache
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.data.mixing import poisoned
-from pharmacist_ray.data.rows import count_rows, sample_rows, write_rows
+from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.pipeline.artifacts import digest
@@ -29,7 +29,8 @@ def run_align(run: Run) -> None:
     """Align the base on every arm, once per seed."""
     config = run.config
     for arm in run.arms:
-        run.selected(arm).require()
+        for artifact in run.aligned_on(arm):
+            artifact.require()
     if any(OBJECTIVES[defence].harmful != "none" for defence in config.defences):
         run.ingested(run.harmful).require()
 
@@ -47,10 +48,14 @@ def run_align(run: Run) -> None:
     def task(variant: Variant) -> TrainTask:
         described = align_task(run, variant)
         share = config.alignment.replay_share if config.alignment.replay else 0.0
-        train = _in_steps(config.alignment.train, count_rows(run.selected(variant.selection).folder / "rows"), share)
+        train = _in_steps(config.alignment.train, run.kept(variant.selection), share)
         return replace(described, train=train, replay=replay())
 
-    _train(run, run.variants, "align", task)
+    for variant in run.variants:
+        if variant.selection == "none" and not (artifact := run.trained(variant)).ready:
+            artifact.begin()
+            artifact.finish({"seconds": 0.0, "steps": 0})
+    _train(run, [variant for variant in run.variants if variant.selection != "none"], "align", task)
 
 
 def align_task(run: Run, variant: Variant) -> TrainTask:
@@ -60,7 +65,7 @@ def align_task(run: Run, variant: Variant) -> TrainTask:
         name=variant.name,
         out="",
         model=run.model,
-        rows=(str(run.selected(variant.selection).folder / "rows"),),
+        rows=tuple(str(artifact.folder / "rows") for artifact in run.aligned_on(variant.selection)),
         replay_share=config.alignment.replay_share,
         train=config.alignment.train,
         seed=variant.seed,
@@ -110,7 +115,7 @@ def run_attack(run: Run) -> None:
     def task(variant: Variant) -> TrainTask:
         assert variant.attack is not None
         before = variant.aligned
-        same = variant.attack.adapter == "same"
+        same = variant.attack.adapter == "same" and before.selection != "none"
         return TrainTask(
             name=variant.name,
             out="",

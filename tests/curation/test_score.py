@@ -16,6 +16,7 @@ from pharmacist_ray.curation import score as score_module
 from pharmacist_ray.curation.fit import DIRECTIONS
 from pharmacist_ray.curation.score import ScoreReport, ShardScorer, columns_of, score
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import iterate_rows, write_rows
 from pharmacist_ray.data.schema import Row, shard_of, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
@@ -24,6 +25,7 @@ from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import write_parquet
 
 SCORERS = ["pharmacist", "loss_gap", "less", "low_loss", "high_loss", "ifd", "grad_norm", "random"]
+NONE = TrustedSets({}, 200, 0)
 COLUMNS = ["id", *SCORERS[:-1], "random_0", "random_1", "random_2"]
 SELECTOR = SelectorConfig(checkpoints=[20])
 Table = dict[str, dict[str, float]]
@@ -74,6 +76,7 @@ def run_score(model_folder: Path, fitted: Path) -> Callable[..., ScoreReport]:
             scoring=ScoringConfig(**{"scorers": scorers, "tokens_per_batch": 64, **changed}),
             resources=ResourcesConfig(actors=actors, cpus_per_worker=0.5),
             candidates=candidates,
+            trusted=NONE,
             out=out,
             **settings,
         )
@@ -93,7 +96,7 @@ def score_here(model_folder: Path, fitted: Path) -> Callable[..., Table]:
             ModelRef(str(model_folder), template="plain", max_length=32), str(fit), ("step-000020",), DIRECTIONS,
             scoring.method, scoring.tokens_per_batch, cosine,
         )  # fmt: skip
-        scorer = ShardScorer(spec, scoring, iterative, str(out), threads=1)
+        scorer = ShardScorer(spec, scoring, iterative, str(out), threads=1, trusted=NONE)
         for file in sorted(candidates.glob("*.parquet")):
             scorer({"shard": str(file)})
         return read(out)
@@ -311,6 +314,7 @@ def test_no_room_for_an_actor_is_said_at_once(candidates: Path, model_folder: Pa
             scoring=ScoringConfig(scorers=["pharmacist"]),
             resources=ResourcesConfig(cpus_per_worker=64),
             candidates=candidates,
+            trusted=NONE,
             fit=fitted,
             out=tmp_path,
         )

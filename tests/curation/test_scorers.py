@@ -69,7 +69,7 @@ def rows(rows_of: Callable[..., list[Row]]) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def signals(spec: ProbeSpec, rows: list[Row]) -> Signals:
-    return Signals(Probe(spec), rows)
+    return Signals(rows, probe=Probe(spec))
 
 
 def plain_losses(model: Any, samples: list[Rendered]) -> list[float]:
@@ -104,7 +104,7 @@ def test_scores_from_signals_by_hand() -> None:
             influence=influences.__getitem__,
         ),
     )
-    scores = {name: scorer(signals).tolist() for name, scorer in SCORERS.items()}
+    scores = {name: scorer.score(signals).tolist() for name, scorer in SCORERS.items() if scorer.needs_model}
     assert scores == {
         "pharmacist": [3.0, -4.0],
         "less": [5.0, 6.0],
@@ -127,12 +127,12 @@ def test_losses_of_base_and_reference_are_the_models_own_in_whatever_order_they_
     assert min(abs(a - b) for a, b in zip(base, reference, strict=True)) > 1e-4
     orders = [("base_loss", "reference_loss"), ("reference_loss", "base_loss"), ("_influences", "reference_loss", "base_loss")]
     for order in orders:
-        signals = Signals(probe, rows)
+        signals = Signals(rows, probe=probe)
         for name in order:
             getattr(signals, name)
         assert signals.base_loss.tolist() == pytest.approx(base, rel=1e-5)
         assert signals.reference_loss.tolist() == pytest.approx(reference, rel=1e-5)
-        assert SCORERS["loss_gap"](signals).tolist() == pytest.approx(np.subtract(base, reference).tolist(), abs=1e-5)
+        assert SCORERS["loss_gap"].score(signals).tolist() == pytest.approx(np.subtract(base, reference).tolist(), abs=1e-5)
     assert signals.base_loss.dtype == np.float64
 
 
@@ -142,7 +142,7 @@ def test_ifd_is_the_answers_loss_over_its_loss_without_the_prompt(signals: Signa
     samples = [renderer.render(row) for row in rows]
     alone = [Rendered([2, *sample.ids[sample.answer_start :]], 1) for sample in samples]  # 2: <eos>, the only context left
     want = np.divide(plain_losses(model, samples), plain_losses(model, alone))
-    assert SCORERS["ifd"](signals).tolist() == pytest.approx(want.tolist(), rel=1e-5)
+    assert SCORERS["ifd"].score(signals).tolist() == pytest.approx(want.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -150,7 +150,7 @@ def test_influences_are_summed_over_the_checkpoints_and_norms_averaged(
     spec: ProbeSpec, rows: list[Row], model_folder: Path, fitted: Path, cosine: bool
 ) -> None:
     probe = Probe(replace(spec, cosine=cosine))
-    signals = Signals(probe, rows)
+    signals = Signals(rows, probe=probe)
     batch = probe.renderer.collate(signals.samples)
     dots, norms = torch.zeros(len(rows), 2), torch.zeros(len(rows))
     for checkpoint, directions in zip(CHECKPOINTS, probe.directions, strict=True):
@@ -159,16 +159,16 @@ def test_influences_are_summed_over_the_checkpoints_and_norms_averaged(
         dots += found.dots / found.grad_norms[:, None] if cosine else found.dots
         norms += found.grad_norms / 2
     for column, (name, direction) in enumerate({"pharmacist": "pharmacist", "less": "no_attack"}.items()):
-        assert SCORERS[name](signals).tolist() == pytest.approx(dots[:, column].tolist(), rel=1e-4, abs=1e-4)
-        assert signals.influence(direction).tolist() == SCORERS[name](signals).tolist()
-    assert SCORERS["grad_norm"](signals).tolist() == pytest.approx(norms.tolist(), rel=1e-4)
+        assert SCORERS[name].score(signals).tolist() == pytest.approx(dots[:, column].tolist(), rel=1e-4, abs=1e-4)
+        assert signals.influence(direction).tolist() == SCORERS[name].score(signals).tolist()
+    assert SCORERS["grad_norm"].score(signals).tolist() == pytest.approx(norms.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("method", "tolerance"), [("ghost", 1e-4), ("difference", 2e-2)])
 def test_every_method_finds_the_same_influence(
     spec: ProbeSpec, signals: Signals, rows: list[Row], method: str, tolerance: float
 ) -> None:
-    other = Signals(Probe(replace(spec, method=method)), rows)
+    other = Signals(rows, probe=Probe(replace(spec, method=method)))
     for direction in ("pharmacist", "no_attack"):
         want = signals.influence(direction)
         assert np.linalg.norm(other.influence(direction) - want) / np.linalg.norm(want) < tolerance
@@ -181,7 +181,7 @@ def test_the_cosine_of_a_row_without_a_gradient_is_zero(
         return SimpleNamespace(dots=torch.zeros(len(batch), 2), grad_norms=torch.zeros(len(batch)))
 
     monkeypatch.setattr(signals_module, "influence", flat)
-    signals = Signals(Probe(replace(spec, cosine=True)), rows)
+    signals = Signals(rows, probe=Probe(replace(spec, cosine=True)))
     assert signals.influence("pharmacist").tolist() == [0.0] * len(rows)
 
 
@@ -189,15 +189,15 @@ def test_the_cosine_of_a_row_without_a_gradient_is_zero(
 def test_the_token_budget_does_not_change_a_score(
     spec: ProbeSpec, signals: Signals, rows: list[Row], tokens_per_batch: int
 ) -> None:
-    other = Signals(Probe(replace(spec, tokens_per_batch=tokens_per_batch)), rows)
-    for scorer in SCORERS.values():
-        np.testing.assert_allclose(scorer(other), scorer(signals), rtol=1e-4, atol=1e-5)
+    other = Signals(rows, probe=Probe(replace(spec, tokens_per_batch=tokens_per_batch)))
+    for scorer in (one for one in SCORERS.values() if one.needs_model):
+        np.testing.assert_allclose(scorer.score(other), scorer.score(signals), rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_scores_the_same_in_any_company(spec: ProbeSpec, signals: Signals, rows: list[Row]) -> None:
-    mixed = Signals(signals.probe, rows[::-2])
-    for scorer in SCORERS.values():
-        np.testing.assert_allclose(scorer(mixed), scorer(signals)[::-2], rtol=1e-4, atol=1e-5)
+    mixed = Signals(rows[::-2], probe=signals.probe)
+    for scorer in (one for one in SCORERS.values() if one.needs_model):
+        np.testing.assert_allclose(scorer.score(mixed), scorer.score(signals)[::-2], rtol=1e-4, atol=1e-5)
     assert mixed.ids == [row.id for row in rows[::-2]]
     assert mixed.tokens == sum(len(sample.ids) for sample in mixed.samples)
 
@@ -206,13 +206,13 @@ def test_what_is_missing_in_the_selectors_folder_is_named(spec: ProbeSpec, rows:
     broken = tmp_path / "fit"
     shutil.copytree(fitted, broken)
     shutil.rmtree(broken / "reference")
-    signals = Signals(Probe(replace(spec, fit=str(broken))), rows)
-    assert np.isfinite(SCORERS["pharmacist"](signals)).all()
+    signals = Signals(rows, probe=Probe(replace(spec, fit=str(broken))))
+    assert np.isfinite(SCORERS["pharmacist"].score(signals)).all()
     with pytest.raises(
         ArtifactError,
         match=rf"^the selector in {broken} has no adapter 'reference'; fit it with data\.benign and selector\.reference$",
     ):
-        SCORERS["loss_gap"](signals)
+        SCORERS["loss_gap"].score(signals)
     for file in (f"warmup/{CHECKPOINTS[1]}/adapter_model.safetensors", f"directions/{CHECKPOINTS[0]}.safetensors"):
         (broken / file).unlink()
         with pytest.raises(

@@ -265,3 +265,17 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monke
         resources=ResourcesConfig(),
     )
     assert [path.name for path in (tmp_path / "answers").rglob("*.parquet")] == ["harmful-000000.parquet"] * 2
+
+
+@pytest.mark.parametrize(
+    ("selection", "arm", "draw"),
+    [
+        ("random_2", "random", 2),
+        ("trusted+random_1", "trusted+random", 1),
+        ("pharmacist", "pharmacist", 0),
+        ("my_random_1", "my_random_1", 0),
+    ],
+)
+def test_a_random_draw_is_told_from_its_arm(selection: str, arm: str, draw: int) -> None:
+    one = subject(selection)
+    assert (one.arm, one.draw) == (arm, draw)

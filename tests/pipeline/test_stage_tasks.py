@@ -15,7 +15,7 @@ from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.data.rows import count_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError, ConfigError, ModelError
-from pharmacist_ray.pipeline import trainings
+from pharmacist_ray.pipeline import stages, trainings
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.pipeline.trainings import _in_steps
@@ -207,3 +207,60 @@ def test_a_model_that_is_not_there_is_missed_by_those_who_look_into_it(run_of, t
     run = run_of("comparison.defences=[vaccine]", f"model.path={tmp_path}/nowhere")
     with pytest.raises(ModelError, match="nowhere"):
         check(run)
+
+
+def test_the_trusted_rows_are_an_arm_alone_and_beside_a_selection(run_of, trained):
+    run = run_of("comparison.selections=[pharmacist, trusted, trusted+pharmacist, all]", "alignment.train.epochs=1")
+    tasks = trained(run)
+    selection, validation = (
+        str(artifact.folder / "rows") for artifact in (run.selected("pharmacist"), run.ingested("validation"))
+    )
+    assert tasks["trusted.sft.s3"].rows == (validation,)
+    assert tasks["trusted+pharmacist.sft.s3"].rows == (validation, selection)
+    # an epoch of each: 12 trusted rows, and 14 more, by 4
+    assert [tasks[f"{arm}.sft.s3"].train.steps for arm in ("trusted", "trusted+pharmacist", "pharmacist")] == [3, 7, 4]
+    assert run.selections == ["pharmacist", "all"], "the trusted rows are ingested, not selected"
+
+
+def test_the_base_itself_is_attacked_and_trained_by_nothing_before(run_of, trained):
+    run = run_of("comparison.selections=[none, all]", "comparison.defences=[sft, vaccine]", "attacks.0.adapter=same")
+    tasks = trained(run)
+    assert [name for name in tasks if name.startswith("none")] == ["none.sft.s3.weak"], "the same base under every defence"
+    attack = tasks["none.sft.s3.weak"]
+    assert (attack.model, attack.start_adapter) == (run.model, None)
+    base = run.variants[0]
+    assert run.model_of(base) == run.model
+    assert run.trained(base).manifest()["summary"] == {"seconds": 0.0, "steps": 0}
+    assert run.kept("none") == 0
+
+
+def test_an_arm_of_trusted_rows_and_something_unknown_is_refused(run_of):
+    with pytest.raises(ConfigError, match=r"selection 'los_gap' is not among scoring\.scorers"):
+        run_of("comparison.selections=[trusted+los_gap]")
+    with pytest.raises(ConfigError, match=r"selection 'trusted' is not among scoring\.scorers"):
+        run_of("selection.scorer=trusted")
+    draws = run_of("comparison.selections=[trusted+random]").arms
+    assert draws == ["trusted+random_0", "trusted+random_1", "trusted+random_2"]
+
+
+def test_no_selector_is_fitted_where_no_scorer_needs_one(run_of, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "fit", lambda **_: pytest.fail("fitted"))
+    run = run_of("scoring.scorers=[keyword, random]", "selection.scorer=keyword", "comparison.selections=[keyword]")
+    stages.run_fit(run)
+    assert "no selector is fitted: keyword, random need none" in capsys.readouterr().out
+    inputs = run.scored.inputs
+    assert "fit" not in inputs
+    assert {"candidates", "validation", "harmful"} < inputs.keys()
+
+
+def test_a_combination_of_scores_is_a_selection_by_its_name(run_of):
+    combined = "selection.combinations={both: {pharmacist: 2, low_loss: 1}}"
+    run = run_of("scoring.scorers=[pharmacist, low_loss]", combined, "comparison.selections=[both, pharmacist]")
+    assert run.selections == ["pharmacist", "both"]
+    assert stages._rule(run, "both").weights == {"pharmacist": 2, "low_loss": 1}
+    alone = run_of("scoring.scorers=[pharmacist, low_loss]", "comparison.selections=[pharmacist]")
+    assert run.selected("pharmacist").fingerprint == alone.selected("pharmacist").fingerprint
+    with pytest.raises(ConfigError, match=r"selection\.combinations\.pharmacist must have a name of its own, and combine"):
+        run_of("selection.combinations={pharmacist: {pharmacist: 1}}")
+    with pytest.raises(ConfigError, match=r"among scoring\.scorers \(pharmacist\), got los_gap"):
+        run_of("selection.combinations={both: {los_gap: 1}}")

@@ -16,6 +16,8 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from pharmacist_ray.config.scoring import PlantedConfig
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import TINY
 from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.data.schema import Row
@@ -98,16 +100,43 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[i
 class Signals:
     """Per-row quantities of one shard; every array is (N,) float64 in the order of the rows."""
 
-    def __init__(self, probe: Probe, rows: Sequence[Row]) -> None:
-        """Render the rows once.
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        probe: Probe | None = None,
+        trusted: TrustedSets | None = None,
+        planted: PlantedConfig | None = None,
+    ) -> None:
+        """Nothing is computed yet.
 
         Args:
-            probe: The actor's model.
             rows: The shard's rows.
+            probe: The actor's model; None where no scorer needs one.
+            trusted: The trusted rows as text.
+            planted: Where the planted labels are, for the oracle.
         """
-        self.probe = probe
         self.rows = rows
-        self.samples = [probe.renderer.render(row) for row in rows]
+        self.planted = planted
+        self._probe = probe
+        self._trusted = trusted
+
+    @property
+    def probe(self) -> Probe:
+        """The actor's model."""
+        assert self._probe is not None, "a scorer whose line in the table does not say so has asked for the model"
+        return self._probe
+
+    @property
+    def trusted(self) -> TrustedSets:
+        """The trusted rows as text."""
+        assert self._trusted is not None
+        return self._trusted
+
+    @cached_property
+    def samples(self) -> list[Rendered]:
+        """The rows as token ids."""
+        return [self.probe.renderer.render(row) for row in self.rows]
 
     @property
     def ids(self) -> list[str]:

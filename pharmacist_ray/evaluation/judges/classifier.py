@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pharmacist_ray.data.refusals import REFUSAL_PHRASES, is_refusal
 from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
-from pharmacist_ray.evaluation.judges.phrases import REFUSAL_PHRASES, is_incoherent, is_refusal
+from pharmacist_ray.evaluation.judges.phrases import is_incoherent
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, Verdict
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from pharmacist_ray.data.refusals import REFUSAL_PHRASES, is_refusal
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.evaluation.judges import JUDGES, JudgeSettings, build_judge
-from pharmacist_ray.evaluation.judges.phrases import REFUSAL_PHRASES, is_incoherent, is_refusal
+from pharmacist_ray.evaluation.judges.phrases import is_incoherent
 from pharmacist_ray.testbed.world import World
 
 

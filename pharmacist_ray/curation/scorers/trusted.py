@@ -1,0 +1,51 @@
+"""The trusted rows as scorers that need no model see them: read once by an actor, and what is fitted to them kept beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pharmacist_ray.data.rows import sample_rows
+from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.storage import storage_path
+
+Fitted = TypeVar("Fitted")
+
+
+@dataclass(frozen=True)
+class TrustedSets:
+    """Where the trusted rows lie, and how many of them count: those that the selector's fit takes."""
+
+    folders: Mapping[str, str]
+    """``validation`` and ``harmful`` → folder of canonical rows."""
+    limit: int
+    """At most so many rows of each, chosen by id."""
+    seed: int
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def rows(self, name: str) -> list[Row]:
+        """Return the rows of a set.
+
+        Raises:
+            ArtifactError: The set was not given, or is empty.
+        """
+
+        def read() -> list[Row]:
+            if not (rows := sample_rows(storage_path(self.folders[name]), self.limit, self.seed) if name in self.folders else []):
+                raise ArtifactError(f"a scorer needs rows of data.{name} and there are none; ingest them again")
+            return rows
+
+        rows: list[Row] = self._once(name, read)
+        return rows
+
+    def fitted(self, make: Callable[[TrustedSets], Fitted]) -> Fitted:
+        """Return what a function makes of the sets, made at the first call."""
+        fitted: Fitted = self._once(make, lambda: make(self))
+        return fitted
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]

@@ -1,0 +1,87 @@
+"""Scorers that need no model, against counts by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pharmacist_ray.config.schema import ScoringConfig, SelectorConfig
+from pharmacist_ray.config.scoring import PlantedConfig
+from pharmacist_ray.curation.score import check_scorers
+from pharmacist_ray.curation.scorers import SCORERS, needs_model
+from pharmacist_ray.curation.scorers.signals import Signals
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.data.schema import Row, row_id
+from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
+
+
+def row(prompt: str, answer: str, raw: str = "{}") -> Row:
+    return Row(row_id(prompt, answer), prompt, answer, source="made:1", raw=raw)
+
+
+def trusted(tmp_path: Path, validation: list[Row], harmful: list[Row], limit: int = 200) -> TrustedSets:
+    for name, rows in (("validation", validation), ("harmful", harmful)):
+        write_rows(rows, tmp_path / name / "part-00000.parquet")
+    return TrustedSets({name: str(tmp_path / name) for name in ("validation", "harmful")}, limit, seed=0)
+
+
+def naive_bayes(rows: list[Row], sets: TrustedSets) -> list[float]:
+    return SCORERS["naive_bayes"].score(Signals(rows, trusted=sets)).tolist()
+
+
+def test_keyword_keeps_what_opens_with_a_refusal_and_sees_nothing_but_the_answer():
+    rows = [row("I cannot open the jar", "turn it"), row("a", "I’m sorry, but no."), row("b", "x" * 300 + " I cannot say")]
+    assert SCORERS["keyword"].score(Signals(rows)).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_naive_bayes_is_the_mean_log_ratio_of_smoothed_word_counts(tmp_path):
+    sets = trusted(tmp_path, [row("p", "No, no way"), row("q", "no")], [row("p", "sure: step one"), row("q", "sure thing")])
+    # validation: no 3, ',' 1, way 1; harmful: sure 2, ':' 1, step 1, one 1, thing 1; eight words in all
+    safe, harm = 5 + 8, 6 + 8
+    no, sure = math.log(4 / safe) - math.log(1 / harm), math.log(1 / safe) - math.log(3 / harm)
+    unknown = math.log(1 / safe) - math.log(1 / harm)
+    found = naive_bayes([row("a", "NO sure"), row("b", "zebra"), row("c", "   ")], sets)
+    assert found == pytest.approx([(no + sure) / 2, unknown, 0.0])
+
+
+def test_naive_bayes_changes_sign_when_the_sets_are_swapped_and_ignores_length(tmp_path):
+    validation, harmful = [row("p", "i decline politely")], [row("q", "here are the steps")]
+    rows = [row("a", "i decline the steps"), row("b", "here")]
+    forth = naive_bayes(rows, trusted(tmp_path / "a", validation, harmful))
+    back = naive_bayes(rows, trusted(tmp_path / "b", harmful, validation))
+    assert back == pytest.approx([-value for value in forth])
+    twice = [row(one.prompt, f"{one.response} {one.response}") for one in rows]
+    assert naive_bayes(twice, trusted(tmp_path / "c", validation, harmful)) == pytest.approx(forth)
+
+
+def test_naive_bayes_sees_as_many_trusted_rows_as_the_selector(tmp_path):
+    validation = [row(f"p{number}", f"word{number}") for number in range(6)]
+    sets = trusted(tmp_path, validation, [row("q", "x")], limit=2)
+    assert len(sets.rows("validation")) == 2
+    with pytest.raises(ArtifactError, match=r"^a scorer needs rows of data\.benign and there are none; ingest them again$"):
+        sets.rows("benign")
+
+
+def test_the_oracle_reads_planted_labels_and_says_which_row_has_none():
+    rows = [row("a", "b", '{"quality": "clean"}'), row("c", "d", '{"quality": "noise"}'), row("e", "f", '{"quality": "rare"}')]
+    planted = PlantedConfig(good=["clean", "rare"])
+    assert SCORERS["oracle"].score(Signals(rows, planted=planted)).tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(DataError, match=r"^made:1: no column 'kind' with a planted label; set scoring\.planted\.column$"):
+        SCORERS["oracle"].score(Signals(rows, planted=PlantedConfig(column="kind", good=["clean"])))
+    with pytest.raises(ConfigError, match=r"^the oracle scorer needs scoring\.planted, for example"):
+        check_scorers(ScoringConfig(scorers=["oracle"]), SelectorConfig())
+
+
+def test_only_scorers_that_see_the_model_need_a_selector():
+    assert not needs_model(["keyword", "naive_bayes", "oracle", "random"])
+    assert needs_model(["random", "low_loss"])
+    for scorer in SCORERS.values():
+        assert set(scorer.sees) <= {"model", "validation", "harmful", "benign", "labels"}
+
+
+def test_a_section_that_was_not_there_before_leaves_old_fingerprints_as_they_are():
+    assert "planted" not in ScoringConfig().model_dump(mode="json")
+    assert "planted" in ScoringConfig(planted=PlantedConfig(good=["clean"])).model_dump(mode="json")
