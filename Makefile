@@ -9,9 +9,10 @@ SEARCH ?= runs/search-demo
 
 setup: .venv/ready
 
+# Python compiles what is imported when it is; pip would compile all 200 packages first.
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # What guards every change, in a coffee break; `test-all` has the long cases of each kind as well.

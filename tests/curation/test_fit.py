@@ -18,6 +18,7 @@ from pharmacist_ray.curation import fit as fit_module
 from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name, fit
 from pharmacist_ray.curation.score import ShardScorer, columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, sample_rows, write_rows
@@ -124,7 +125,7 @@ def one_shot_scores(out: Path, spec_model: ModelRef, selector: SelectorConfig, c
         2048, selector.cosine,
     )  # fmt: skip
     scoring = ScoringConfig(scorers=["pharmacist"])
-    scorer = ShardScorer(spec, scoring, iterative=False, out=str(to), threads=1)
+    scorer = ShardScorer(spec, scoring, iterative=False, out=str(to), threads=1, trusted=TrustedSets({}, 200, 0))
     for file in sorted(candidates.glob("*.parquet")):
         scorer({"shard": str(file)})
     assert columns_of(scoring) == ["pharmacist"]
