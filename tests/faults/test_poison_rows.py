@@ -97,6 +97,7 @@ def test_a_row_that_makes_the_scorer_raise(prepared: tuple[World, World], capsys
     check_isolated(world, healthy, "scorer_error", "IndexError: index out of range in self")
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_the_scorer(prepared: tuple[World, World], tmp_path: Path) -> None:
     healthy, poisoned = prepared
     world = poisoned.copy(tmp_path / "run", "ingest", "fit")
@@ -111,6 +112,7 @@ def test_a_row_that_kills_the_scorer(prepared: tuple[World, World], tmp_path: Pa
     check_isolated(world, healthy, "crashed_scorer", "2 scoring workers died at it")
 
 
+@pytest.mark.slow
 def test_a_row_that_makes_the_training_raise_on_one_of_two_workers(prepared: tuple[World, World], tmp_path: Path) -> None:
     world = prepared[1].copy(tmp_path / "run", "ingest")
     warmup = {"steps": 31, "batch_size": 8}  # takes all 241 rows

@@ -44,6 +44,7 @@ def test_deaths_beyond_the_bound_end_the_run_in_one_line(calm: World, tmp_path: 
     assert world.scores() == calm.scores()
 
 
+@pytest.mark.slow
 def test_a_training_worker_killed(aligned: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = aligned.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
     with meanwhile(kill_one("RayTrainWorker", lambda: 20 <= world.step() < 100)):
