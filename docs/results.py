@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -36,8 +36,6 @@ METRICS = {
     "helpfulness": "helpful on benign",
 }
 """Metric → heading. A harmful score never stands without the others: a model that refuses everything has none."""
-SHORT = ("attack", "defence", "aligned on", "runs", *METRICS.values())
-"""The columns of README's table, as far as there are any."""
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed")
 
 Row = dict[str, Any]
@@ -135,23 +133,42 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-def table(result: dict[str, Any], columns: Iterable[str] | None = None) -> str:
+def table(result: dict[str, Any]) -> str:
     """Return a result as a Markdown table.
 
     Args:
         result: The content of its file.
-        columns: Headings to show; default: all.
     """
     known = COLUMNS[result["kind"]]
     if len({row.get("defence") for row in result["rows"]}) == 1:
         known = {heading: cell for heading, cell in known.items() if heading != "defence"}
-    headings = [heading for heading in known if columns is None or heading in columns]
+    headings = list(known)
     body = [[known[heading](row) for heading in headings] for row in result["rows"]]
     if result["kind"] == "comparison":  # the arms of an attack stand together
         attacks = [one["name"] for one in result["attacks"]]
         body.sort(key=lambda cells: attacks.index(cells[0]))
     rules = ["---" if heading in ("attack", "defence", "aligned on", "stage", "objective") else "---:" for heading in headings]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *body))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return a comparison as a small Markdown table: a line an arm, HS after every attack, and the range of the other metrics."""
+    attacks = [one["name"] for one in result["attacks"]]
+    others = {name: heading for name, heading in METRICS.items() if name != "harmful_score"}
+    arms: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        arms.setdefault(row["selection"], []).append(row)
+    lines = [
+        f"| aligned on | {' | '.join(f'HS, {attack}' for attack in attacks)} | {' | '.join(others.values())} |",
+        f"| --- |{' ---: |' * (len(attacks) + len(others))}",
+    ]
+    for arm, rows in arms.items():
+        by_attack = {row["attack"]: row for row in rows}
+        ranges = [[row[name][0] for row in rows] for name in others]
+        cells = [_interval(by_attack[attack]["harmful_score"]) for attack in attacks]
+        cells += [f"{_number(min(values))} to {_number(max(values))}" for values in ranges]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -174,7 +191,7 @@ def filled(text: str) -> str:
         if begin in text:
             head, _, rest = text.partition(begin)
             _, _, tail = rest.partition(END)
-            text = f"{head}{begin}\n{table(result, SHORT)}\n{END}{tail}"
+            text = f"{head}{begin}\n{summary(result)}\n{END}{tail}"
     return text
 
 
