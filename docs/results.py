@@ -234,7 +234,7 @@ def draw(result: dict[str, Any], out: Path) -> None:
                 rows = [row for row in result["rows"] if (row["selection"], row["defence"]) == arm]
                 middle, low, high = zip(*(row[metric] for row in rows), strict=True)
                 axes.errorbar(
-                    [attacks.index(row["attack"]) + 0.12 * (number - (len(arms) - 1) / 2) for row in rows],
+                    [attacks.index(row["attack"]) + 0.6 / len(arms) * (number - (len(arms) - 1) / 2) for row in rows],
                     middle,
                     yerr=[[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]],
                     marker="os^Dv<>PX"[number % 9], linestyle=("-", "--", ":", "-.")[number % 4], capsize=2, linewidth=1.3,
