@@ -156,7 +156,7 @@ def test_the_results_say_where_they_come_from(site, results):
 def test_readme_is_short_and_its_table_is_what_the_result_gives(results):
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 120
-    assert "<!-- made by docs/results.py: demo -->\n| attack" in text
+    assert "<!-- made by docs/results.py: demo -->\n| aligned on |" in text
     assert results.filled(text) == text, "run: python docs/results.py --redraw"
 
 
@@ -189,6 +189,11 @@ def test_a_result_is_taken_from_a_run(results, tmp_path):
     assert results.table(found).splitlines()[-1] == (
         "| weak | all | 2 | 1,000 | 1.2 | 0.25 | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] |"
     )
+    assert results.summary(found).splitlines() == [
+        "| aligned on | HS, weak | task accuracy | over-refusal | helpful on benign |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| all | 0.25 [0.12, –] | 0.25 to 0.25 | 0.25 to 0.25 | 0.25 to 0.25 |",
+    ]
 
 
 def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
