@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def aligned(self) -> Variant:
-        """The same cell before any attack."""
+        """The same variant before any attack."""
         return Variant(self.selection, self.defence, self.seed)
 
 
@@ -241,7 +241,7 @@ class Run:
         return _dump(self.config.alignment) | {"objective": defence, "parameters": mine, "harmful": None}
 
     def trained(self, variant: Variant) -> Artifact:
-        """Return a cell's adapter (or model); the folder's name carries the fingerprint, so cells of other settings stay."""
+        """Return a variant's adapter (or model); the folder's name carries the fingerprint, so those of other settings stay."""
         config: dict[str, Any] = {"seed": variant.seed}
         if variant.attack is None:
             stage = "align"
@@ -265,7 +265,7 @@ class Run:
         return artifact
 
     def model_of(self, variant: Variant) -> ModelRef:
-        """Return a trained cell's model."""
+        """Return a trained variant's model."""
         if variant.attack is None and variant.selection == "none":
             return self.model
         if variant.attack is None:

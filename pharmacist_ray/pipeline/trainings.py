@@ -22,7 +22,7 @@ from pharmacist_ray.training.runs import train_all
 from pharmacist_ray.training.task import TrainTask
 
 ATTACK_SEED = 100_003
-"""Added to a cell's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
+"""Added to a variant's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
 
 
 def run_align(run: Run) -> None:

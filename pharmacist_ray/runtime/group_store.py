@@ -1,4 +1,4 @@
-"""A note board of one worker group in Ray's own key-value store, which outlives workers and machines.
+"""Notes of one worker group in Ray's own key-value store, which outlives workers and machines.
 
 Ray Train hands over what workers return, but only if all of them do, and starts the group again for whatever any of them raises. So an
 error of ours that one worker alone meets, and that would come again, is pinned up here; and so is what a worker is about to do, for
