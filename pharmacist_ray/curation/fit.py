@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig
-from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction
+from pharmacist_ray.curation.selector import DIRECTIONS, IterativeSelector, Point, attacked_direction, checkpoint_name
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
@@ -34,9 +34,6 @@ MAX_ITERATIVE = 5_000_000
 
 SAVE_EVERY = 20
 """Iterations between two saved states."""
-
-DIRECTIONS = ("pharmacist", "no_attack")
-"""What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +132,6 @@ def fit(
     }
     write_text(json.dumps(summary, indent=1), out / "selector.json")
     return summary
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the name under which the adapter and the directions of a warm-up step are kept."""
-    return f"step-{step:06d}"
 
 
 def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
-from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name
 from pharmacist_ray.curation.poison import Isolation, attempt_file
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.curation.selector import DIRECTIONS, checkpoint_name
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name

@@ -22,20 +22,28 @@ import numpy as np
 import torch
 
 from pharmacist_ray.config.schema import SelectorConfig
+from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.perturb import global_norm, perturbed
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.training.batches import BatchOrder
 
 Collate = Callable[[list[Rendered]], Batch]
 
 TINY = 1e-30
 """Stands for a norm of zero where something is divided by it, so that the quotient is zero and not NaN."""
 
+DIRECTIONS = ("pharmacist", "no_attack")
+"""What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
+
 _SCALE_DECAY = 0.999
 """Decay of the mean square by which a step on the logits is scaled (Adam's second moment's)."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name under which the adapter and the directions of a warm-up step are kept."""
+    return f"step-{step:06d}"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Literal
 
 import pyarrow as pa
 
+from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import IGNORE, Batch, Rendered, Renderer
 from pharmacist_ray.data.rows import read_rows, row_at
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.training.batches import BatchOrder
 from pharmacist_ray.training.task import TrainTask
 
 HARMFUL_SEED = 7_919

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation import fit as fit_module
-from pharmacist_ray.curation.fit import DIRECTIONS, checkpoint_name, fit
+from pharmacist_ray.curation.fit import fit
 from pharmacist_ray.curation.score import ShardScorer, columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
-from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction
+from pharmacist_ray.curation.selector import DIRECTIONS, IterativeSelector, Point, attacked_direction, checkpoint_name
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, sample_rows, write_rows
 from pharmacist_ray.data.schema import Row, row_id

@@ -12,6 +12,7 @@ import pytest
 
 from pharmacist_ray.config.load import apply_override, parse_config
 from pharmacist_ray.config.schema import TrainConfig
+from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.rows import count_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError, ConfigError, ModelError
@@ -19,7 +20,6 @@ from pharmacist_ray.pipeline import stages, trainings
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.pipeline.trainings import _in_steps
-from pharmacist_ray.training.batches import BatchOrder
 from pharmacist_ray.training.task import TrainTask
 
 TRAIN = {"steps": 2, "batch_size": 4}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from pharmacist_ray.training.batches import BatchOrder
+from pharmacist_ray.data.batches import BatchOrder
 
 
 def test_every_epoch_holds_every_row_once_also_where_epochs_do_not_divide_into_batches() -> None:
