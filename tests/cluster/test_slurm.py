@@ -124,14 +124,10 @@ def _seen(environment: dict[str, str], script: subprocess.Popen[str]) -> dict[st
     return seen
 
 
-def test_the_job_runs_on_the_whole_cluster_and_leaves_nothing_behind(slurm: dict[str, str]) -> None:
-    script = _start(slurm, "--config", "a b.yaml", "run_dir=/mnt/cluster/x")
+def test_the_job_runs_on_the_whole_cluster_and_short_of_time_goes_back_into_the_queue(slurm: dict[str, str]) -> None:
+    script = _start(slurm, "wait", "--config", "a b.yaml", "run_dir=/mnt/cluster/x")
     seen = _seen(slurm, script)
-    output = script.communicate(timeout=60)[0]
-
-    assert script.returncode == 3, output  # the job's own
-    assert "jobs.curate ended with 3" in output
-    assert seen["arguments"] == ["--config", "a b.yaml", "run_dir=/mnt/cluster/x"]
+    assert seen["arguments"] == ["wait", "--config", "a b.yaml", "run_dir=/mnt/cluster/x"]
     assert (seen["alive"], seen["cpus"]) == (2, 2)
 
     head, worker = (Path(slurm["CALLS"]) / "srun").read_text().splitlines()
@@ -144,24 +140,29 @@ def test_the_job_runs_on_the_whole_cluster_and_leaves_nothing_behind(slurm: dict
 
     assert (seen["mode"], seen["modes"], len(seen["token"])) == ("token", ["0o600", "0o700"], 64)
     assert seen["stranger"] != 0
-    assert seen["token"] not in output
     assert not [command for command in seen["commands"] if seen["token"] in command]
 
-    assert _of_job(slurm["SLURM_JOB_ID"]) == []
-    assert not list(Path(slurm["HOME"]).glob(".pharmacist-*"))
-    assert not (Path(slurm["CALLS"]) / "scontrol").exists()
-
-
-@pytest.mark.slow
-def test_short_of_time_it_goes_back_into_the_queue(slurm: dict[str, str]) -> None:
-    script = _start(slurm, "wait")
-    _seen(slurm, script)
     script.send_signal(signal.SIGUSR1)
     output = script.communicate(timeout=60)[0]
     assert script.returncode == 75, output
+    assert seen["token"] not in output
     assert (Path(slurm["CALLS"]) / "scontrol").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
-    assert _of_job(slurm["SLURM_JOB_ID"]) == []
-    assert not list(Path(slurm["HOME"]).glob(".pharmacist-*"))
+    _assert_nothing_is_left(slurm)
+
+
+@pytest.mark.slow
+def test_a_job_that_ends_by_itself_gives_its_code_and_is_not_started_again(slurm: dict[str, str]) -> None:
+    script = _start(slurm)
+    output = script.communicate(timeout=180)[0]
+    assert script.returncode == 3, output
+    assert "jobs.curate ended with 3" in output
+    assert not (Path(slurm["CALLS"]) / "scontrol").exists()
+    _assert_nothing_is_left(slurm)
+
+
+def _assert_nothing_is_left(environment: dict[str, str]) -> None:
+    assert _of_job(environment["SLURM_JOB_ID"]) == []
+    assert not list(Path(environment["HOME"]).glob(".pharmacist-*"))
 
 
 def test_a_head_that_does_not_start_is_said_and_is_not_waited_for(slurm: dict[str, str]) -> None:

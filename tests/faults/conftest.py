@@ -49,6 +49,14 @@ def calm(ray_local: None, make_world: Callable[..., World], tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
+def aligned_alone(calm: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Return the same with a model aligned in this process."""
+    world = calm.copy(tmp_path_factory.mktemp("aligned") / "run", "ingest", "fit", "scores", "selections")
+    world.stage("align")
+    return world
+
+
+@pytest.fixture(scope="session")
 def aligned(calm: World) -> World:
     """Return the same with a model aligned by two workers."""
     world = World(calm.root, {**calm.values, "resources": {**calm.values["resources"], "workers": 2}})

@@ -44,9 +44,15 @@ def test_deaths_beyond_the_bound_end_the_run_in_one_line(calm: World, tmp_path: 
     assert world.scores() == calm.scores()
 
 
-@pytest.mark.slow
-def test_a_training_worker_killed(aligned: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("undisturbed", ["aligned_alone", pytest.param("aligned", marks=pytest.mark.slow)])
+def test_a_training_worker_killed(
+    undisturbed: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one worker the result is that of no worker, with two the one of two."""
+    aligned: World = request.getfixturevalue(undisturbed)
     world = aligned.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
+    world.values["resources"] = {**world.values["resources"], "workers": 2 if undisturbed == "aligned" else 1}
+    capsys.readouterr()
     with meanwhile(kill_one("RayTrainWorker", lambda: 20 <= world.step() < 100)):
         world.stage("align")
     found = re.search(r"was interrupted; it goes on after step (\d+) of 120 \(attempt 2\)", capsys.readouterr().out)

@@ -63,7 +63,6 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[ResourcesConfig]:
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_ray_is_started_only_for_what_other_processes_have_to_make(file, starts):
     config = load_config(file)

@@ -160,6 +160,7 @@ def started_at(record: dict[str, Any]) -> float:
     return float(record["started_at"])
 
 
+@pytest.mark.slow
 def test_a_search_that_runs_again_makes_nothing_that_is_there(searched):
     config, _ = searched
     before, rows = times(config.run_dir), table_of(config.run_dir)
@@ -241,7 +242,6 @@ def refusing(model_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.slow
 def test_asha_stops_a_trial_for_its_early_look_and_it_stays_stopped(refusing, rows_of, tmp_path, capsys):
     """The candidates only refuse, so who learns nothing from them answers everything; the attacks change next to nothing."""
     file = write_config(tmp_path, refusing, rows_of)
@@ -278,7 +278,6 @@ def records(root: Path) -> dict[str, dict[str, Any]]:
     return {one.stem: json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")}
 
 
-@pytest.mark.slow
 def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(searched, tmp_path, capsys):
     """Optuna's trials are drawn from what finished before, so they have to be told of it again; two at a time."""
     config, _ = searched
