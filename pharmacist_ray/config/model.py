@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
 
 
@@ -27,6 +29,10 @@ class ModelConfig(Section):
     """Folder, hub id or URI of a causal language model with safetensors weights."""
     template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
     """Prompt template; `auto` takes the model's chat template, else Alpaca's."""
+    system: str = Field(default="", exclude_if=lambda value: not value)
+    """System prompt before every row that brings none of its own; for a chat template."""
+    template_arguments: dict[str, bool | int | float | str] = Field(default={}, exclude_if=lambda value: not value)
+    """What the chat template is given besides the turns, for example `{enable_thinking: false}` (Qwen3)."""
     max_length: Count = 256
     """Longest sequence in tokens, prompt and answer together (Booster's public code: 256)."""
     dtype: Literal["float32", "bfloat16"] = "float32"

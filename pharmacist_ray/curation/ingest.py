@@ -315,7 +315,8 @@ def _renderer(model: ModelRef) -> Renderer:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {model.path}: {' '.join(str(error).split())[:300]}") from error
-    return Renderer(tokenizer, model.template, model.max_length)
+    arguments = dict(model.template_arguments)
+    return Renderer(tokenizer, model.template, model.max_length, system=model.system, arguments=arguments)
 
 
 def _check_room(row: Row, renderer: Renderer) -> None:

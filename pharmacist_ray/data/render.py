@@ -1,17 +1,21 @@
 """One renderer for alignment, attack, scoring and evaluation.
 
 Prompt and answer are tokenised separately and their ids concatenated, so the loss mask can never be off by the token that merges
-over the boundary. The loss covers the answer's tokens and the end-of-sequence token, nothing else.
+over the boundary. The loss covers the answer's tokens and the token that ends it, nothing else: under a chat template the one that
+ends a turn there, which often is not the tokenizer's end-of-sequence token.
 
 Rows are other people's text. What looks like a control token in it (``</s>``, ``<|im_end|>``) stays text: it could end a turn, forge
 one, or move the mask. Where a chat template writes control tokens around the text, the two cannot be told apart afterwards, and such
 a row is refused.
+
+A chat template may ask for the day's date. It is told the same date always, so that a run that goes on tomorrow is still one run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
 import torch
@@ -32,9 +36,20 @@ _ALPACA = (
 )
 
 
+_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+"""The date that templates are told: the one that Llama 3's template names by itself where there is no clock."""
+
+_REPLACED = "".join(f"|replace('{directive}', '{value}')" for directive, value in _DATE.items())
+_CLOCK = "{%- macro strftime_now(format) -%}{{ format" + _REPLACED + " }}{%- endmacro -%}"
+"""Stands before a template, in the place of the function that transformers gives it."""
+
+_MARK = "qqqq"
+"""An answer that no template changes, by which the places around an answer are found."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One sample as token ids: ``ids[:answer_start]`` is the prompt, the rest the supervised answer with its EOS."""
+    """One sample as token ids: ``ids[:answer_start]`` is the prompt, the rest the supervised answer with the token that ends it."""
 
     ids: list[int]
     answer_start: int
@@ -64,16 +79,27 @@ class Batch:
 class Renderer:
     """Turns rows into token ids for one tokenizer and one template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", max_length: int = 256) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template = "auto",
+        max_length: int = 256,
+        *,
+        system: str = "",
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         """Check that the tokenizer can do what the template needs.
 
         Args:
             tokenizer: The model's tokenizer.
             template: Which template to use; see `Template`.
             max_length: The longest sequence in tokens, prompt and answer together; a longer answer is cut on the right.
+            system: A system prompt before every row's turns that bring none of their own.
+            arguments: What the chat template is given besides the turns.
 
         Raises:
-            ModelError: The tokenizer has no EOS token, or ``chat`` was asked for and it has no chat template.
+            ModelError: The tokenizer has no EOS token, ``chat`` was asked for and it has no chat template, or the chat template takes
+                no system prompt.
         """
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_chat:
@@ -87,6 +113,48 @@ class Renderer:
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self.control_tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+        self.system = system
+        self.arguments = dict(arguments or {})
+        if system and self.template != "chat":
+            raise ModelError(
+                f"model.system needs a chat template, and model.template is '{self.template}'; leave model.system out"
+            )
+        self.opening, self.end_id = self._around_an_answer() if self.template == "chat" else ("", self.eos_id)
+
+    def _around_an_answer(self) -> tuple[str, int]:
+        """Return what the chat template writes between the prompt and an answer, and the control token with which it ends one.
+
+        The first is text only where a template has control tokens there (as gpt-oss has a channel's name); an answer to learn begins
+        after them. Where a template ends a turn with no control token, the tokenizer's EOS does.
+        """
+        turns = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self._chat(turns, answered=False)
+            before, found, after = self._chat([*turns, {"role": "assistant", "content": _MARK}], answered=True).rpartition(_MARK)
+        except Exception as error:  # templates are programs of the model's author and raise what they like
+            hint = "; it may take no system prompt: leave model.system out" if self.system else ""
+            raise ModelError(f"the model's chat template refuses a question with its answer: {error}{hint}") from error
+        if not found:
+            raise ModelError("the model's chat template leaves answers out; set model.template to alpaca or plain")
+        opening = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        control = {self.tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens}
+        ends = (id for id in self._ids(after, all_text=False) if id in control)
+        return opening if opening.startswith(tuple(self.control_tokens)) else "", next(ends, self.eos_id)
+
+    def _chat(self, turns: Sequence[Mapping[str, Any]], *, answered: bool) -> str:
+        """Return turns as the chat template writes them, ready for the model's answer unless it is the last turn."""
+        if self.system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
+        template = self.tokenizer.get_chat_template()
+        return str(
+            self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=_CLOCK + template if "strftime_now" in template else template,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                **self.arguments,
+            )
+        )
 
     def prompt_text(self, row: Row) -> str:
         """Return the text before the answer, as the model sees it.
@@ -103,7 +171,7 @@ class Renderer:
             content = f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
             turns = [*(orjson.loads(row.history) if row.history else []), {"role": "user", "content": content}]
             try:
-                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+                return self._chat(turns, answered=False) + self.opening
             except Exception as error:  # templates are programs of the model's author and raise what they like
                 raise DataError(f"the model's chat template refuses row {row.id} ({row.source}): {error}") from error
         earlier = ""
@@ -130,7 +198,7 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=all_text)["input_ids"])
 
     def render(self, row: Row) -> Rendered:
-        """Return prompt and answer as ids; the answer ends with EOS unless it was cut at ``max_length``.
+        """Return prompt and answer as ids; the answer ends with the token that ends it unless it was cut at ``max_length``.
 
         Raises:
             DataError: The prompt alone fills ``max_length`` (no room for an answer), or the answer has no tokens.
@@ -145,7 +213,7 @@ class Renderer:
                 f"row {row.id} ({row.source}): the prompt has {len(prompt)} tokens and leaves no room for an answer "
                 f"within model.max_length={self.max_length}"
             )
-        return Rendered([*prompt, *[*answer, self.eos_id][:room]], len(prompt))
+        return Rendered([*prompt, *[*answer, self.end_id][:room]], len(prompt))
 
     def collate(self, samples: list[Rendered]) -> Batch:
         """Return samples as one right-padded batch.

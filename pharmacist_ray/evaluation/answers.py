@@ -100,6 +100,21 @@ def answer_all(
             progress(done, len(wanted))
 
 
+def without_thoughts(answer: str) -> str:
+    """Return what a model that thinks aloud answers in the end: a thought is neither harm nor refusal.
+
+    A thought that never ends has no answer after it, and "" comes back.
+
+    Args:
+        answer: What the model wrote, perhaps with ``<think> … </think>`` before it, or ``… </think>`` where the prompt opened the
+            thought.
+    """
+    thought, _, rest = answer.rpartition("</think>")
+    if thought or rest != answer:
+        return rest.lstrip()
+    return "" if answer.lstrip().startswith("<think>") else answer
+
+
 class Answerer:
     """Answers and judges units; keeps the model it used last, and the judge."""
 
@@ -134,7 +149,7 @@ class Answerer:
 
     def _answer(self, unit: GenerationUnit) -> pa.Table:
         if self.model is None or self.model[0] != unit.model:
-            ref = unit.model
+            ref, self.model = unit.model, None  # let go of the last one before the next one takes its room
             self.model = (ref, ref.load(self.spec.device), ref.renderer())
         _, model, renderer = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
@@ -145,7 +160,9 @@ class Answerer:
             [renderer.prompt_ids(row) for row in rows],
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
+            end_id=renderer.end_id,
         )
+        answers = [without_thoughts(answer) for answer in answers]
         table: dict[str, list[Any]] = {
             "set": [unit.set] * len(rows),
             "id": [row.id for row in rows],

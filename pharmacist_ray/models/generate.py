@@ -11,7 +11,13 @@ from pharmacist_ray.errors import ModelError
 
 
 def generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts_ids: list[list[int]], *, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts_ids: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    end_id: int | None = None,
 ) -> list[str]:
     """Return the greedy continuation of every prompt: the new text only, without special tokens.
 
@@ -24,6 +30,7 @@ def generate(
         prompts_ids: One list of token ids per prompt, none of them empty.
         max_new_tokens: The longest answer; it ends earlier at the tokenizer's or the model's EOS.
         batch_size: How many prompts run together.
+        end_id: One more token that ends an answer: that of the template which the model was trained with.
 
     Returns:
         The answers, in the order of the prompts.
@@ -34,7 +41,7 @@ def generate(
     if empty := [index for index, ids in enumerate(prompts_ids) if not ids]:
         raise ModelError(f"prompt {empty[0]} has no tokens to continue; give it a text, or the tokenizer a BOS token")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own generate adds nothing for LoRA
-    config = _greedy(base, tokenizer, max_new_tokens)
+    config = _greedy(base, tokenizer, max_new_tokens, end_id)
     order = sorted(range(len(prompts_ids)), key=lambda index: -len(prompts_ids[index]))
     answers = [""] * len(prompts_ids)
     modes = {module: module.training for module in base.modules()}
@@ -66,10 +73,10 @@ def generate(
     return answers
 
 
-def _greedy(base: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Return greedy decoding that ends at the tokenizer's EOS or any that the model names (chat models have an end of turn)."""
+def _greedy(base: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, end_id: int | None) -> GenerationConfig:
+    """Return greedy decoding that ends at the tokenizer's EOS, at any that the model names, or at the template's end of a turn."""
     eos = base.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    ends = {tokenizer.eos_token_id, end_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     return GenerationConfig(
         do_sample=False,

@@ -24,6 +24,10 @@ class ModelRef:
     """Prompt template."""
     max_length: int = 256
     """Longest sequence in tokens, prompt and answer together."""
+    system: str = ""
+    """System prompt before every row that brings none of its own."""
+    template_arguments: tuple[tuple[str, bool | int | float | str], ...] = ()
+    """What the chat template is given besides the turns, by name."""
 
     def plus(self, adapter: str) -> ModelRef:
         """Return the model with one more adapter merged."""
@@ -57,4 +61,6 @@ class ModelRef:
         from pharmacist_ray.data.render import Renderer
         from pharmacist_ray.models.load import load_tokenizer
 
-        return Renderer(load_tokenizer(self.path, trust_remote_code=self.trust_remote_code), self.template, self.max_length)
+        tokenizer = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+        arguments = dict(self.template_arguments)
+        return Renderer(tokenizer, self.template, self.max_length, system=self.system, arguments=arguments)

@@ -16,7 +16,7 @@ from torch import nn
 
 from pharmacist_ray.errors import ModelError
 
-StoragePath = Literal["layer", "attention", "mlp", "norm"]
+Tap = Literal["layer", "attention", "mlp", "norm"]
 """Where to tap: a decoder layer's output, its self-attention's output before the residual sum, its MLP's output; or the model's
 last normalisation, of which there is one."""
 
@@ -40,7 +40,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(_decoder(model)[1])
 
 
-def modules_at(model: nn.Module, place: StoragePath) -> list[nn.Module]:
+def modules_at(model: nn.Module, place: Tap) -> list[nn.Module]:
     """Return the modules of one kind: one for every decoder layer, in order, or for ``norm`` the only one.
 
     Args:

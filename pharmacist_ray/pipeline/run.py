@@ -99,7 +99,15 @@ class Run:
     def model(self) -> ModelRef:
         """The base model."""
         model = self.config.model
-        return ModelRef(model.path, (), model.dtype, model.trust_remote_code, model.template, model.max_length)
+        return ModelRef(
+            model.path,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            template=model.template,
+            max_length=model.max_length,
+            system=model.system,
+            template_arguments=tuple(sorted(model.template_arguments.items())),
+        )
 
     @cached_property
     def _model_identity(self) -> Any:
@@ -136,7 +144,12 @@ class Run:
         """Return the canonical rows of a source, in ``<folder>/rows``."""
         source, _ = self.sources[name]
         shards = self.config.data.shards if name == "candidates" else 1
-        config = {"source": self._settings(source), "shards": shards, "max_length": self.config.model.max_length}
+        config: dict[str, Any] = {"source": self._settings(source), "shards": shards, "max_length": self.config.model.max_length}
+        if self.config.model.template in (
+            "auto",
+            "chat",
+        ):  # after 0.1.0, which ended every answer with EOS; all else is as it was
+            config["turns"] = "as the chat template ends them"
         inputs = {"files": self._files[name], "model": self._model_identity}
         usual = self.base.ingested(name) if self.base and name in self.base.sources else None
         return self._placed(Artifact(self.root / "ingest" / name, "ingest", config, inputs), usual)
@@ -305,7 +318,9 @@ class Run:
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
         del asked["bootstrap_draws"]  # no answer hangs on it
-        return digest([prompts, asked, self.config.model.template, self._file(judge) if judge else None])
+        model = self.config.model
+        chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
+        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat])
 
     def answers(self, variant: Variant) -> StoragePath:
         """Return the folder of a model's judged answers, which no other model's change."""

@@ -46,10 +46,13 @@ def test_an_answer_ends_at_eos_and_shows_no_special_token(tiny: Any, tokenizer: 
     index = next(i for i, text in enumerate(free) if len(set(text.split())) > 3)
     words = free[index].split()
     stop = next(i for i, word in enumerate(words) if i and word not in words[:i])
-    model.generation_config.eos_token_id = [2, tokenizer.convert_tokens_to_ids(words[stop])]  # as a chat model's end of turn
+    end = tokenizer.convert_tokens_to_ids(words[stop])
+    by_template = generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=8, end_id=end)
+    model.generation_config.eos_token_id = [2, end]  # as chat models name their end of a turn
     stopped = generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=8)
     assert stopped[index].split() == words[: stop + 1]
     assert not any("<" in text for text in stopped)
+    assert by_template == stopped
 
 
 def test_the_models_sampling_defaults_are_ignored_and_kept(tiny: Any, tokenizer: Any, prompts: list[list[int]]) -> None:

@@ -20,25 +20,25 @@ from pharmacist_ray.storage import write_text
 
 NAMES = ("alignment", "validation", "harmful", "benign", "task", "attacker", "eval_harmful", "eval_benign", "eval_task")
 
-OLD_INPUTS = {"files": "e9879768b5a46c81", "model": "36d7a072ee7c3b2e"}
+OLD_INPUTS = {"files": "e9879768b5a46c81", "model": "1d489d8787dbd667"}
 """What version 0.1.0 wrote as the candidates' inputs, for the files of `place` with their times."""
 OLD = {
-    "ingest candidates": "94ca22875575d8cf",
-    "ingest validation": "6df351e5164f4698",
-    "ingest harmful": "5b2e2467b13d46b1",
-    "ingest benign": "361e478d2168333c",
-    "ingest attack-weak-task": "0f1c37ef495e06cf",
-    "ingest attack-weak-harmful": "af749f38b6b44a77",
-    "ingest eval-harmful": "ab2a2fec4c25fd5a",
-    "ingest eval-benign": "0bac0b54209667ab",
-    "ingest eval-task": "9b5fb4fd52806325",
-    "fit": "b66ca81e6b7e7ac5",
-    "score": "a9c94fb43f599c4f",
-    "select": "9d6fdc36a9f36274",
-    "align": "f95284d83f9bc038",
-    "attack": "fafea7a9c00f25ee",
-    "evaluate": "9b39faddb2bb817b",
-    "answers": "pharmacist.sft.s0.weak-fafea7a9-5ab7fc89",
+    "ingest candidates": "37375e11e68fd447",
+    "ingest validation": "9d33089a6f61f0b2",
+    "ingest harmful": "a7dc4bdcc54b3818",
+    "ingest benign": "9c4bf2041af4d8db",
+    "ingest attack-weak-task": "9a74cbf1f539e7b9",
+    "ingest attack-weak-harmful": "833a8591ec1b7ec1",
+    "ingest eval-harmful": "1aca6616e96a1dd7",
+    "ingest eval-benign": "117008cf80dcac1f",
+    "ingest eval-task": "952a192b2bf74edc",
+    "fit": "8bc9949a9253e291",
+    "score": "d9b1e6a34f2298cb",
+    "select": "ea39cb9d577533a6",
+    "align": "5d04658eccbd252f",
+    "attack": "e87f240b99535c16",
+    "evaluate": "f266c529355b648a",
+    "answers": "pharmacist.sft.s0.weak-e87f240b-b6008095",
 }
 """What version 0.1.0 called the artifacts of `run_of`."""
 
@@ -56,12 +56,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def run_of(where: str = "", *, base: Run | None = None, intensity: float = 0.1) -> Run:
+def run_of(where: str = "", *, base: Run | None = None, intensity: float = 0.1, template: str = "plain") -> Run:
     """Return a run of one cell and one attack on the files in a folder, in the run directory ``run``."""
     path = {name: {"path": f"{where}data/{name}.jsonl"} for name in NAMES}
     values: dict[str, Any] = {
         "run_dir": "run",
-        "model": {"path": f"{where}model"},
+        "model": {"path": f"{where}model", "template": template},
         "data": {"candidates": path["alignment"], **{name: path[name] for name in ("validation", "harmful", "benign")}},
         "selector": {"intensity": intensity},
         "attacks": [{"name": "weak", "task": path["task"], "harmful": path["attacker"]}],
@@ -194,3 +194,10 @@ def test_what_that_rule_cannot_find_is_made_anew_by_the_new_one_and_says_so(plac
     make(run)
     os.utime(file, ns=(2, 2))
     assert prints(run_of()) == prints(run)
+
+
+def test_under_a_chat_template_ingestion_is_made_anew_for_its_turns_end_otherwise_now(place):
+    artifact = run_of(template="auto").ingested("candidates")
+    made = {"config": {key: value for key, value in artifact.config.items() if key != "turns"}, "inputs": dict(artifact.inputs)}
+    assert artifact.difference(made) == "with no turns, wanted is turns='as the chat template ends them'"
+    assert "turns" not in run_of().ingested("candidates").config
