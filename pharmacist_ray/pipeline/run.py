@@ -145,10 +145,7 @@ class Run:
         source, _ = self.sources[name]
         shards = self.config.data.shards if name == "candidates" else 1
         config: dict[str, Any] = {"source": self._settings(source), "shards": shards, "max_length": self.config.model.max_length}
-        if self.config.model.template in (
-            "auto",
-            "chat",
-        ):  # after 0.1.0, which ended every answer with EOS; all else is as it was
+        if self.config.model.template in ("auto", "chat"):  # version 0.1.0 ended every answer with EOS; all else is as it was
             config["turns"] = "as the chat template ends them"
         inputs = {"files": self._files[name], "model": self._model_identity}
         usual = self.base.ingested(name) if self.base and name in self.base.sources else None
