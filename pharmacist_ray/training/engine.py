@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.models.perturb import perturbed
-from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 
 deepspeed_logger.setLevel("WARNING")
 
@@ -82,10 +82,13 @@ def sharded_loading(train: TrainConfig, workers: int, dtype: str = "float32") ->
     if train.zero_stage < 3:
         yield
         return
+    current_ranks()  # a group of one, where there is none
     _plain_collectives()
     # DeepSpeed counts the workers while the model loads, long before the engine is built.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
-    keep_alive = HfDeepSpeedConfig(deepspeed_config(train, workers, dtype))
+    # What is loaded has the base's own precision, whatever is trained on it: where DeepSpeed is told of no bfloat16 it loads float32.
+    precision = {"bf16": {"enabled": dtype == "bfloat16"}}
+    keep_alive = HfDeepSpeedConfig(deepspeed_config(train, workers, dtype) | precision)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import time
@@ -39,6 +40,9 @@ from pharmacist_ray.training.tracking import tracked
 
 REPORT_EVERY_S = 1.0
 
+TINY = 10_000_000
+"""Parameters of a model that nobody waits for to be freed: that takes half a second, as long as its training might (ours)."""
+
 
 def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
     """Train and publish the result; return the contents of ``result.json``.
@@ -57,7 +61,10 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         ResourceError: The disk is full.
     """
     with disk_full_errors(storage_path(task.out)):
-        return _run_task(task, ranks or current_ranks())
+        result = _run_task(task, ranks or current_ranks())
+    if result.get("parameters", 0) > TINY:
+        _free()
+    return result
 
 
 def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
@@ -175,6 +182,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         "seconds": values["seconds"],
         "tokens": values["tokens"],
         "final_loss": values["loss"],
+        "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()),
     }
     engine.destroy()
     if ranks.first:
@@ -186,6 +194,13 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         progress_file(out).unlink(missing_ok=True)
     ranks.barrier()
     return result
+
+
+def _free() -> None:
+    """Give back the memory of a model that nothing refers to any more but itself: an engine and its model form circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number: int, ranks: Ranks) -> None:

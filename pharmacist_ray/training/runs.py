@@ -17,7 +17,8 @@ from pharmacist_ray.training.task import TrainTask
 def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, resources: ResourcesConfig) -> list[dict[str, Any]]:
     """Run training tasks, ``resources.parallel_runs`` worker groups side by side, each taking its share one after the other.
 
-    One group for many tasks, because starting a group takes longer than a small training run.
+    One group for many tasks, because starting a group takes longer than a small training run. At ZeRO 3 each task gets a group of its
+    own: DeepSpeed never lets go of a model that it has sharded, and the next one would need its room.
 
     Args:
         tasks: Independent tasks.
@@ -28,8 +29,10 @@ def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, re
     Returns:
         The tasks' results in their order.
     """
-    groups = [list(tasks[first :: resources.parallel_runs]) for first in range(min(resources.parallel_runs, len(tasks)))]
-    with ThreadPoolExecutor(max_workers=max(1, len(groups))) as pool:
+    at_a_time = min(resources.parallel_runs, len(tasks))
+    sharded = any(task.train.zero_stage == 3 for task in tasks)
+    groups = [[task] for task in tasks] if sharded else [list(tasks[first::at_a_time]) for first in range(at_a_time)]
+    with ThreadPoolExecutor(max_workers=max(1, at_a_time)) as pool:
         outcomes = pool.map(
             lambda numbered: run_on_workers(
                 run_tasks, numbered[1], name=f"{name}-{numbered[0]}", storage=storage, resources=resources

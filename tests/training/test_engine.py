@@ -178,6 +178,26 @@ def test_zero_3_loads_a_model_that_is_whole_on_no_worker(model_folder: Path) -> 
     assert all(parameter.numel() > 0 for parameter in load_model(model_folder).parameters())  # the setting does not linger
 
 
+def test_zero_3_loads_a_bfloat16_base_in_bfloat16_and_trains_a_float32_adapter_on_it(
+    model_folder: Path, batch_of: Callable[..., Batch]
+) -> None:
+    train = TrainConfig(batch_size=8, zero_stage=3, lr=1e-2)
+    with sharded_loading(train, 1, "bfloat16"):
+        model = load_model(model_folder, dtype="bfloat16")
+    engine = build_engine(add_lora(model, LoraConfig(r=2), seed=0), train, current_ranks(), dtype="bfloat16")
+    engine.train()
+    kinds = {(parameter.requires_grad, parameter.ds_tensor.dtype) for parameter in engine.module.parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
+    losses = []
+    for _ in range(6):
+        loss = per_sample_nll(engine, batch_of(8)).mean()
+        losses.append(float(loss.detach()))
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    assert losses[-1] < losses[0] - 0.05
+
+
 def test_the_optimizer_lives_in_cpu_memory_if_asked_to(model_folder: Path, batch_of: Callable[..., Batch]) -> None:
     results = []
     for stage, offload in ((0, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, DataError, ResourceError, TrainingError
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.training import loop, runs
+from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.runs import run_tasks, train_all
 from pharmacist_ray.training.task import TrainTask, progress_file
@@ -92,6 +97,49 @@ def test_full_weights_come_out_as_a_model_that_transformers_loads(task: TrainTas
     loaded = AutoModelForCausalLM.from_pretrained(Path(task.out) / "model")
     start = AutoModelForCausalLM.from_pretrained(task.model.path)
     assert not torch.equal(loaded.lm_head.weight, start.lm_head.weight)
+
+
+def test_a_model_is_gone_before_the_next_one_loads(task: TrainTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine and model form circles, which nothing breaks but a collection; of a model that is no matter nobody waits for one."""
+    models = []
+
+    def build(model: torch.nn.Module, *given: Any, **more: Any) -> Any:
+        models.append(weakref.ref(model))
+        return build_engine(model, *given, **more)
+
+    monkeypatch.setattr(loop, "build_engine", build)
+    gc.disable()  # nor may it happen by chance
+    try:
+        result = run_task(task)
+        assert models[0]() is not None
+        monkeypatch.setattr(loop, "TINY", 0)
+        run_task(replace(task, out=f"{task.out}-again"))
+    finally:
+        gc.enable()
+    assert [model() for model in models] == [None, None]
+    assert result["parameters"] == sum(
+        tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(task.model.path).parameters()
+    ) + sum(tensor.numel() for tensor in load_file(Path(task.out) / "adapter" / "adapter_model.safetensors").values())
+
+
+def test_at_zero_3_every_task_has_a_worker_group_of_its_own(
+    task: TrainTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed never lets go of what it has sharded."""
+    groups = []
+
+    def run(work: Any, tasks: list[TrainTask], **_: Any) -> list[dict[str, Any]]:
+        groups.append([task.name for task in tasks])
+        return [{"name": task.name} for task in tasks]
+
+    monkeypatch.setattr(runs, "run_on_workers", run)
+    resources = ResourcesConfig(parallel_runs=2)
+    for stage, wanted in ((2, [["t0", "t2"], ["t1"]]), (3, [["t0"], ["t1"], ["t2"]])):
+        groups.clear()
+        tasks = [replace(task, name=f"t{n}", train=TRAIN.model_copy(update={"zero_stage": stage})) for n in range(3)]
+        results = train_all(tasks, name="many", storage=tmp_path, resources=resources)
+        assert [result["name"] for result in results] == ["t0", "t1", "t2"]
+        assert sorted(groups) == wanted
 
 
 def test_going_on_with_an_adapter_starts_where_it_ended(task: TrainTask, tmp_path: Path) -> None:
