@@ -51,8 +51,7 @@ def make_testbed(folder: Path, world: World, overrides: Sequence[str] = (), base
         ModelError: ``base`` is of another world or was made otherwise, or the base does not know enough to stand on.
     """
     started = time.perf_counter()
-    settings = _settings("demo.yaml", folder, overrides, world=world.world_seed)
-    pretraining = settings.pop("pretraining")
+    settings, pretraining = _settings("demo.yaml", folder, overrides, world=world.world_seed)
     samples = world.pretraining(pretraining.pop("rows"))
     max_length, template = settings["model"]["max_length"], settings["model"]["template"]
     recipe = _recipe(samples, pretraining, max_length, template, world=world.world_seed)
@@ -102,8 +101,7 @@ def make_planted(
     safe, ordinary = _read_pairs(safety), _read_pairs(benign)
     sets = plant(safe, ordinary, seed, candidates=candidates, trusted=trusted)
     write_jsonl(sets, folder / "data")
-    settings = _settings("planted.yaml", folder, overrides)
-    pretraining = settings.pop("pretraining")
+    settings, pretraining = _settings("planted.yaml", folder, overrides)
     pretraining.pop("rows", None)
     texts = [f"{row['prompt']}\n{row['response']}" for row in [*safe, *ordinary]]
     recipe = _recipe(ordinary, pretraining, settings["model"]["max_length"], settings["model"]["template"])
@@ -113,11 +111,14 @@ def make_planted(
     say(f"  planted in {time.perf_counter() - started:.0f} s: {sizes} in {escaped(folder / 'data')} (seed {seed})")
 
 
-def _settings(name: str, folder: Path, overrides: Sequence[str], world: int = 0) -> dict[str, Any]:
+def _settings(name: str, folder: Path, overrides: Sequence[str], world: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration of a run, which is checked before anything is made, and the pre-training section."""
     values = _read(name, folder, world)
     for override in overrides:
         apply_override(values, override)
-    return values
+    pretraining = values.pop("pretraining")
+    parse_config(values, where=name)
+    return values, pretraining
 
 
 def _read(name: str, folder: Path, world: int = 0) -> dict[str, Any]:

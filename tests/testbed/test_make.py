@@ -120,6 +120,12 @@ def test_the_command_passes_its_options_on_and_its_defaults_are_the_worlds(tmp_p
     assert list(inspect.signature(command).parameters) == ["folder", "overrides", "seed", "world", "covered", "noise", "base"]
 
 
+def test_a_mistake_in_an_override_is_found_before_anything_is_made(trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key 'selection.ratoi' .did you mean 'ratio'"):
+        make_testbed(tmp_path / "a", World(), ["selection.ratoi=1"])
+    assert (trained, list(tmp_path.iterdir())) == ([], [])
+
+
 def test_a_parameter_out_of_range_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pharmacist", "testbed", str(tmp_path), "--covered", "9"])
     with pytest.raises(SystemExit) as ended:
