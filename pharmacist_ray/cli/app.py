@@ -37,8 +37,6 @@ Strict = Annotated[bool, typer.Option("--strict", help="Make a broken row an err
 Defences = Annotated[
     str | None, typer.Option(help="Objectives to cross with every selection, for example sft,vaccine,booster; over the file's.")
 ]
-
-
 Address = Annotated[
     str | None,
     typer.Option(help="URL of the head's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if a URL."),
@@ -239,12 +237,16 @@ def testbed(
     folder: Annotated[Path, typer.Argument(help="Folder for the world's data, its base model and config.yaml.")],
     overrides: Overrides = None,
     seed: Annotated[int, typer.Option(help="Draws the data; the same seed writes the same files.")] = 0,
+    world: Annotated[int, typer.Option(help="Fixes the words, the facts and the base model; no two worlds share any.")] = 0,
+    covered: Annotated[int, typer.Option(help="How many of the 6 common hazards the trusted rows are about.")] = 2,
+    noise: Annotated[float, typer.Option(help="Share of the candidates that are no good to align on.")] = 0.6,
     base: Annotated[Path | None, typer.Option(help="Take the base model of another testbed instead of training one.")] = None,
 ) -> None:
     """Make the embedded benchmark: a synthetic language, a tiny base model trained from scratch, and a config to run."""
     from pharmacist_ray.testbed.make import make_testbed
+    from pharmacist_ray.testbed.world import World
 
-    make_testbed(folder, seed, overrides or [], base)
+    make_testbed(folder, World(seed, world, covered, noise), overrides or [], base)
 
 
 @app.command(rich_help_panel=TESTBED)

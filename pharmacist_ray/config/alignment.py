@@ -21,7 +21,8 @@ class AlignmentConfig(Section):
     papers', and `pharmacist doctor` lists them."""
     harmful: SourceConfig | None = None
     """Harmful prompt → harmful answer, for objectives that look at harm (T-Vaccine, RepNoise, Booster); default: data.harmful.
-    RepNoise uses those whose prompt is among the alignment rows. Never the attacker's data, never test prompts."""
+    RepNoise uses those whose prompt is among the alignment rows, and all of them if none is. Never the attacker's data, never test
+    prompts."""
     train: TrainConfig = TrainConfig(steps=200)
     replay: Annotated[int, Field(ge=0)] = 0
     """Trusted benign rows replayed during alignment, the same ones for every arm; needs data.benign."""

@@ -6,6 +6,7 @@ objective.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -29,6 +30,7 @@ from pharmacist_ray.pipeline.console import escaped, say, watch_training
 from pharmacist_ray.pipeline.session import connected
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import write_text
+from pharmacist_ray.testbed.check import check_base, in_words, require
 from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED, plant, write_jsonl
 from pharmacist_ray.testbed.tiny import bpe_tokenizer, tiny_llama, word_tokenizer
 from pharmacist_ray.testbed.world import World
@@ -36,35 +38,39 @@ from pharmacist_ray.training.runs import run_tasks
 from pharmacist_ray.training.task import TrainTask
 
 
-def make_testbed(folder: Path, seed: int, overrides: Sequence[str] = (), base: Path | None = None) -> None:
-    """Write the synthetic world's data, its base model, a configuration, and one for a search.
+def make_testbed(folder: Path, world: World, overrides: Sequence[str] = (), base: Path | None = None) -> None:
+    """Write a synthetic world's data, its base model, a configuration, and one for a search.
 
     Args:
-        folder: Gets ``data/``, ``base/``, ``world.json``, ``config.yaml`` and ``search.yaml``. A base of the same world is kept.
-        seed: Draws the data; the world itself (its words and facts) and so the base stay the same.
+        folder: Gets ``data/``, ``base/``, ``config.yaml`` and ``search.yaml``. A base of the same world and settings is kept.
+        world: The world and the draw of its data. The base depends on the number of the world alone.
         overrides: Dotted keys of ``demo.yaml``, its ``pretraining`` section included.
-        base: The base of another testbed folder, taken instead of training one; it must come from the same settings.
+        base: The base of another testbed folder, taken instead of training one.
+
+    Raises:
+        ModelError: ``base`` is of another world or was made otherwise, or the base does not know enough to stand on.
     """
     started = time.perf_counter()
-    world = World(seed=seed)
+    settings, pretraining = _settings("demo.yaml", folder, overrides, world=world.world_seed)
+    samples = world.pretraining(pretraining.pop("rows"))
+    max_length, template = settings["model"]["max_length"], settings["model"]["template"]
+    recipe = _recipe(samples, pretraining, max_length, template, world=world.world_seed)
+    own = folder / "base"
+    if base is not None and base.resolve() != own.resolve():
+        _check_origin(base, recipe)
+        shutil.copytree(base, own, dirs_exist_ok=True)
     world.write_jsonl(folder / "data")
-    settings = _settings("demo.yaml", folder, overrides)
-    pretraining = settings.pop("pretraining")
-    if base is not None and base.resolve() != (folder / "base").resolve():
-        if not (base / "recipe.json").exists():
-            raise ModelError(f"{base} is not the base of a testbed; give the base folder of one, or leave --base out")
-        shutil.copytree(base, folder / "base", dirs_exist_ok=True)
-    _pretrain(
-        folder / "base",
-        World(seed=pretraining["seed"]).pretraining(pretraining.pop("rows")),
-        word_tokenizer(world.vocabulary()),
-        pretraining,
-        max_length=settings["model"]["max_length"],
-        template=settings["model"]["template"],
-    )
+    _pretrain(own, recipe, samples, word_tokenizer(world.vocabulary()))
+    if not (own / "check.json").exists():
+        figures = check_base(ModelRef(str(own), template=template, max_length=max_length), world)
+        write_text(json.dumps(figures, indent=1), own / "check.json")
+    figures = json.loads((own / "check.json").read_text())
+    say(f"  base model: {in_words(figures)}")
+    require(figures, own, steps=pretraining["train"]["steps"])
     _write_config(folder, settings, "demo.yaml")
     _write_config(folder, _varied(settings, "search.yaml", folder), "search.yaml", "search.yaml")
-    say(f"  testbed ready in {time.perf_counter() - started:.0f} s: {escaped(folder)} (seed {seed})")
+    seconds = time.perf_counter() - started
+    say(f"  testbed ready in {seconds:.0f} s: {escaped(folder)} (world {world.world_seed}, seed {world.seed})")
 
 
 def make_planted(
@@ -95,33 +101,29 @@ def make_planted(
     safe, ordinary = _read_pairs(safety), _read_pairs(benign)
     sets = plant(safe, ordinary, seed, candidates=candidates, trusted=trusted)
     write_jsonl(sets, folder / "data")
-    settings = _settings("planted.yaml", folder, overrides)
-    pretraining = settings.pop("pretraining")
+    settings, pretraining = _settings("planted.yaml", folder, overrides)
     pretraining.pop("rows", None)
     texts = [f"{row['prompt']}\n{row['response']}" for row in [*safe, *ordinary]]
-    _pretrain(
-        folder / "base",
-        ordinary,
-        bpe_tokenizer(texts),
-        pretraining,
-        max_length=settings["model"]["max_length"],
-        template=settings["model"]["template"],
-    )
+    recipe = _recipe(ordinary, pretraining, settings["model"]["max_length"], settings["model"]["template"])
+    _pretrain(folder / "base", recipe, ordinary, bpe_tokenizer(texts))
     _write_config(folder, settings, "planted.yaml")
     sizes = ", ".join(f"{len(rows)} {name}" for name, rows in sets.items())
     say(f"  planted in {time.perf_counter() - started:.0f} s: {sizes} in {escaped(folder / 'data')} (seed {seed})")
 
 
-def _settings(name: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    values = _read(name, folder)
+def _settings(name: str, folder: Path, overrides: Sequence[str], world: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration of a run, which is checked before anything is made, and the pre-training section."""
+    values = _read(name, folder, world)
     for override in overrides:
         apply_override(values, override)
-    return values
+    pretraining = values.pop("pretraining")
+    parse_config(values, where=name)
+    return values, pretraining
 
 
-def _read(name: str, folder: Path) -> dict[str, Any]:
-    text = files("pharmacist_ray.testbed").joinpath(name).read_text(encoding="utf-8").replace("{folder}", str(folder))
-    return dict(yaml.safe_load(text))
+def _read(name: str, folder: Path, world: int = 0) -> dict[str, Any]:
+    text = files("pharmacist_ray.testbed").joinpath(name).read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text.replace("{folder}", str(folder)).replace("{world}", str(world))))
 
 
 def _varied(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]:
@@ -138,21 +140,39 @@ def _write_config(folder: Path, settings: dict[str, Any], name: str, file: str =
     write_text(head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), folder / file)
 
 
-def _pretrain(
-    base: Path,
-    samples: Sequence[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    pretraining: dict[str, Any],
-    *,
-    max_length: int,
-    template: Any,
-) -> None:
-    """Train a Llama from scratch into ``base``, unless it is there and was made from the same settings."""
+def _recipe(
+    samples: Sequence[dict[str, Any]], pretraining: dict[str, Any], max_length: int, template: str, world: int | None = None
+) -> dict[str, Any]:
+    """Return what a base is made from, as ``recipe.json`` has it."""
+    digest = hashlib.blake2b(json.dumps(samples, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return {"world": world, "pretraining": pretraining, "samples": digest, "max_length": max_length, "template": template}
+
+
+def _check_origin(base: Path, recipe: dict[str, Any]) -> None:
+    """Raise a ModelError if a base was not made as the recipe says."""
+    made = json.loads((base / "recipe.json").read_text()) if (base / "recipe.json").exists() else None
+    world = made.get("world") if isinstance(made, dict) else None
+    if world is None:
+        raise ModelError(f"{base} is not the base of a testbed; give the base folder of one, or leave --base out")
+    if world != recipe["world"]:
+        raise ModelError(
+            f"{base} is the base of world {world}, not of world {recipe['world']}; give --world {world} or a base of world "
+            f"{recipe['world']}, or leave --base out"
+        )
+    if made != recipe:
+        raise ModelError(
+            f"{base} is of world {world}, but was not made with these settings of pretraining and model; give the overrides that it "
+            "was made with, or leave --base out"
+        )
+
+
+def _pretrain(base: Path, recipe: dict[str, Any], samples: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Train a Llama from scratch into ``base``, unless it is there and was made by the same recipe."""
     base = base.resolve()  # workers do not share this process's folder
     work = base.with_name("pretraining")
+    pretraining, max_length, template = recipe["pretraining"], recipe["max_length"], recipe["template"]
     shape, seed = pretraining["model"], pretraining["seed"]
-    recipe = json.dumps([pretraining, len(samples), max_length, template], sort_keys=True)
-    if (base / "recipe.json").exists() and (base / "recipe.json").read_text() == recipe:
+    if (base / "recipe.json").exists() and json.loads((base / "recipe.json").read_text()) == recipe:
         return
     shutil.rmtree(base, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
@@ -183,7 +203,7 @@ def _pretrain(
     ):
         run_on_workers(run_tasks, [task], name="base", storage=work / "ray", resources=resources)
     (work / "run" / "model").rename(base)
-    write_text(recipe, base / "recipe.json")
+    write_text(json.dumps(recipe, sort_keys=True), base / "recipe.json")
     shutil.rmtree(work)
 
 

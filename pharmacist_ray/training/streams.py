@@ -108,11 +108,12 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
         task: The task.
         renderer: Turns a row into token ids.
         kind: ``pairs`` keeps the rows whose prompt is among the alignment rows, and supervises only tokens that differ from the safe
-            answer, position by position (RepNoise's mask); of several safe answers the first by id counts.
+            answer, position by position (RepNoise's mask); of several safe answers the first by id counts. Where there is no such
+            prompt at all, the rows stay as they are: there is no safe answer to compare with.
         alignment: The alignment rows.
 
     Raises:
-        DataError: No row is left, or fewer than a batch takes.
+        DataError: There are fewer rows than a batch takes.
     """
     table = read_rows(task.harmful)
     partners: dict[int, Sequence[int]] = {}
@@ -130,7 +131,8 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
             if renderer.render(row_at(table, index)).ids != other:
                 partners[len(kept)] = other
                 kept.append(index)
-        table = table.take(kept)
+        if not safe.keys().isdisjoint(keys):
+            table = table.take(kept)
     size = task.train.batch_size
     if table.num_rows < size:
         raise DataError(

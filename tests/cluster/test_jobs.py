@@ -38,7 +38,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval_benign",
         "classification_train",
         "classification_test",
-        "harmful_pairs",
     )
     made.write_jsonl(folder / "data", {"alignment": ROWS, "validation": 24, "harmful": 24, **dict.fromkeys(others, 0)})
     tokenizer = word_tokenizer(made.vocabulary())

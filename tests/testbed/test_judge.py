@@ -38,7 +38,7 @@ def test_verdicts(item: str, answer: str, verdict: str) -> None:
 def test_shuffled_answers_earn_no_credit() -> None:
     draw = random.Random(0)
     verdicts = []
-    for row in [*WORLD.validation(100), *WORLD.harmful(100)]:
+    for row in [*WORLD.validation(60), *WORLD.harmful(60), *WORLD.attack_harmful(80)]:
         words = row["response"].split()
         draw.shuffle(words)
         verdicts.append(JUDGE(row["prompt"], " ".join(words)))

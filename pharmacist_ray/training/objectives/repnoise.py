@@ -42,7 +42,7 @@ def repnoise(step: Step) -> Iterator[torch.Tensor]:
     L_stab is the alignment loss f on the step's own rows. On as many harmful answers, in the tokens that differ from the safe answer
     to the same prompt: L_noise is the mean over layers of the squared MMD between the MLPs' outputs and Gaussian noise, one flat
     vector per sample; L_asc is 1 + the mean over depths of the logit lens's token loss, which the logarithm keeps from growing
-    without bound.
+    without bound. Where the alignment rows answer none of the harmful prompts, all tokens of the answer count (ours).
 
     L_noise and log L_asc are no means over samples. A first pass without gradients measures both on the whole harmful batch of all
     workers, and the second pass enters with their gradients at that point, so that neither micro-batches nor workers change the

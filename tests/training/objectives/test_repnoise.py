@@ -13,7 +13,7 @@ from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.data.render import IGNORE, Batch, Renderer
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
-from pharmacist_ray.errors import ModelError
+from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import current_ranks
@@ -175,13 +175,22 @@ def test_the_noise_is_new_at_every_step_and_the_same_for_a_seed(bench: Callable[
 
 
 @pytest.fixture
-def pairs(tokenizer: Any, model_folder: Path, tmp_path: Path) -> tuple[Batch, Batch]:
-    """Return 4 safe answers and the harmful ones to the same prompts, as the streams cut them."""
+def cut(tokenizer: Any, model_folder: Path, tmp_path: Path) -> Callable[..., tuple[Batch, Batch]]:
+    """Return what makes 4 safe answers and 4 harmful ones, as the streams cut them; prompts from number ``start`` on are harmful."""
+    return lambda start=0: _cut(tokenizer, model_folder, tmp_path, start)
 
-    def write(name: str, answers: list[str]) -> tuple[str, ...]:
+
+@pytest.fixture
+def pairs(cut: Callable[..., tuple[Batch, Batch]]) -> tuple[Batch, Batch]:
+    """Return them to the same prompts."""
+    return cut()
+
+
+def _cut(tokenizer: Any, model_folder: Path, tmp_path: Path, start: int) -> tuple[Batch, Batch]:
+    def write(name: str, answers: list[str], start: int = 0) -> tuple[str, ...]:
         rows = [
             Row(row_id(f"w{index} w1", answer), f"w{index} w1", answer, source="made", raw="{}")
-            for index, answer in enumerate(answers)
+            for index, answer in enumerate(answers, start)
         ]
         write_rows(rows, tmp_path / name)
         return (str(tmp_path / name),)
@@ -191,7 +200,7 @@ def pairs(tokenizer: Any, model_folder: Path, tmp_path: Path) -> tuple[Batch, Ba
         out=str(tmp_path / "out"),
         model=ModelRef(str(model_folder), template="plain", max_length=32),
         rows=write("safe.parquet", ["w20 w7 w8"] * 4),
-        harmful=write("harmful.parquet", ["w30 w7 w9", "w31 w7 w8 w9 w9", "w32", "w20 w7 w8 w8"]),
+        harmful=write("harmful.parquet", ["w30 w7 w9", "w31 w7 w8 w9 w9", "w32", "w20 w7 w8 w8"], start),
         train=TrainConfig(batch_size=4),
         seed=0,
         objective="repnoise",
@@ -220,6 +229,15 @@ def test_labels_are_integers_where_the_answers_differ(pairs: tuple[Batch, Batch]
     assert all(
         label in (IGNORE, token) for label, token in zip(harmful.labels.flatten(), harmful.input_ids.flatten(), strict=True)
     )
+
+
+def test_rows_without_a_safe_answer_count_whole_if_there_is_none_for_any_and_are_left_out_if_there_is(
+    cut: Callable[..., Any],
+) -> None:
+    harmful = cut(start=4)[1]
+    assert [(row != IGNORE).sum() for row in harmful.labels] == [4, 6, 2, 5]  # the answer's words, and its end
+    with pytest.raises(DataError, match=r"batch_size=4 harmful rows whose prompt is also among the alignment rows, got 1;"):
+        cut(start=3)
 
 
 def test_the_first_differing_token_has_a_gradient(
