@@ -10,7 +10,7 @@ import pytest
 from pharmacist_ray.config.schema import ScoringConfig, SelectorConfig
 from pharmacist_ray.config.scoring import PlantedConfig
 from pharmacist_ray.curation.score import check_scorers
-from pharmacist_ray.curation.scorers import SCORERS, needs_model
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import write_rows
@@ -79,7 +79,17 @@ def test_only_scorers_that_see_the_model_need_a_selector():
     assert not needs_model(["keyword", "naive_bayes", "oracle", "random"])
     assert needs_model(["random", "low_loss"])
     for scorer in SCORERS.values():
-        assert set(scorer.sees) <= {"model", "validation", "harmful", "benign", "labels"}
+        assert set(scorer.sees) <= {"model", "candidates", "validation", "harmful", "benign", "labels"}
+        assert scorer.needs_model or scorer.part is None
+
+
+def test_a_run_fits_the_parts_of_the_selector_that_its_scorers_need_and_no_others():
+    one_shot, iterative = SelectorConfig(), SelectorConfig(mode="iterative")
+    assert parts_of(["low_loss", "ifd", "keyword", "random", "oracle"], one_shot) == []
+    assert parts_of(["pharmacist", "less", "grad_norm"], one_shot) == ["directions"]
+    assert parts_of(["tov", "loss_gap"], one_shot) == ["reference", "tov"]
+    assert parts_of(["pharmacist", "pharmacist_iterative"], one_shot) == ["directions", "logits"]
+    assert parts_of(["pharmacist", "pharmacist_iterative"], iterative) == ["logits"]
 
 
 def test_a_section_that_was_not_there_before_leaves_old_fingerprints_as_they_are():

@@ -6,6 +6,7 @@ An actor makes one `Probe` (the model, loaded once) and one `Signals` per shard.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,10 @@ from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import local_copy
+from pharmacist_ray.storage import local_copy, read_table
+
+REFERENCES = ("reference", "tov")
+"""Models tuned on trusted sets, by the folder of the selector in which they lie."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class ProbeSpec:
 
     model: ModelRef
     fit: str
-    """The selector's folder."""
+    """The selector's folder; empty where no scorer needs one."""
     checkpoints: tuple[str, ...]
+    """Those whose directions are needed."""
     directions: tuple[str, ...]
     method: str
     tokens_per_batch: int
@@ -47,32 +52,44 @@ class Probe:
     """A base model with one adapter slot, into which checkpoints and the reference are swapped."""
 
     def __init__(self, spec: ProbeSpec) -> None:
-        """Load the model and every small file of the selector.
+        """Load the model and every small file of the selector but the logits.
 
         Raises:
             ArtifactError: A file of the selector is missing.
         """
         self.spec = spec
-        fit = local_copy(spec.fit)
-        self.directions = [self._read(fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
-        first = fit / "warmup" / spec.checkpoints[0]
-        self.adapters = {
-            name: self._read(fit / "warmup" / name / "adapter_model.safetensors", spec.device) for name in spec.checkpoints
-        }
-        reference = fit / "reference" / "adapter" / "adapter_model.safetensors"
-        if reference.exists():
-            self.adapters["reference"] = self._read(reference, spec.device)
+        self.fit = local_copy(spec.fit) if spec.fit else Path()
+        self.directions = [self._read(self.fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
+        folders = {name: self.fit / "warmup" / name for name in spec.checkpoints}
+        references = {name: self.fit / name / "adapter" for name in REFERENCES} if spec.fit else {}
+        folders |= {name: folder for name, folder in references.items() if folder.exists()}
+        self.adapters = {name: self._read(folder / "adapter_model.safetensors", spec.device) for name, folder in folders.items()}
         self.renderer = spec.model.renderer()
-        self.model = spec.model.load(spec.device, adapter=first)
+        self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
         if adapter not in self.adapters:
             raise ArtifactError(
-                f"the selector in {self.spec.fit} has no adapter '{adapter}'; fit it with data.benign and selector.reference"
+                f"the selector in {self.spec.fit} has no adapter '{adapter}'; run `pharmacist fit` for this scorer"
             )
         set_peft_model_state_dict(self.model, self.adapters[adapter])
         return self.model
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """Give the model as it was before any adapter."""
+        with self.model.disable_adapter() if self.adapters else nullcontext():
+            yield self.model
+
+    @cached_property
+    def logits(self) -> dict[str, float]:
+        """The learnt logit of each candidate."""
+        file = self.fit / "logits.parquet"
+        if not file.exists():
+            raise ArtifactError(f"the selector is incomplete: {file} is missing; run `pharmacist fit` for this scorer")
+        table = read_table(file)
+        return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
     @staticmethod
     def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
@@ -151,21 +168,34 @@ class Signals:
     @cached_property
     def base_loss(self) -> np.ndarray:
         """ℓ_i of the base model."""
-        with self.probe.model.disable_adapter():
-            return self._losses(self.probe.model, self.samples)
+        with self.probe.base() as model:
+            return self._losses(model, self.samples)
 
     @cached_property
     def unprompted_loss(self) -> np.ndarray:
         """ℓ_i of the base model when it sees the answer without the prompt (after one EOS token, so that there is a context)."""
         eos = self.probe.renderer.eos_id
         alone = [Rendered([eos, *sample.ids[sample.answer_start :]], 1) for sample in self.samples]
-        with self.probe.model.disable_adapter():
-            return self._losses(self.probe.model, alone)
+        with self.probe.base() as model:
+            return self._losses(model, alone)
 
-    @cached_property
-    def reference_loss(self) -> np.ndarray:
-        """ℓ_i of the reference, the base tuned on the trusted sets."""
-        return self._losses(self.probe.set_adapter("reference"), self.samples)
+    def reference_loss(self, reference: str) -> np.ndarray:
+        """Return ℓ_i of one of `REFERENCES`, the base tuned on trusted sets."""
+        return self._losses(self.probe.set_adapter(reference), self.samples)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """w_i, the logits that the iterative selector has learnt.
+
+        Raises:
+            ArtifactError: There are none, or a row has none.
+        """
+        known = self.probe.logits
+        if strange := next((row.id for row in self.rows if row.id not in known), None):
+            raise ArtifactError(
+                f"{self.probe.spec.fit}/logits.parquet has no logit for row {strange}: it was fitted on other candidates; fit again"
+            )
+        return np.array([known[row.id] for row in self.rows])
 
     def influence(self, direction: str) -> np.ndarray:
         """Return Σ_k ⟨∇ℓ_i(θ_k), v_k⟩ over the checkpoints, for a named direction."""
