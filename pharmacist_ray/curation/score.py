@@ -25,6 +25,7 @@ import torch
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.poison import Isolation, attempt_file
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model, parts_of, scored_by
+from pharmacist_ray.curation.scorers.guard import check_guard
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import DIRECTIONS, checkpoint_name
@@ -99,6 +100,9 @@ def score(
     if progress:
         progress(done, len(shards))
     if missing:
+        for name in scoring.scorers:
+            if name in SCORERS and (prepare := SCORERS[name].prepare):
+                trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
         units = [{"shard": str(shard)} for shard in missing]
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
@@ -132,6 +136,8 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         raise ConfigError(
             "the oracle scorer needs scoring.planted, for example {column: quality, good: [clean]}; it is for benchmarks"
         )
+    if scoring.guard is not None:
+        check_guard(scoring.guard)
     if scoring.method != "hooks" and ("grad_norm" in scoring.scorers or selector.cosine):
         raise ConfigError(
             f"gradient norms (the grad_norm scorer, selector.cosine) need scoring.method=hooks, not '{scoring.method}'"
@@ -222,7 +228,7 @@ class ShardScorer:
 
     def _columns(self, rows: Sequence[Row]) -> dict[str, Sequence[float]]:
         probe = self.probe if self.needs_model and rows else None
-        signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted)
+        signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted, guard=self.scoring.guard)
         columns: dict[str, Sequence[float]] = {}
         for name in self.scoring.scorers:
             if name == "random":

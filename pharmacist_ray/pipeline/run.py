@@ -173,8 +173,8 @@ class Run:
 
     @property
     def trusted(self) -> TrustedSets:
-        """The trusted rows as scorers that need no model read them, as many as the selector takes."""
-        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful")}
+        """The trusted rows as scorers read them, as many as the selector takes, and the candidates."""
+        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful", "candidates")}
         return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
 
     @cached_property
@@ -186,7 +186,9 @@ class Run:
             inputs = {name: self.ingested(name).fingerprint for name in ("validation", "harmful")}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         inputs["candidates"] = self.ingested("candidates").fingerprint
-        artifact = Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
+        if self.config.scoring.guard is not None:
+            inputs["guard"] = self._file(self.config.scoring.guard.path)
+        artifact = Artifact(self.root / "scores", "score", self._settings(self.config.scoring), inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
     @cached_property

@@ -22,7 +22,9 @@ from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
 from pharmacist_ray.curation.scorers import signals as signals_module
 from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals, length_batches
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.render import Rendered, Renderer
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import loop_influence
@@ -75,8 +77,26 @@ def rows(rows_of: Callable[..., list[Row]]) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def signals(spec: ProbeSpec, rows: list[Row]) -> Signals:
-    return Signals(rows, probe=Probe(spec))
+def folders(rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("trusted")
+    for seed, name in ((11, "validation"), (12, "harmful")):
+        write_rows(rows_of(7, seed=seed), out / name / "part-00000.parquet")
+    return {name: str(out / name) for name in ("validation", "harmful")}
+
+
+@pytest.fixture(scope="module")
+def signals_of(spec: ProbeSpec, folders: dict[str, str]) -> Callable[..., Signals]:
+    """Return a maker of an actor's signals with everything that scorers see: signals_of(rows, tokens_per_batch=25)."""
+
+    def make(rows: list[Row], **changed: Any) -> Signals:
+        return Signals(rows, probe=Probe(replace(spec, **changed)), trusted=TrustedSets(folders, 200, 0))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def signals(signals_of: Callable[..., Signals], rows: list[Row]) -> Signals:
+    return signals_of(rows)
 
 
 def plain_losses(model: Any, samples: list[Rendered]) -> list[float]:
@@ -112,8 +132,7 @@ def test_scores_from_signals_by_hand() -> None:
             influence=influences.__getitem__,
         ),
     )
-    scores = {name: scorer.score(signals).tolist() for name, scorer in SCORERS.items() if scorer.needs_model}
-    assert scores == {
+    wanted = {
         "pharmacist": [3.0, -4.0],
         "less": [5.0, 6.0],
         "pharmacist_iterative": [-1.0, 9.0],
@@ -124,6 +143,7 @@ def test_scores_from_signals_by_hand() -> None:
         "ifd": [0.5, 2.0],
         "grad_norm": [7.0, 8.0],
     }
+    assert {name: SCORERS[name].score(signals).tolist() for name in wanted} == wanted
 
 
 def test_losses_of_base_and_reference_are_the_models_own_in_whatever_order_they_are_asked_for(
@@ -225,15 +245,15 @@ def test_the_cosine_of_a_row_without_a_gradient_is_zero(
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 25, 10_000])
 def test_the_token_budget_does_not_change_a_score(
-    spec: ProbeSpec, signals: Signals, rows: list[Row], tokens_per_batch: int
+    signals_of: Callable[..., Signals], signals: Signals, rows: list[Row], tokens_per_batch: int
 ) -> None:
-    other = Signals(rows, probe=Probe(replace(spec, tokens_per_batch=tokens_per_batch)))
+    other = signals_of(rows, tokens_per_batch=tokens_per_batch)
     for scorer in (one for one in SCORERS.values() if one.needs_model):
         np.testing.assert_allclose(scorer.score(other), scorer.score(signals), rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_scores_the_same_in_any_company(spec: ProbeSpec, signals: Signals, rows: list[Row]) -> None:
-    mixed = Signals(rows[::-2], probe=signals.probe)
+def test_a_row_scores_the_same_in_any_company(signals_of: Callable[..., Signals], signals: Signals, rows: list[Row]) -> None:
+    mixed = signals_of(rows[::-2])
     for scorer in (one for one in SCORERS.values() if one.needs_model):
         np.testing.assert_allclose(scorer.score(mixed), scorer.score(signals)[::-2], rtol=1e-4, atol=1e-5)
     assert mixed.ids == [row.id for row in rows[::-2]]

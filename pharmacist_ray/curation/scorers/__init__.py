@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pharmacist_ray.config.selector import SelectorConfig
+from pharmacist_ray.curation.scorers.dsir import dsir, weigh
 from pharmacist_ray.curation.scorers.grad_norm import grad_norm
+from pharmacist_ray.curation.scorers.guard import guard
 from pharmacist_ray.curation.scorers.ifd import ifd
 from pharmacist_ray.curation.scorers.keyword import keyword
 from pharmacist_ray.curation.scorers.less import less
@@ -21,8 +23,10 @@ from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
 from pharmacist_ray.curation.scorers.oracle import oracle
 from pharmacist_ray.curation.scorers.pharmacist import pharmacist
 from pharmacist_ray.curation.scorers.pharmacist_iterative import pharmacist_iterative
+from pharmacist_ray.curation.scorers.representation import representation
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.tov import tov
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Scorer:
     """Any of model (the one to harden), candidates (the others of them), validation, harmful, benign, labels."""
     part: str | None = None
     """The part of the selector that it needs (`curation.fit.PARTS`)."""
+    prepare: Callable[[TrustedSets], object] | None = None
+    """What it has made of the sets' text by `TrustedSets.fitted`, done once before the actors start."""
 
     @property
     def needs_model(self) -> bool:
@@ -51,6 +57,9 @@ SCORERS: dict[str, Scorer] = {
     "high_loss": Scorer(high_loss, ("model",)),
     "ifd": Scorer(ifd, ("model",)),
     "grad_norm": Scorer(grad_norm, ("model", "candidates"), "directions"),
+    "representation": Scorer(representation, ("model", "validation", "harmful")),
+    "guard": Scorer(guard, ("model", "validation", "harmful")),
+    "dsir": Scorer(dsir, ("candidates", "validation"), prepare=weigh),
     "keyword": Scorer(keyword),
     "naive_bayes": Scorer(naive_bayes, ("validation", "harmful")),
     "oracle": Scorer(oracle, ("labels",)),

@@ -5,28 +5,30 @@ An actor makes one `Probe` (the model, loaded once) and one `Signals` per shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pharmacist_ray.config.scoring import PlantedConfig
+from pharmacist_ray.config.scoring import GuardConfig, PlantedConfig
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import TINY
-from pharmacist_ray.data.render import Batch, Rendered
+from pharmacist_ray.data.render import IGNORE, Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import local_copy, read_table
+
+Made = TypeVar("Made")
 
 REFERENCES = ("reference", "tov")
 """Models tuned on trusted sets, by the folder of the selector in which they lie."""
@@ -124,6 +126,7 @@ class Signals:
         probe: Probe | None = None,
         trusted: TrustedSets | None = None,
         planted: PlantedConfig | None = None,
+        guard: GuardConfig | None = None,
     ) -> None:
         """Nothing is computed yet.
 
@@ -132,9 +135,11 @@ class Signals:
             probe: The actor's model; None where no scorer needs one.
             trusted: The trusted rows as text.
             planted: Where the planted labels are, for the oracle.
+            guard: Which classifier the guard scorer asks; None where it trains its own.
         """
         self.rows = rows
         self.planted = planted
+        self.guard = guard
         self._probe = probe
         self._trusted = trusted
 
@@ -223,6 +228,33 @@ class Signals:
                 dots[rows] += values
                 norms[rows] += length / len(spec.checkpoints)
         return dots, norms
+
+    def states(self, layer: int | None = None) -> np.ndarray:
+        """Return the base's hidden states, averaged over each answer's tokens: (N, D) of one layer, or (N, L + 1, D) of all; float32.
+
+        Layer 0 holds the embeddings, the last one what the output head reads.
+        """
+        found: list[np.ndarray] = [np.empty(0)] * len(self.rows)
+        with torch.no_grad(), self.probe.base() as model:
+            # Without the output head, which takes a good part of a small model's pass.
+            body = (model.get_base_model() if self.probe.adapters else model).base_model
+            for rows, batch in self._batches(self.samples):
+                output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+                answer = (batch.labels != IGNORE).unsqueeze(-1)
+                layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
+                means = [(states.float() * answer).sum(dim=1) / answer.sum(dim=1) for states in layers]
+                for row, values in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
+                    found[row] = values if layer is None else values[0]
+        return np.stack(found)
+
+    def of_trusted(self, make: Callable[[Signals, Signals], Made]) -> Made:
+        """Return what a function makes of the signals of the validation and of the harmful rows, made at an actor's first call."""
+
+        def signals(name: str) -> Signals:
+            return Signals(self.trusted.rows(name), probe=self._probe, trusted=self._trusted)
+
+        made: Made = self.trusted.once(make, lambda: make(signals("validation"), signals("harmful")))
+        return made
 
     def _losses(self, model: Any, samples: Sequence[Rendered]) -> np.ndarray:
         losses = np.zeros(len(samples))
