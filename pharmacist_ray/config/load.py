@@ -75,7 +75,11 @@ def located(config: Config) -> Config:
         and Path(evaluation.judge_path).exists()
     ):
         evaluation = evaluation.model_copy(update={"judge_path": str(Path(evaluation.judge_path or "").resolve())})
-    return config.model_copy(update={"run_dir": config.run_dir.resolve(), "model": model, "evaluation": evaluation})
+    scoring, guard = config.scoring, config.scoring.guard
+    if guard is not None and _here(guard.path):
+        scoring = scoring.model_copy(update={"guard": guard.model_copy(update={"path": str(Path(guard.path).resolve())})})
+    changed = {"run_dir": config.run_dir.resolve(), "model": model, "scoring": scoring, "evaluation": evaluation}
+    return config.model_copy(update=changed)
 
 
 def _here(path: str | None) -> bool:

@@ -81,8 +81,13 @@ class Config(Section):
     def _disagreements(self) -> Iterator[str]:
         if "loss_gap" in self.scoring.scorers and (self.data.benign is None or self.selector.reference is None):
             yield "the loss_gap scorer needs data.benign and selector.reference; add them or take loss_gap out of scoring.scorers"
-        if self.selector.mode == "iterative" and not self.selector.inner_lr:
-            yield "selector.mode=iterative needs selector.inner_lr above 0: with no inner step no logit ever moves"
+        if not self.selector.inner_lr:
+            for what, asked in (
+                ("selector.mode=iterative", self.selector.mode == "iterative"),
+                ("the pharmacist_iterative scorer", "pharmacist_iterative" in self.scoring.scorers),
+            ):
+                if asked:
+                    yield f"{what} needs selector.inner_lr above 0: with no inner step no logit ever moves"
         if self.alignment.replay and self.data.benign is None:
             yield "alignment.replay needs data.benign; add it or set alignment.replay=0"
         share, size = self.alignment.replay_share, self.alignment.train.batch_size
@@ -122,6 +127,8 @@ class Config(Section):
         found = {"selector.warmup": self.selector.warmup, "alignment.train": self.alignment.train}
         if self.selector.reference is not None:
             found["selector.reference"] = self.selector.reference
+        if "tov" in self.scoring.scorers:
+            found["selector.tov"] = self.selector.tov
         for index, attack in enumerate(self.attacks):
             found[f"attacks.{index}.train"] = attack.train
         return found

@@ -18,6 +18,20 @@ class PlantedConfig(Section):
     """The labels of rows that should be kept."""
 
 
+class GuardConfig(Section):
+    """A classifier of prompt and answer: any sequence classifier of transformers, from safetensors and without running its code."""
+
+    path: str
+    """Its folder."""
+    unsafe: Annotated[list[str], Field(min_length=1)]
+    """The labels that say unsafe. One probability over all labels: their sum counts; one each (`problem_type`
+    multi_label_classification): the largest."""
+    template: str = "{prompt}\n{answer}"
+    """Its input; an end-of-sequence token follows, if its tokenizer has one."""
+    max_length: Count = 512
+    """Its longest input in tokens; the rest is cut off on the right."""
+
+
 class ScoringConfig(Section):
     """Per-sample scores, computed by Ray Data actors."""
 
@@ -33,6 +47,8 @@ class ScoringConfig(Section):
     """Seed of the random scores."""
     planted: PlantedConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """For the `oracle` scorer, on benchmarks alone: the column with planted labels, and which are good."""
+    guard: GuardConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For the `guard` scorer: the classifier to ask; without one it trains a linear one on the validation and harmful rows."""
 
 
 class SelectionConfig(Section):

@@ -9,13 +9,16 @@ from pydantic import Field, model_validator
 from pharmacist_ray.config.section import Count, Positive, Section, Share
 from pharmacist_ray.config.training import TrainConfig
 
+_TOV = TrainConfig(steps=20, lr=1e-3, batch_size=16)
+
 
 class SelectorConfig(Section):
     """The Pharmacist selector (arXiv 2510.10085, Eq. 1–6 and Algorithm 1)."""
 
     mode: Literal["one_shot", "iterative"] = "one_shot"
-    """`one_shot` computes the direction v at each checkpoint once and scores every row in one streaming pass (ours; scales to
-    10⁹ rows); `iterative` learns one logit per candidate (the paper's Algorithm 1)."""
+    """What the `pharmacist` score is. `one_shot` computes the direction v at each checkpoint once and scores every row in one streaming
+    pass (ours; scales to 10⁹ rows); `iterative` learns one logit per candidate (the paper's Algorithm 1). The scorer
+    `pharmacist_iterative` gives the logits as a column beside the one-shot score."""
     warmup: TrainConfig = TrainConfig(steps=20, lr=1e-3, batch_size=16)
     """SFT on candidates before anything else: LoRA's B starts at zero, and without it the gradient on A vanishes. (Paper: 200
     steps. On real text an early checkpoint ranks better; the simulated attack pays where the model has come to refuse nearly
@@ -33,7 +36,7 @@ class SelectorConfig(Section):
     logits_lr: Positive = 5e-3
     """η_w; iterative mode. Adam with one second moment shared by all logits, so that a step follows the size of s_i (ours)."""
     iterations: Count = 200
-    """Iterations; iterative mode."""
+    """Iterations; iterative mode. All together must meet every candidate once: iterations × batch_size ≥ candidates."""
     batch_size: Count = 32
     """Candidates, validation rows and harmful rows per iteration each; in one-shot mode rows per pass."""
     baseline_decay: Share = 0.9
@@ -41,7 +44,10 @@ class SelectorConfig(Section):
     trusted_rows: Count = 200
     """At most so many validation and harmful rows, chosen by id (paper: 200)."""
     reference: TrainConfig | None = TrainConfig(steps=150, lr=1e-3, batch_size=16)
-    """Tuning of the loss gap's reference on validation and benign rows (ours: 150 steps); null leaves the reference out."""
+    """Tuning of the loss gap's reference on validation and benign rows (ours: 150 steps); only the `loss_gap` scorer needs it."""
+    tov: TrainConfig = Field(default=_TOV, exclude_if=lambda value: value == _TOV)
+    """Tuning of the `tov` scorer's reference on validation rows alone (ours: 20 steps; with many, what it measures is how well it
+    remembers those rows)."""
 
     @model_validator(mode="after")
     def _checkpoints_lie_in_the_warmup(self) -> SelectorConfig:
@@ -49,10 +55,11 @@ class SelectorConfig(Section):
             raise ValueError(
                 f"selector.checkpoints must rise and end by selector.warmup.steps={self.warmup.steps}, got {self.checkpoints}"
             )
-        if self.warmup.epochs or (self.reference is not None and self.reference.epochs):
+        trainings = [train for train in (self.warmup, self.reference, self.tov) if train is not None]
+        if any(train.epochs for train in trainings):
             raise ValueError(
-                "the selector's trainings are given in steps: selector.warmup.epochs and reference.epochs must be null"
+                "the selector's trainings are given in steps: epochs of selector.warmup, reference and tov must be null"
             )
-        if self.warmup.weights == "full" or (self.reference is not None and self.reference.weights == "full"):
-            raise ValueError("the selector works on an adapter: selector.warmup.weights and reference.weights must be 'lora'")
+        if any(train.weights == "full" for train in trainings):
+            raise ValueError("the selector works on an adapter: weights of selector.warmup, reference and tov must be 'lora'")
         return self

@@ -1,14 +1,15 @@
-"""Fit the selector: warm-up, checkpoints, directions (or learnt logits), and the loss gap's reference, on Ray Train workers.
+"""Fit the selector: warm-up, checkpoints, directions, learnt logits and reference models, on Ray Train workers.
 
 Output folder: ``warmup/step-000020/`` (adapters θ_k), ``directions/step-000020.safetensors`` (v by parameter name, one row per
-direction), ``reference/adapter``, in iterative mode ``logits.parquet``, and ``selector.json`` last. Whatever is there already is not
-computed again.
+direction), ``reference/adapter``, ``tov/adapter``, ``logits.parquet``, and ``selector.json`` last. Only the parts that scorers ask
+for are made (`PARTS`), and whatever is there already is not computed again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,8 +18,15 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig
-from pharmacist_ray.curation.selector import DIRECTIONS, IterativeSelector, Point, attacked_direction, checkpoint_name
+from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
+from pharmacist_ray.curation.selector import (
+    DIRECTIONS,
+    IterativeSelector,
+    Point,
+    attacked_direction,
+    batch_rows,
+    checkpoint_name,
+)
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
@@ -35,6 +43,9 @@ MAX_ITERATIVE = 5_000_000
 SAVE_EVERY = 20
 """Iterations between two saved states."""
 
+PARTS = ("directions", "logits", "reference", "tov")
+"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's."""
+
 
 @dataclass(frozen=True)
 class FitJob:
@@ -48,6 +59,7 @@ class FitJob:
     candidates: str
     validation: str
     harmful: str
+    parts: tuple[str, ...]
 
 
 def fit(
@@ -59,6 +71,7 @@ def fit(
     seed: int,
     sets: Mapping[str, StoragePath],
     out: StoragePath,
+    parts: Collection[str],
 ) -> dict[str, Any]:
     """Fit the selector and return the contents of ``selector.json``.
 
@@ -71,53 +84,45 @@ def fit(
         sets: Folders of canonical rows: the ``candidates``, ``validation`` (trusted safety rows), ``harmful`` (for the simulated
             attack), and perhaps ``benign`` (trusted, for the loss gap's reference).
         out: Folder to fill.
+        parts: Which of `PARTS` to make; what is there from an earlier call with the same settings stays.
 
     Raises:
-        ConfigError: Iterative mode without an inner learning rate, or over too many candidates.
+        ConfigError: Logits without an inner learning rate, over too many candidates, or in less than an epoch.
         DataError: A set is empty.
     """
-    if selector.mode == "iterative" and not selector.inner_lr:
-        raise ConfigError("selector.mode=iterative needs selector.inner_lr above 0: with no inner step no logit ever moves")
-    if selector.mode == "iterative" and count_rows(sets["candidates"]) > MAX_ITERATIVE:
-        raise ConfigError(
-            f"selector.mode=iterative holds one logit per candidate on every worker and is limited to {MAX_ITERATIVE:,} rows; "
-            "use one_shot"
-        )
+    if "logits" in parts:
+        check_iterative(selector, count_rows(sets["candidates"]), resources.workers)
     out.mkdir(parents=True, exist_ok=True)
-    warmup = sample_rows(sets["candidates"], selector.warmup.steps * selector.warmup.batch_size, seed)
-    write_rows(warmup, out / "rows" / "warmup.parquet")
-    for name in ("validation", "harmful", "benign"):
-        if name in sets:
-            rows = sample_rows(sets[name], selector.trusted_rows, seed)
-            if not rows:
-                raise DataError(f"data.{name} has no rows left after ingestion; the selector cannot do without")
-            write_rows(rows, out / "rows" / f"{name}.parquet")
+    trainings = trainings_of(selector, parts)
+    used = {name for name, (_, names) in trainings.items() for name in names} | {"validation"}
+    used |= {"harmful"} if "warmup" in trainings else set()
+    counts: dict[str, int] = {}
+    for name in sorted(used):
+        warmup = name == "warmup"
+        limit = selector.warmup.steps * selector.warmup.batch_size if warmup else selector.trusted_rows
+        rows = sample_rows(sets["candidates" if warmup else name], limit, seed)
+        if not rows and not warmup:
+            raise DataError(f"data.{name} has no rows left after ingestion; the selector cannot do without")
+        write_rows(rows, out / "rows" / f"{name}.parquet")
+        counts[name] = len(rows)
     common = {"model": model, "lora": lora, "seed": seed}
     tasks = [
         TrainTask(
-            name="warm-up",
-            out=str(out / "warmup"),
-            rows=(str(out / "rows" / "warmup.parquet"),),
-            train=selector.warmup,
-            checkpoints=tuple(selector.checkpoints),
+            name="warm-up" if name == "warmup" else name,
+            out=str(out / name),
+            rows=tuple(str(out / "rows" / f"{rows}.parquet") for rows in names),
+            train=train,
+            checkpoints=tuple(selector.checkpoints) if name == "warmup" else (),
             **common,  # type: ignore[arg-type]
         )
+        for name, (train, names) in trainings.items()
     ]
-    if selector.reference is not None and "benign" in sets:
-        tasks.append(
-            TrainTask(
-                name="reference",
-                out=str(out / "reference"),
-                rows=(str(out / "rows" / "validation.parquet"), str(out / "rows" / "benign.parquet")),
-                train=selector.reference,
-                **common,  # type: ignore[arg-type]
-            )
-        )
     job = FitJob(
         out=str(out),
         candidates=str(sets["candidates"]),
         validation=str(out / "rows" / "validation.parquet"),
         harmful=str(out / "rows" / "harmful.parquet"),
+        parts=tuple(sorted(parts)),
         selector=selector,
         **common,  # type: ignore[arg-type]
     )
@@ -127,11 +132,57 @@ def fit(
         "checkpoints": selector.checkpoints,
         "directions": list(DIRECTIONS),
         "intensity": selector.intensity,
-        "warmup_rows": len(warmup),
-        "reference": len(tasks) > 1,
+        "warmup_rows": counts.get("warmup", 0),
+        "parts": [part for part in PARTS if all((out / file).exists() for file in part_files(selector, part))],
     }
     write_text(json.dumps(summary, indent=1), out / "selector.json")
     return summary
+
+
+def part_files(selector: SelectorConfig, part: str) -> list[str]:
+    """Return the files of one of `PARTS`, without which it is not complete."""
+    if part == "directions":
+        return [f"directions/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
+    return ["logits.parquet"] if part == "logits" else [f"{part}/adapter/adapter_model.safetensors"]
+
+
+def trainings_of(selector: SelectorConfig, parts: Collection[str]) -> dict[str, tuple[TrainConfig, tuple[str, ...]]]:
+    """Return the trainings that parts need: folder → settings and the sets of rows."""
+    found: dict[str, tuple[TrainConfig, tuple[str, ...]]] = {}
+    if "directions" in parts or "logits" in parts:
+        found["warmup"] = (selector.warmup, ("warmup",))
+    if "reference" in parts and selector.reference is not None:
+        found["reference"] = (selector.reference, ("validation", "benign"))
+    if "tov" in parts:
+        found["tov"] = (selector.tov, ("validation",))
+    return found
+
+
+def check_iterative(selector: SelectorConfig, candidates: int, workers: int) -> None:
+    """Find out whether the iterative selector can meet every candidate.
+
+    Args:
+        selector: The selector's section.
+        candidates: Their number.
+        workers: Workers, which share a batch evenly.
+
+    Raises:
+        ConfigError: There is no inner learning rate, there are too many candidates, or they take more iterations: a row that is
+            never met keeps the logit 0 and would rank in the middle, whatever it is worth.
+    """
+    if not selector.inner_lr:
+        raise ConfigError("the iterative selector needs selector.inner_lr above 0: with no inner step no logit ever moves")
+    if candidates > MAX_ITERATIVE:
+        raise ConfigError(
+            f"the iterative selector holds one logit per candidate on every worker and is limited to {MAX_ITERATIVE:,} rows; "
+            "use the one-shot score"
+        )
+    size = batch_rows(candidates, selector.batch_size, max(1, workers))
+    if candidates and selector.iterations * size < candidates:
+        raise ConfigError(
+            f"selector.iterations={selector.iterations} with {size} rows each meet {selector.iterations * size:,} of the {candidates:,} "
+            f"candidates, and the others would keep a logit of 0; one epoch takes selector.iterations={math.ceil(candidates / size)}"
+        )
 
 
 def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
@@ -139,9 +190,9 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     for task in tasks:
         run_task(task, ranks)
     with disk_full_errors(storage_path(job.out)):
-        for step in job.selector.checkpoints:
+        for step in job.selector.checkpoints if "directions" in job.parts else ():
             _directions(job, step, ranks)
-        if job.selector.mode == "iterative":
+        if "logits" in job.parts:
             _learn_logits(job, ranks)
 
 

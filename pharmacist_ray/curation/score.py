@@ -24,7 +24,8 @@ import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.poison import Isolation, attempt_file
-from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model
+from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model, parts_of, scored_by
+from pharmacist_ray.curation.scorers.guard import check_guard
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import DIRECTIONS, checkpoint_name
@@ -77,7 +78,7 @@ def score(
         resources: Actors and what each may use.
         candidates: Folder of the candidates' shards.
         trusted: The trusted rows, for scorers that read them as text.
-        fit: The selector's folder; None where no scorer needs a model.
+        fit: The selector's folder; None where no scorer needs one.
         out: Folder to fill.
         progress: Called with (shards done, shards in all).
         say: Called with a line of text about workers that died and rows that cannot be scored.
@@ -99,6 +100,9 @@ def score(
     if progress:
         progress(done, len(shards))
     if missing:
+        for name in scoring.scorers:
+            if name in SCORERS and (prepare := SCORERS[name].prepare):
+                trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
         units = [{"shard": str(shard)} for shard in missing]
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
@@ -132,6 +136,8 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         raise ConfigError(
             "the oracle scorer needs scoring.planted, for example {column: quality, good: [clean]}; it is for benchmarks"
         )
+    if scoring.guard is not None:
+        check_guard(scoring.guard)
     if scoring.method != "hooks" and ("grad_norm" in scoring.scorers or selector.cosine):
         raise ConfigError(
             f"gradient norms (the grad_norm scorer, selector.cosine) need scoring.method=hooks, not '{scoring.method}'"
@@ -153,10 +159,11 @@ def _actors(
     out: StoragePath,
 ) -> dict[str, Any]:
     """Return what a `ShardScorer` is made from."""
+    parts = parts_of(scoring.scorers, selector)
     spec = ProbeSpec(
         model=model,
-        fit=str(fit),
-        checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints),
+        fit=str(fit) if fit else "",
+        checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints if "directions" in parts),
         directions=DIRECTIONS,
         method=scoring.method,
         tokens_per_batch=scoring.tokens_per_batch,
@@ -166,7 +173,7 @@ def _actors(
     return {
         "spec": spec,
         "scoring": scoring,
-        "iterative": selector.mode == "iterative",
+        "mode": selector.mode,
         "out": str(out),
         "threads": max(1, int(resources.cpus_per_worker)),
     }
@@ -175,22 +182,20 @@ def _actors(
 class ShardScorer:
     """Loads the model once and scores the shards it is given; keeps nothing between them."""
 
-    def __init__(
-        self, spec: ProbeSpec, scoring: ScoringConfig, iterative: bool, out: str, threads: int, trusted: TrustedSets
-    ) -> None:
+    def __init__(self, spec: ProbeSpec, scoring: ScoringConfig, mode: str, out: str, threads: int, trusted: TrustedSets) -> None:
         """Load the model and the selector.
 
         Args:
             spec: What to load.
             scoring: The scoring section.
-            iterative: The `pharmacist` column is the learnt logit instead of the influence.
+            mode: The selector's; in ``iterative`` the `pharmacist` column is the learnt logit instead of the influence.
             out: Folder of the score files.
             threads: CPU threads of this actor.
             trusted: The trusted rows, for scorers that read them as text.
         """
         torch.set_num_threads(threads)
         self.scoring = scoring
-        self.iterative = iterative
+        self.mode = mode
         self.out = storage_path(out)
         self.spec = spec
         self.trusted = trusted
@@ -202,15 +207,6 @@ class ShardScorer:
     def probe(self) -> Probe:
         """The loaded model; not loaded if no scorer needs one."""
         return Probe(self.spec)
-
-    @cached_property
-    def logits(self) -> dict[str, float]:
-        """The learnt logit of each candidate."""
-        file = storage_path(self.spec.fit) / "logits.parquet"
-        if not file.exists():
-            raise ArtifactError(f"the selector is incomplete: {file} is missing; fit it with selector.mode=iterative")
-        table = read_table(file)
-        return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Score a shard and return what became of it."""
@@ -232,7 +228,7 @@ class ShardScorer:
 
     def _columns(self, rows: Sequence[Row]) -> dict[str, Sequence[float]]:
         probe = self.probe if self.needs_model and rows else None
-        signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted)
+        signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted, guard=self.scoring.guard)
         columns: dict[str, Sequence[float]] = {}
         for name in self.scoring.scorers:
             if name == "random":
@@ -241,14 +237,8 @@ class ShardScorer:
                     columns[f"random_{draw}"] = [uniform(row.id, seed) for row in rows]
             elif not rows:
                 columns[name] = []
-            elif name == "pharmacist" and self.iterative:
-                if strange := [row.id for row in rows if row.id not in self.logits]:
-                    raise ArtifactError(
-                        f"{self.spec.fit}/logits.parquet has no logit for row {strange[0]}: it was fitted on other candidates; fit again"
-                    )
-                columns[name] = [self.logits[row.id] for row in rows]
             else:
-                columns[name] = SCORERS[name].score(signals).tolist()
+                columns[name] = SCORERS[scored_by(name, self.mode)].score(signals).tolist()
         return columns
 
 

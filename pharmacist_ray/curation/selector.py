@@ -151,6 +151,12 @@ def logit_gradient(
     return inner_lr * gamma * (influences - ((gamma * influences).sum() if baseline is None else baseline))
 
 
+def batch_rows(candidates: int, batch_size: int, workers: int) -> int:
+    """Return how many candidates an iteration takes: at most ``batch_size``, and the same for every worker."""
+    size = min(batch_size, candidates)
+    return size - size % workers
+
+
 class IterativeSelector:
     """Algorithm 1: one logit per candidate, learnt over iterations that each start from θ₀ again.
 
@@ -186,8 +192,7 @@ class IterativeSelector:
     ) -> dict[str, float]:
         """Do one iteration and return what to report: the mean influence and the norm of v."""
         config, n = self.config, len(self.logits)
-        size = min(config.batch_size, n)
-        size -= size % point.ranks.workers
+        size = batch_rows(n, config.batch_size, point.ranks.workers)
         rows = BatchOrder(n, size, self.seed).batch(self.iteration)
         val = _draw(validation, config.batch_size, self.seed + 1, self.iteration)
         harm = _draw(harmful, config.batch_size, self.seed + 2, self.iteration)

@@ -58,9 +58,10 @@ def examine(config_file: Path | None) -> None:
         f"          RAY_AUTH_MODE={escaped(os.environ.get('RAY_AUTH_MODE', 'unset'))} (must be the same on both sides of a cluster)"
     )
     say("[bold]scorers[/]  and what each sees besides the rows")
+    width = max(map(len, SCORERS)) + 2
     for name, scorer in SCORERS.items():
-        say(f"          {name:<13}{', '.join(scorer.sees) or 'nothing'}")
-    say(f"          {'random':<13}nothing")
+        say(f"          {name:<{width}}{', '.join(scorer.sees) or 'nothing'}")
+    say(f"          {'random':<{width}}nothing")
     for what, names in (("objectives", OBJECTIVES), ("judges", JUDGES)):
         say(f"[bold]{what}[/]  {', '.join(names)}")
     if config_file is not None:

@@ -46,6 +46,8 @@ class Artifact:
     """The part of the configuration that it was made from; JSON-able."""
     inputs: Mapping[str, Any] = field(default_factory=dict)
     """Input name → fingerprint (or another JSON-able identity)."""
+    parts: tuple[str, ...] = ()
+    """Files that must be in it as well, for an artifact that is made in parts: more of them can be added later."""
 
     @property
     def fingerprint(self) -> str:
@@ -55,6 +57,11 @@ class Artifact:
     @property
     def ready(self) -> bool:
         """Whether it is there, complete, and made from just these inputs."""
+        return self._begun and all((self.folder / part).exists() for part in self.parts)
+
+    @property
+    def _begun(self) -> bool:
+        """Whether it is there and made from just these inputs, perhaps without some of the parts."""
         return self.manifest().get("fingerprint") == self.fingerprint
 
     def manifest(self) -> dict[str, Any]:
@@ -67,6 +74,8 @@ class Artifact:
         Args:
             made: The manifest of what was made.
         """
+        if made.get("fingerprint") == self.fingerprint:
+            return f"without {next((part for part in self.parts if not (self.folder / part).exists()), 'its parts')}"
         before, now = made.get("revision", 1), revision(self.stage)
         if before != now:
             return f"by revision {before} of {self.stage}, this is {now}; since then: {raised_since(self.stage, before)}"
@@ -92,7 +101,7 @@ class Artifact:
 
         What lies in a folder that carries its fingerprint is compared with the latest one of the same name.
         """
-        if self.ready:
+        if self._begun:
             return ""
         made = self.manifest()
         name, dash, mark = self.folder.name.rpartition("-")
@@ -116,11 +125,13 @@ class Artifact:
         return self.folder
 
     def begin(self) -> StoragePath:
-        """Return the folder to work in: with what an interrupted attempt from the same inputs left behind, else empty.
+        """Return the folder to work in: with what was made before from the same inputs, perhaps not to the end, else empty.
 
         Raises:
             ArtifactError: The folder holds something that is not ours to remove.
         """
+        if self.parts and self._begun:
+            return self.folder
         marker = self.folder / "started.json"
         try:
             same = json_of(marker)["fingerprint"] == self.fingerprint

@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
-from pharmacist_ray.curation.scorers import needs_model
+from pharmacist_ray.curation.fit import part_files
+from pharmacist_ray.curation.scorers import needs_model, parts_of
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
@@ -157,29 +158,37 @@ class Run:
         names = [name for name in ("candidates", "validation", "harmful", "benign") if name in self.sources]
         inputs = {name: self.ingested(name).fingerprint for name in names} | {"model": self._model_identity}
         config = {"selector": _dump(self.config.selector), "seed": self.config.seed}
-        return self._placed(Artifact(self.root / "fit", "fit", config, inputs), self.base.fitted if self.base else None)
+        files = tuple(file for part in self.parts for file in part_files(self.config.selector, part))
+        return self._placed(Artifact(self.root / "fit", "fit", config, inputs, files), self.base.fitted if self.base else None)
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the selector that the scorers ask for; no part changes with what others are made."""
+        return parts_of(self.config.scoring.scorers, self.config.selector)
 
     @property
     def needs_selector(self) -> bool:
-        """Whether any scorer needs the model, and so the selector that is fitted on it."""
-        return needs_model(self.config.scoring.scorers)
+        """Whether any scorer asks for a part of the selector."""
+        return bool(self.parts)
 
     @property
     def trusted(self) -> TrustedSets:
-        """The trusted rows as scorers that need no model read them, as many as the selector takes."""
-        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful")}
+        """The trusted rows as scorers read them, as many as the selector takes, and the candidates."""
+        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful", "candidates")}
         return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
 
     @cached_property
     def scored(self) -> Artifact:
         """The scores, in ``<folder>/rows``."""
-        if self.needs_selector:
+        if needs_model(self.config.scoring.scorers):
             inputs: dict[str, Any] = {"fit": self.fitted.fingerprint}
         else:
             inputs = {name: self.ingested(name).fingerprint for name in ("validation", "harmful")}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         inputs["candidates"] = self.ingested("candidates").fingerprint
-        artifact = Artifact(self.root / "scores", "score", _dump(self.config.scoring), inputs)
+        if self.config.scoring.guard is not None:
+            inputs["guard"] = self._file(self.config.scoring.guard.path)
+        artifact = Artifact(self.root / "scores", "score", self._settings(self.config.scoring), inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
     @cached_property

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 
-from pharmacist_ray.config.schema import TrainConfig
-from pharmacist_ray.curation.fit import fit
+from pharmacist_ray.curation.fit import check_iterative, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.curation.score import check_scorers, columns_of, score
 from pharmacist_ray.curation.select import Rule, write_selection
@@ -43,6 +42,8 @@ def check(run: Run) -> None:
     """
     config = run.config
     check_scorers(config.scoring, config.selector)
+    if "logits" in run.parts and run.ingested("candidates").ready:
+        check_iterative(config.selector, count_rows(run.ingested("candidates").folder / "rows"), config.resources.workers)
     _rule(run, config.selection.scorer)
     check_trackers(config.tracking.to)
     for name in config.alignment.parameters:
@@ -110,10 +111,8 @@ def run_fit(run: Run) -> None:
             return
         folder = artifact.begin()
         selector = config.selector
-        watched: list[tuple[str, TrainConfig]] = [("warmup", selector.warmup)]
-        if selector.reference is not None and "benign" in sets:
-            watched.append(("reference", selector.reference))
-        with watch_training("fit", [folder / name for name, _ in watched], [train.steps for _, train in watched]):
+        trainings = trainings_of(selector, run.parts)
+        with watch_training("fit", [folder / name for name in trainings], [train.steps for train, _ in trainings.values()]):
             summary = fit(
                 model=run.model,
                 lora=config.model.lora,
@@ -122,6 +121,7 @@ def run_fit(run: Run) -> None:
                 seed=config.seed,
                 sets=sets,
                 out=folder,
+                parts=run.parts,
             )
         artifact.finish(summary)
 

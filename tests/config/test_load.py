@@ -203,7 +203,7 @@ def test_yaml_that_would_make_objects_is_refused_and_runs_nothing(tmp_path):
         ),
         (
             ["selector.warmup.epochs=1"],
-            "the selector's trainings are given in steps: selector.warmup.epochs and reference.epochs must be null",
+            "the selector's trainings are given in steps: epochs of selector.warmup, reference and tov must be null",
         ),
         (["selector.reference.epochs=0.5"], "the selector's trainings are given in steps"),
         (["alignment.train.zero_stage=4"], "'alignment.train.zero_stage': Input should be 0, 1, 2 or 3, got 4"),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation import fit as fit_module
-from pharmacist_ray.curation.fit import fit
+from pharmacist_ray.curation.fit import check_iterative, fit
 from pharmacist_ray.curation.score import ShardScorer, columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
@@ -41,7 +41,8 @@ SELECTOR = SelectorConfig(
     trusted_rows=24,
     reference=TrainConfig(steps=3, batch_size=8, lr=5e-3),
 )
-LONGER = SELECTOR.model_copy(update={"iterations": 20, "reference": None, "checkpoints": [2]})
+LONGER = SELECTOR.model_copy(update={"iterations": 20, "checkpoints": [2]})
+ALL = ("directions", "logits", "reference")
 
 
 def words(generator: torch.Generator, count: int, low: int, high: int) -> list[str]:
@@ -84,12 +85,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run_fit(model_folder: Path, folders: dict[str, Path]) -> Callable[..., dict[str, Any]]:
-    def run(out: Path, selector: SelectorConfig = SELECTOR, workers: int = 1, **sets: Path | None) -> dict[str, Any]:
+    def run(
+        out: Path, selector: SelectorConfig = SELECTOR, workers: int = 1, parts: Sequence[str] = ALL, **sets: Path | None
+    ) -> dict[str, Any]:
         return fit(
             **{
                 "model": ModelRef(str(model_folder), template="plain", max_length=32), "lora": LoraConfig(r=4),
                 "selector": selector, "resources": ResourcesConfig(workers=workers, cpus_per_worker=0.5, max_failures=0),
-                "seed": 3, "out": out,
+                "seed": 3, "out": out, "parts": parts,
                 "sets": {name: path for name, path in (folders | sets).items() if path is not None},
             }
         )  # fmt: skip
@@ -125,7 +128,7 @@ def one_shot_scores(out: Path, spec_model: ModelRef, selector: SelectorConfig, c
         2048, selector.cosine,
     )  # fmt: skip
     scoring = ScoringConfig(scorers=["pharmacist"])
-    scorer = ShardScorer(spec, scoring, iterative=False, out=str(to), threads=1, trusted=TrustedSets({}, 200, 0))
+    scorer = ShardScorer(spec, scoring, "one_shot", out=str(to), threads=1, trusted=TrustedSets({}, 200, 0))
     for file in sorted(candidates.glob("*.parquet")):
         scorer({"shard": str(file)})
     assert columns_of(scoring) == ["pharmacist"]
@@ -145,7 +148,7 @@ def test_two_workers_leave_every_file_and_a_logit_for_each_candidate(
         "directions": ["pharmacist", "no_attack"],
         "intensity": 0.1,
         "warmup_rows": 64,
-        "reference": True,
+        "parts": ["directions", "logits", "reference"],
     }
     logits = logits_of(pair)
     assert sorted(logits) == sorted(row.id for row in iterate_rows(folders["candidates"]))
@@ -213,8 +216,8 @@ def test_a_rerun_computes_nothing_again_and_a_lost_file_alone_is_made_anew(
 def test_a_restarted_iterative_fit_goes_on_from_its_last_saved_state(
     run_fit: Callable[..., dict[str, Any]], here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selector = SELECTOR.model_copy(update={"reference": None, "checkpoints": [2]})
-    run_fit(tmp_path / "whole", selector)
+    selector = SELECTOR.model_copy(update={"checkpoints": [2]})
+    run_fit(tmp_path / "whole", selector, parts=["logits"])
     monkeypatch.setattr(fit_module, "SAVE_EVERY", 2)
     iterate, done = IterativeSelector.iterate, []
 
@@ -226,12 +229,12 @@ def test_a_restarted_iterative_fit_goes_on_from_its_last_saved_state(
 
     monkeypatch.setattr(IterativeSelector, "iterate", dies_in_the_sixth)
     with pytest.raises(MemoryError):
-        run_fit(tmp_path / "broken", selector)
+        run_fit(tmp_path / "broken", selector, parts=["logits"])
     assert not (tmp_path / "broken" / "logits.parquet").exists()
     assert not (tmp_path / "broken" / "selector.json").exists()
     told = json.loads((tmp_path / "broken" / "logits.progress.json").read_text())
     assert (told["step"], told["total"]) == (4, 6)
-    run_fit(tmp_path / "broken", selector)
+    run_fit(tmp_path / "broken", selector, parts=["logits"])
     assert done == [0, 1, 2, 3, 4, 5, 4, 5]
     assert logits_of(tmp_path / "broken") == logits_of(tmp_path / "whole")
 
@@ -239,7 +242,7 @@ def test_a_restarted_iterative_fit_goes_on_from_its_last_saved_state(
 def test_both_modes_rank_alike_and_find_the_clean_rows(
     run_fit: Callable[..., dict[str, Any]], folders: dict[str, Path], model_folder: Path, here: None, tmp_path: Path
 ) -> None:
-    run_fit(tmp_path / "fit", LONGER)
+    run_fit(tmp_path / "fit", LONGER, parts=["directions", "logits"])
     learnt = logits_of(tmp_path / "fit")
     scored = one_shot_scores(
         tmp_path / "fit",
@@ -255,17 +258,36 @@ def test_both_modes_rank_alike_and_find_the_clean_rows(
         assert spearmanr([found[id] for id in ids], [clean[id] for id in ids]).statistic > 0.5
 
 
-def test_without_benign_rows_or_its_settings_there_is_no_reference(
+def test_only_the_parts_that_are_asked_for_are_made_and_others_can_be_added(
     run_fit: Callable[..., dict[str, Any]], here: None, tmp_path: Path
 ) -> None:
-    one_shot = SELECTOR.model_copy(update={"mode": "one_shot", "inner_lr": 0.0, "checkpoints": [1]})
-    assert run_fit(tmp_path / "fit", one_shot, benign=None)["reference"] is False
-    assert not (tmp_path / "fit" / "reference").exists()
-    assert not (tmp_path / "fit" / "logits.parquet").exists()
-    assert not (tmp_path / "fit" / "rows" / "benign.parquet").exists()
-    trusted = one_shot.model_copy(update={"trusted_rows": 5, "reference": None})
-    assert run_fit(tmp_path / "few", trusted)["reference"] is False
-    assert count_rows(tmp_path / "few" / "rows" / "validation.parquet") == 5
+    out, selector = tmp_path / "fit", SELECTOR.model_copy(update={"inner_lr": 0.0, "trusted_rows": 16, "checkpoints": [1]})
+    assert run_fit(out, selector, parts=["tov"], harmful=None, benign=None)["parts"] == ["tov"]
+    assert {file.name for file in out.iterdir()} == {"rows", "selector.json", "tov", "tov.tracking"}
+    assert [file.name for file in (out / "rows").iterdir()] == ["validation.parquet"]
+    assert count_rows(out / "rows" / "validation.parquet") == 16
+    adapter = out / "tov" / "adapter" / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    assert run_fit(out, selector, parts=["directions", "tov"], benign=None)["parts"] == ["directions", "tov"]
+    assert adapter.stat().st_mtime_ns == before
+    assert not (out / "reference").exists()
+    assert not (out / "logits.parquet").exists()
+
+
+def test_the_reference_of_train_on_validation_sees_nothing_but_validation_rows(
+    run_fit: Callable[..., dict[str, Any]], here: None, tmp_path: Path, rows_of: Callable[..., list[Row]]
+) -> None:
+    write_rows(rows_of(12, seed=9), tmp_path / "other.parquet")
+    folders = []
+    for number, change in enumerate(
+        [{}, {"candidates": tmp_path / "other.parquet", "benign": None}, {"validation": tmp_path / "other.parquet"}]
+    ):
+        folders.append(tmp_path / str(number))
+        selector = SELECTOR.model_copy(update={"tov": TrainConfig(steps=2, batch_size=8, lr=5e-3)})
+        run_fit(folders[-1], selector, parts=["tov"], **change)
+    first, same, other = (load_file(folder / "tov/adapter/adapter_model.safetensors") for folder in folders)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("name", ["validation", "harmful", "benign"])
@@ -289,9 +311,18 @@ def test_too_few_candidates_for_the_warmup_say_so(run_fit: Callable[..., dict[st
 def test_what_the_iterative_mode_cannot_do_is_refused_before_anything_runs(
     run_fit: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"^selector\.mode=iterative needs selector\.inner_lr above 0: "):
+    with pytest.raises(ConfigError, match=r"^the iterative selector needs selector\.inner_lr above 0: "):
         run_fit(tmp_path / "fit", SELECTOR.model_copy(update={"inner_lr": 0.0}))
+    with pytest.raises(
+        ConfigError,
+        match=r"^selector\.iterations=5 with 16 rows each meet 80 of the 96 candidates, .*; one epoch takes selector\.iterations=6$",
+    ):
+        run_fit(tmp_path / "fit", SELECTOR.model_copy(update={"iterations": 5}))
+    # Three workers share fifteen of the sixteen rows, so that an epoch takes one more.
+    check_iterative(SELECTOR.model_copy(update={"iterations": 7}), 96, 3)
+    with pytest.raises(ConfigError, match=r"with 15 rows each meet 90 of the 96 .* one epoch takes selector\.iterations=7$"):
+        check_iterative(SELECTOR, 96, 3)
     monkeypatch.setattr(fit_module, "MAX_ITERATIVE", 95)
-    with pytest.raises(ConfigError, match=r"^selector\.mode=iterative holds one logit per .* limited to 95 rows; use one_shot$"):
+    with pytest.raises(ConfigError, match=r"^the iterative selector holds one .* limited to 95 rows; use the one-shot score$"):
         run_fit(tmp_path / "fit")
     assert not (tmp_path / "fit").exists()

@@ -89,14 +89,14 @@ def score_here(model_folder: Path, fitted: Path) -> Callable[..., Table]:
     """Score shards in this process, with the actor's own code; what Ray adds is tested apart."""
 
     def run(
-        candidates: Path, out: Path, iterative: bool = False, fit: Path = fitted, cosine: bool = False, **changed: Any
+        candidates: Path, out: Path, mode: str = "one_shot", fit: Path = fitted, cosine: bool = False, **changed: Any
     ) -> Table:
         scoring = ScoringConfig(**{"scorers": SCORERS, "tokens_per_batch": 64, **changed})
         spec = ProbeSpec(
             ModelRef(str(model_folder), template="plain", max_length=32), str(fit), ("step-000020",), DIRECTIONS,
             scoring.method, scoring.tokens_per_batch, cosine,
         )  # fmt: skip
-        scorer = ShardScorer(spec, scoring, iterative, str(out), threads=1, trusted=NONE)
+        scorer = ShardScorer(spec, scoring, mode, str(out), threads=1, trusted=NONE)
         for file in sorted(candidates.glob("*.parquet")):
             scorer({"shard": str(file)})
         return read(out)
@@ -269,10 +269,10 @@ def test_the_iterative_mode_gives_the_learnt_logits(
     (tmp_path / "fit").mkdir()
     for name in ("warmup", "directions"):
         (tmp_path / "fit" / name).symlink_to(fitted / name)
-    options: dict[str, Any] = {"iterative": True, "fit": tmp_path / "fit", "scorers": ["pharmacist", "low_loss"]}
+    options: dict[str, Any] = {"mode": "iterative", "fit": tmp_path / "fit", "scorers": ["pharmacist", "low_loss"]}
     file = tmp_path / "fit" / "logits.parquet"
     with pytest.raises(
-        ArtifactError, match=rf"^the selector is incomplete: {file} is missing; fit it with selector\.mode=iterative$"
+        ArtifactError, match=rf"^the selector is incomplete: {file} is missing; run `pharmacist fit` for this scorer$"
     ):
         score_here(candidates, tmp_path / "scores", **options)
     logits = {row.id: float(number) / 8 for number, row in enumerate(rows)}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -20,19 +21,22 @@ from transformers import AutoModelForCausalLM
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS
 from pharmacist_ray.curation.scorers import signals as signals_module
-from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals, length_batches
+from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals, length_batches
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.render import Rendered, Renderer
+from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import loop_influence
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer, save_adapter
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import write_parquet
 
 CHECKPOINTS = ("step-000001", "step-000002")
 
 
 @pytest.fixture(scope="module")
-def fitted(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted(model_folder: Path, rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A selector's folder as `fit` leaves it, with random adapters and directions."""
     out = tmp_path_factory.mktemp("fit")
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +50,11 @@ def fitted(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for checkpoint in CHECKPOINTS:
         directions = {name: torch.randn(2, *p.shape, generator=generator) for name, p in names.items()}
         save_file(directions, out / "directions" / f"{checkpoint}.safetensors")
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    save_adapter(model, out / "tov" / "adapter")
+    ids = [row.id for row in rows]
+    write_parquet(pa.table({"id": ids, "logit": pa.array(np.linspace(-1, 1, len(ids)))}), out / "logits.parquet")
     return out
 
 
@@ -68,8 +77,26 @@ def rows(rows_of: Callable[..., list[Row]]) -> list[Row]:
 
 
 @pytest.fixture(scope="module")
-def signals(spec: ProbeSpec, rows: list[Row]) -> Signals:
-    return Signals(rows, probe=Probe(spec))
+def folders(rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("trusted")
+    for seed, name in ((11, "validation"), (12, "harmful")):
+        write_rows(rows_of(7, seed=seed), out / name / "part-00000.parquet")
+    return {name: str(out / name) for name in ("validation", "harmful")}
+
+
+@pytest.fixture(scope="module")
+def signals_of(spec: ProbeSpec, folders: dict[str, str]) -> Callable[..., Signals]:
+    """Return a maker of an actor's signals with everything that scorers see: signals_of(rows, tokens_per_batch=25)."""
+
+    def make(rows: list[Row], **changed: Any) -> Signals:
+        return Signals(rows, probe=Probe(replace(spec, **changed)), trusted=TrustedSets(folders, 200, 0))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def signals(signals_of: Callable[..., Signals], rows: list[Row]) -> Signals:
+    return signals_of(rows)
 
 
 def plain_losses(model: Any, samples: list[Rendered]) -> list[float]:
@@ -98,22 +125,25 @@ def test_scores_from_signals_by_hand() -> None:
         Signals,
         SimpleNamespace(
             base_loss=np.array([2.0, 0.5]),
-            reference_loss=np.array([0.5, 0.75]),
+            reference_loss={"reference": np.array([0.5, 0.75]), "tov": np.array([2.5, 0.25])}.__getitem__,
+            logits=np.array([-1.0, 9.0]),
             unprompted_loss=np.array([4.0, 0.25]),
             gradient_norm=np.array([7.0, 8.0]),
             influence=influences.__getitem__,
         ),
     )
-    scores = {name: scorer.score(signals).tolist() for name, scorer in SCORERS.items() if scorer.needs_model}
-    assert scores == {
+    wanted = {
         "pharmacist": [3.0, -4.0],
         "less": [5.0, 6.0],
+        "pharmacist_iterative": [-1.0, 9.0],
         "loss_gap": [1.5, -0.25],
+        "tov": [-0.5, 0.25],
         "low_loss": [-2.0, -0.5],
         "high_loss": [2.0, 0.5],
         "ifd": [0.5, 2.0],
         "grad_norm": [7.0, 8.0],
     }
+    assert {name: SCORERS[name].score(signals).tolist() for name in wanted} == wanted
 
 
 def test_losses_of_base_and_reference_are_the_models_own_in_whatever_order_they_are_asked_for(
@@ -125,13 +155,12 @@ def test_losses_of_base_and_reference_are_the_models_own_in_whatever_order_they_
     base = plain_losses(AutoModelForCausalLM.from_pretrained(model_folder), samples)
     reference = plain_losses(worn(model_folder, fitted / "reference" / "adapter"), samples)
     assert min(abs(a - b) for a, b in zip(base, reference, strict=True)) > 1e-4
-    orders = [("base_loss", "reference_loss"), ("reference_loss", "base_loss"), ("_influences", "reference_loss", "base_loss")]
+    orders = [("base_loss", "reference"), ("reference", "base_loss"), ("_influences", "reference", "base_loss", "tov")]
     for order in orders:
         signals = Signals(rows, probe=probe)
-        for name in order:
-            getattr(signals, name)
+        found = {name: signals.reference_loss(name) if name in REFERENCES else getattr(signals, name) for name in order}
         assert signals.base_loss.tolist() == pytest.approx(base, rel=1e-5)
-        assert signals.reference_loss.tolist() == pytest.approx(reference, rel=1e-5)
+        assert found["reference"].tolist() == pytest.approx(reference, rel=1e-5)
         assert SCORERS["loss_gap"].score(signals).tolist() == pytest.approx(np.subtract(base, reference).tolist(), abs=1e-5)
     assert signals.base_loss.dtype == np.float64
 
@@ -143,6 +172,35 @@ def test_ifd_is_the_answers_loss_over_its_loss_without_the_prompt(signals: Signa
     alone = [Rendered([2, *sample.ids[sample.answer_start :]], 1) for sample in samples]  # 2: <eos>, the only context left
     want = np.divide(plain_losses(model, samples), plain_losses(model, alone))
     assert SCORERS["ifd"].score(signals).tolist() == pytest.approx(want.tolist(), rel=1e-5)
+
+
+def test_train_on_validation_is_to_first_order_the_influence_of_a_step_on_the_validation_loss(
+    spec: ProbeSpec, rows: list[Row], rows_of: Callable[..., list[Row]], model_folder: Path, tmp_path: Path
+) -> None:
+    renderer = Renderer(load_tokenizer(model_folder), "plain", 32)
+    model = add_lora(load_model(model_folder), LoraConfig(r=2), seed=0)  # B = 0: its losses are the base's
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(samples: list[Rendered]) -> torch.Tensor:
+        total = torch.zeros(sum(p.numel() for p in parameters))
+        for sample in samples:
+            ids = torch.tensor([sample.ids])
+            logits = model(input_ids=ids).logits[0]
+            loss = cross_entropy(logits[sample.answer_start - 1 : -1], ids[0, sample.answer_start :])
+            total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) / len(samples)
+        return total
+
+    validation, samples = ([renderer.render(row) for row in some] for some in (rows_of(6, seed=8), rows))
+    direction, rate = gradient(validation), 1e-3
+    influence = [float(gradient([sample]) @ direction) for sample in samples]
+    with torch.no_grad():
+        for parameter, step in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+            parameter -= rate * step.view_as(parameter)
+    save_adapter(model, tmp_path / "tov" / "adapter")
+    signals = Signals(rows, probe=Probe(replace(spec, fit=str(tmp_path), checkpoints=())))
+    scores = SCORERS["tov"].score(signals)
+    assert min(influence) < 0 < max(influence)  # the sign counts: a row whose loss rises comes last
+    np.testing.assert_allclose(scores / rate, influence, rtol=0.05, atol=0.02 * np.abs(influence).max())
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -187,15 +245,15 @@ def test_the_cosine_of_a_row_without_a_gradient_is_zero(
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 25, 10_000])
 def test_the_token_budget_does_not_change_a_score(
-    spec: ProbeSpec, signals: Signals, rows: list[Row], tokens_per_batch: int
+    signals_of: Callable[..., Signals], signals: Signals, rows: list[Row], tokens_per_batch: int
 ) -> None:
-    other = Signals(rows, probe=Probe(replace(spec, tokens_per_batch=tokens_per_batch)))
+    other = signals_of(rows, tokens_per_batch=tokens_per_batch)
     for scorer in (one for one in SCORERS.values() if one.needs_model):
         np.testing.assert_allclose(scorer.score(other), scorer.score(signals), rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_scores_the_same_in_any_company(spec: ProbeSpec, signals: Signals, rows: list[Row]) -> None:
-    mixed = Signals(rows[::-2], probe=signals.probe)
+def test_a_row_scores_the_same_in_any_company(signals_of: Callable[..., Signals], signals: Signals, rows: list[Row]) -> None:
+    mixed = signals_of(rows[::-2])
     for scorer in (one for one in SCORERS.values() if one.needs_model):
         np.testing.assert_allclose(scorer.score(mixed), scorer.score(signals)[::-2], rtol=1e-4, atol=1e-5)
     assert mixed.ids == [row.id for row in rows[::-2]]
@@ -210,7 +268,7 @@ def test_what_is_missing_in_the_selectors_folder_is_named(spec: ProbeSpec, rows:
     assert np.isfinite(SCORERS["pharmacist"].score(signals)).all()
     with pytest.raises(
         ArtifactError,
-        match=rf"^the selector in {broken} has no adapter 'reference'; fit it with data\.benign and selector\.reference$",
+        match=rf"^the selector in {broken} has no adapter 'reference'; run `pharmacist fit` for this scorer$",
     ):
         SCORERS["loss_gap"].score(signals)
     for file in (f"warmup/{CHECKPOINTS[1]}/adapter_model.safetensors", f"directions/{CHECKPOINTS[0]}.safetensors"):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
+import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+from statistics import correlation, fmean, pstdev
 
 import pytest
 
 from pharmacist_ray.config.schema import ScoringConfig, SelectorConfig
 from pharmacist_ray.config.scoring import PlantedConfig
 from pharmacist_ray.curation.score import check_scorers
-from pharmacist_ray.curation.scorers import SCORERS, needs_model
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of
+from pharmacist_ray.curation.scorers.dsir import bucket, buckets, gumbel, weigh
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import write_rows
-from pharmacist_ray.data.schema import Row, row_id
+from pharmacist_ray.data.schema import Row, row_id, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 
 
@@ -26,6 +33,17 @@ def trusted(tmp_path: Path, validation: list[Row], harmful: list[Row], limit: in
     for name, rows in (("validation", validation), ("harmful", harmful)):
         write_rows(rows, tmp_path / name / "part-00000.parquet")
     return TrustedSets({name: str(tmp_path / name) for name in ("validation", "harmful")}, limit, seed=0)
+
+
+def pooled(tmp_path: Path, validation: list[Row], candidates: list[Row], shards: int = 1) -> TrustedSets:
+    write_rows(validation, tmp_path / "validation" / "part-00000.parquet")
+    for shard in range(shards):
+        write_rows(candidates[shard::shards], tmp_path / "candidates" / f"part-{shard:05d}.parquet")
+    return TrustedSets({name: str(tmp_path / name) for name in ("validation", "candidates")}, 200, seed=0)
+
+
+def dsir(rows: list[Row], sets: TrustedSets) -> list[float]:
+    return SCORERS["dsir"].score(Signals(rows, trusted=sets)).tolist()
 
 
 def naive_bayes(rows: list[Row], sets: TrustedSets) -> list[float]:
@@ -57,6 +75,56 @@ def test_naive_bayes_changes_sign_when_the_sets_are_swapped_and_ignores_length(t
     assert naive_bayes(twice, trusted(tmp_path / "c", validation, harmful)) == pytest.approx(forth)
 
 
+def test_dsir_is_the_log_ratio_of_hashed_n_grams_at_the_pools_mean_length_plus_noise_of_the_id(tmp_path):
+    validation = [row("no way", "No, no way"), row("q", "no")]
+    pool = [row("no way", "sure thing"), row("q", "sure thing , sure"), row("r", "no")]
+    rows = [*pool, row("zebra", "quagga"), row("no", "sure no no")]
+
+    def grams(one: Row) -> list[str]:
+        found = []
+        for text in (one.prompt, one.response):
+            words = text.lower().replace(",", " , ").split()
+            found += words + [f"{a} {b}" for a, b in pairwise(words)]
+        return [str(int(hashlib.sha256(gram.encode()).hexdigest(), 16) % 10_000) for gram in found]
+
+    target, raw = (Counter(gram for one in some for gram in grams(one)) for some in (validation, pool))
+    share = target.total() / raw.total()
+    want = []
+    for one in rows:
+        ratios = [math.log(target[gram] + 1) - math.log(raw[gram] * share + 1) for gram in grams(one)]
+        noise = -math.log(-math.log(uniform(f"gumbel:{one.id}", 0) + 2**-54))
+        want.append(raw.total() / 3 * sum(ratios) / len(ratios) + noise)
+    assert dsir(rows, pooled(tmp_path, validation, pool)) == pytest.approx(want)
+    assert want[3] == pytest.approx(gumbel(rows[3].id, 0))  # what neither has seen says nothing
+    # Neither the shards of the pool, nor the rows' order, nor the process has a say.
+    sharded = pooled(tmp_path / "sharded", validation, pool, shards=2)
+    sharded.fitted(weigh)
+    travelled = pickle.loads(pickle.dumps(sharded))
+    for folder in (tmp_path / "sharded").iterdir():
+        shutil.rmtree(folder)
+    assert dsir(rows[::-1], travelled)[::-1] == pytest.approx(want)
+    # What sha256sum says of the word.
+    assert bucket("no") == int("9390298f3fb0c5b160498935d79cb139aef28e1c47358b4bbba61862b9c26e59", 16) % 10_000
+
+
+def test_dsir_of_a_pool_that_is_the_target_is_nothing_but_noise_and_length_does_not_count(tmp_path):
+    rows = [row(f"how {number}", " ".join(["no"] * (1 + number))) for number in range(5)]
+    same = pooled(tmp_path / "same", rows, rows)
+    assert dsir(rows, same) == [gumbel(one.id, 0) for one in rows]
+    weights = pooled(tmp_path / "other", [row("a", "no")], [row("b", "sure"), row("a", "no")]).fitted(weigh)
+    means = [weights.log_ratio[buckets(Row("x", "", text))].mean() for text in ("no", "no " * 20)]
+    assert means[0] > means[1] > 0  # twenty times the word are not twenty times the weight
+
+
+def test_the_noise_of_dsir_is_standard_gumbel_and_has_nothing_to_do_with_the_random_scores():
+    draws = [(gumbel(f"id{number}", 3), uniform(f"id{number}", 3), gumbel(f"id{number}", 4)) for number in range(4000)]
+    noise, chance, other = zip(*draws, strict=True)
+    assert fmean(noise) == pytest.approx(0.5772, abs=0.08)
+    assert pstdev(noise) == pytest.approx(math.pi / math.sqrt(6), abs=0.08)
+    assert abs(correlation(noise, chance)) < 0.06
+    assert abs(correlation(noise, other)) < 0.06
+
+
 def test_naive_bayes_sees_as_many_trusted_rows_as_the_selector(tmp_path):
     validation = [row(f"p{number}", f"word{number}") for number in range(6)]
     sets = trusted(tmp_path, validation, [row("q", "x")], limit=2)
@@ -79,7 +147,17 @@ def test_only_scorers_that_see_the_model_need_a_selector():
     assert not needs_model(["keyword", "naive_bayes", "oracle", "random"])
     assert needs_model(["random", "low_loss"])
     for scorer in SCORERS.values():
-        assert set(scorer.sees) <= {"model", "validation", "harmful", "benign", "labels"}
+        assert set(scorer.sees) <= {"model", "candidates", "validation", "harmful", "benign", "labels"}
+        assert scorer.needs_model or scorer.part is None
+
+
+def test_a_run_fits_the_parts_of_the_selector_that_its_scorers_need_and_no_others():
+    one_shot, iterative = SelectorConfig(), SelectorConfig(mode="iterative")
+    assert parts_of(["low_loss", "ifd", "keyword", "random", "oracle"], one_shot) == []
+    assert parts_of(["pharmacist", "less", "grad_norm"], one_shot) == ["directions"]
+    assert parts_of(["tov", "loss_gap"], one_shot) == ["reference", "tov"]
+    assert parts_of(["pharmacist", "pharmacist_iterative"], one_shot) == ["directions", "logits"]
+    assert parts_of(["pharmacist", "pharmacist_iterative"], iterative) == ["logits"]
 
 
 def test_a_section_that_was_not_there_before_leaves_old_fingerprints_as_they_are():

@@ -47,6 +47,25 @@ def test_it_is_ready_only_once_the_manifest_of_these_inputs_is_there(artifact):
     assert not replace(artifact, inputs={"fit": "new"}).ready
 
 
+def test_a_part_that_was_not_wanted_before_is_added_to_what_is_there(artifact):
+    artifact.begin()
+    (artifact.folder / "first").write_text("x")
+    artifact.finish({})
+    more = replace(artifact, parts=("first", "second"))
+    assert more.fingerprint == artifact.fingerprint
+    assert replace(artifact, parts=("first",)).ready
+    assert not more.ready
+    assert more.outdated() == ""  # nothing that was made is made anew
+    with pytest.raises(ArtifactError, match=r"score was made without second; run `pharmacist score` first"):
+        more.require()
+    assert (more.begin() / "first").read_text() == "x"
+    (more.folder / "second").write_text("y")
+    more.finish({})
+    assert more.ready
+    assert artifact.ready
+    assert not list(replace(more, inputs={"fit": "new"}).begin().glob("first"))
+
+
 def test_finishing_keeps_what_the_stage_itself_wrote_into_the_manifest(artifact):
     artifact.begin()
     (artifact.folder / "manifest.json").write_text(json.dumps({"json_columns": ["extra"], "fingerprint": "other"}))

@@ -94,7 +94,9 @@ def prints(run: Run) -> dict[str, str]:
 
 def make(run: Run) -> None:
     for artifact in artifacts(run).values():
-        artifact.begin()
+        folder = artifact.begin()
+        for part in artifact.parts:
+            write_text("", folder / part)
         artifact.finish({})
 
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pharmacist_ray.config.selector import SelectorConfig
+from pharmacist_ray.curation.scorers.dsir import dsir, weigh
 from pharmacist_ray.curation.scorers.grad_norm import grad_norm
+from pharmacist_ray.curation.scorers.guard import guard
 from pharmacist_ray.curation.scorers.ifd import ifd
 from pharmacist_ray.curation.scorers.keyword import keyword
 from pharmacist_ray.curation.scorers.less import less
@@ -19,7 +22,11 @@ from pharmacist_ray.curation.scorers.loss_gap import loss_gap
 from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
 from pharmacist_ray.curation.scorers.oracle import oracle
 from pharmacist_ray.curation.scorers.pharmacist import pharmacist
+from pharmacist_ray.curation.scorers.pharmacist_iterative import pharmacist_iterative
+from pharmacist_ray.curation.scorers.representation import representation
 from pharmacist_ray.curation.scorers.signals import Signals
+from pharmacist_ray.curation.scorers.tov import tov
+from pharmacist_ray.curation.scorers.trusted import TrustedSets
 
 
 @dataclass(frozen=True)
@@ -28,22 +35,31 @@ class Scorer:
 
     score: Callable[[Signals], np.ndarray]
     sees: tuple[str, ...] = ()
-    """Any of model, validation, harmful, benign, labels; ``model`` is the model to harden with the selector fitted on it."""
+    """Any of model (the one to harden), candidates (the others of them), validation, harmful, benign, labels."""
+    part: str | None = None
+    """The part of the selector that it needs (`curation.fit.PARTS`)."""
+    prepare: Callable[[TrustedSets], object] | None = None
+    """What it has made of the sets' text by `TrustedSets.fitted`, done once before the actors start."""
 
     @property
     def needs_model(self) -> bool:
-        """Whether a model is loaded for it, and a selector fitted."""
+        """Whether a model is loaded for it."""
         return "model" in self.sees
 
 
 SCORERS: dict[str, Scorer] = {
-    "pharmacist": Scorer(pharmacist, ("model", "validation", "harmful")),
-    "loss_gap": Scorer(loss_gap, ("model", "validation", "benign")),
-    "less": Scorer(less, ("model", "validation")),
+    "pharmacist": Scorer(pharmacist, ("model", "candidates", "validation", "harmful"), "directions"),
+    "pharmacist_iterative": Scorer(pharmacist_iterative, ("model", "candidates", "validation", "harmful"), "logits"),
+    "loss_gap": Scorer(loss_gap, ("model", "validation", "benign"), "reference"),
+    "tov": Scorer(tov, ("model", "validation"), "tov"),
+    "less": Scorer(less, ("model", "candidates", "validation"), "directions"),
     "low_loss": Scorer(low_loss, ("model",)),
     "high_loss": Scorer(high_loss, ("model",)),
     "ifd": Scorer(ifd, ("model",)),
-    "grad_norm": Scorer(grad_norm, ("model",)),
+    "grad_norm": Scorer(grad_norm, ("model", "candidates"), "directions"),
+    "representation": Scorer(representation, ("model", "validation", "harmful")),
+    "guard": Scorer(guard, ("model", "validation", "harmful")),
+    "dsir": Scorer(dsir, ("candidates", "validation"), prepare=weigh),
     "keyword": Scorer(keyword),
     "naive_bayes": Scorer(naive_bayes, ("validation", "harmful")),
     "oracle": Scorer(oracle, ("labels",)),
@@ -54,5 +70,16 @@ SCORER_NAMES = [*SCORERS, "random"]
 
 
 def needs_model(names: list[str]) -> bool:
-    """Return whether any of these scorers needs the model, and with it the selector."""
+    """Return whether any of these scorers needs the model."""
     return any(name in SCORERS and SCORERS[name].needs_model for name in names)
+
+
+def parts_of(names: list[str], selector: SelectorConfig) -> list[str]:
+    """Return the parts of the selector that these scorers need, in alphabetical order."""
+    found = {SCORERS[scored_by(name, selector.mode)].part for name in names if name in SCORERS}
+    return sorted(part for part in found if part is not None)
+
+
+def scored_by(name: str, mode: str) -> str:
+    """Return whose score a column holds: in iterative mode the `pharmacist` column has the learnt logits."""
+    return "pharmacist_iterative" if name == "pharmacist" and mode == "iterative" else name

@@ -25,12 +25,13 @@ def naive_bayes(signals: Signals) -> np.ndarray:
     weights = signals.trusted.fitted(_log_ratios)
     scores = np.zeros(len(signals.rows))
     for place, row in enumerate(signals.rows):
-        if words := _words(row.response):
-            scores[place] = sum(weights.get(word, weights[""]) for word in words) / len(words)
+        if found := words(row.response):
+            scores[place] = sum(weights.get(word, weights[""]) for word in found) / len(found)
     return scores
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Return a text's words and single marks, in lower case."""
     return _WORDS.findall(text.lower())
 
 
@@ -45,4 +46,4 @@ def _log_ratios(trusted: TrustedSets) -> dict[str, float]:
 
 
 def _counted(texts: Iterable[str]) -> Counter[str]:
-    return Counter(word for text in texts for word in _words(text))
+    return Counter(word for text in texts for word in words(text))

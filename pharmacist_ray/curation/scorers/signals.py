@@ -5,27 +5,33 @@ An actor makes one `Probe` (the model, loaded once) and one `Signals` per shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pharmacist_ray.config.scoring import PlantedConfig
+from pharmacist_ray.config.scoring import GuardConfig, PlantedConfig
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import TINY
-from pharmacist_ray.data.render import Batch, Rendered
+from pharmacist_ray.data.render import IGNORE, Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import local_copy
+from pharmacist_ray.storage import local_copy, read_table
+
+Made = TypeVar("Made")
+
+REFERENCES = ("reference", "tov")
+"""Models tuned on trusted sets, by the folder of the selector in which they lie."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class ProbeSpec:
 
     model: ModelRef
     fit: str
-    """The selector's folder."""
+    """The selector's folder; empty where no scorer needs one."""
     checkpoints: tuple[str, ...]
+    """Those whose directions are needed."""
     directions: tuple[str, ...]
     method: str
     tokens_per_batch: int
@@ -47,32 +54,44 @@ class Probe:
     """A base model with one adapter slot, into which checkpoints and the reference are swapped."""
 
     def __init__(self, spec: ProbeSpec) -> None:
-        """Load the model and every small file of the selector.
+        """Load the model and every small file of the selector but the logits.
 
         Raises:
             ArtifactError: A file of the selector is missing.
         """
         self.spec = spec
-        fit = local_copy(spec.fit)
-        self.directions = [self._read(fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
-        first = fit / "warmup" / spec.checkpoints[0]
-        self.adapters = {
-            name: self._read(fit / "warmup" / name / "adapter_model.safetensors", spec.device) for name in spec.checkpoints
-        }
-        reference = fit / "reference" / "adapter" / "adapter_model.safetensors"
-        if reference.exists():
-            self.adapters["reference"] = self._read(reference, spec.device)
+        self.fit = local_copy(spec.fit) if spec.fit else Path()
+        self.directions = [self._read(self.fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
+        folders = {name: self.fit / "warmup" / name for name in spec.checkpoints}
+        references = {name: self.fit / name / "adapter" for name in REFERENCES} if spec.fit else {}
+        folders |= {name: folder for name, folder in references.items() if folder.exists()}
+        self.adapters = {name: self._read(folder / "adapter_model.safetensors", spec.device) for name, folder in folders.items()}
         self.renderer = spec.model.renderer()
-        self.model = spec.model.load(spec.device, adapter=first)
+        self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
         if adapter not in self.adapters:
             raise ArtifactError(
-                f"the selector in {self.spec.fit} has no adapter '{adapter}'; fit it with data.benign and selector.reference"
+                f"the selector in {self.spec.fit} has no adapter '{adapter}'; run `pharmacist fit` for this scorer"
             )
         set_peft_model_state_dict(self.model, self.adapters[adapter])
         return self.model
+
+    @contextmanager
+    def base(self) -> Iterator[Any]:
+        """Give the model as it was before any adapter."""
+        with self.model.disable_adapter() if self.adapters else nullcontext():
+            yield self.model
+
+    @cached_property
+    def logits(self) -> dict[str, float]:
+        """The learnt logit of each candidate."""
+        file = self.fit / "logits.parquet"
+        if not file.exists():
+            raise ArtifactError(f"the selector is incomplete: {file} is missing; run `pharmacist fit` for this scorer")
+        table = read_table(file)
+        return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
 
     @staticmethod
     def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
@@ -107,6 +126,7 @@ class Signals:
         probe: Probe | None = None,
         trusted: TrustedSets | None = None,
         planted: PlantedConfig | None = None,
+        guard: GuardConfig | None = None,
     ) -> None:
         """Nothing is computed yet.
 
@@ -115,9 +135,11 @@ class Signals:
             probe: The actor's model; None where no scorer needs one.
             trusted: The trusted rows as text.
             planted: Where the planted labels are, for the oracle.
+            guard: Which classifier the guard scorer asks; None where it trains its own.
         """
         self.rows = rows
         self.planted = planted
+        self.guard = guard
         self._probe = probe
         self._trusted = trusted
 
@@ -151,21 +173,34 @@ class Signals:
     @cached_property
     def base_loss(self) -> np.ndarray:
         """ℓ_i of the base model."""
-        with self.probe.model.disable_adapter():
-            return self._losses(self.probe.model, self.samples)
+        with self.probe.base() as model:
+            return self._losses(model, self.samples)
 
     @cached_property
     def unprompted_loss(self) -> np.ndarray:
         """ℓ_i of the base model when it sees the answer without the prompt (after one EOS token, so that there is a context)."""
         eos = self.probe.renderer.eos_id
         alone = [Rendered([eos, *sample.ids[sample.answer_start :]], 1) for sample in self.samples]
-        with self.probe.model.disable_adapter():
-            return self._losses(self.probe.model, alone)
+        with self.probe.base() as model:
+            return self._losses(model, alone)
 
-    @cached_property
-    def reference_loss(self) -> np.ndarray:
-        """ℓ_i of the reference, the base tuned on the trusted sets."""
-        return self._losses(self.probe.set_adapter("reference"), self.samples)
+    def reference_loss(self, reference: str) -> np.ndarray:
+        """Return ℓ_i of one of `REFERENCES`, the base tuned on trusted sets."""
+        return self._losses(self.probe.set_adapter(reference), self.samples)
+
+    @property
+    def logits(self) -> np.ndarray:
+        """w_i, the logits that the iterative selector has learnt.
+
+        Raises:
+            ArtifactError: There are none, or a row has none.
+        """
+        known = self.probe.logits
+        if strange := next((row.id for row in self.rows if row.id not in known), None):
+            raise ArtifactError(
+                f"{self.probe.spec.fit}/logits.parquet has no logit for row {strange}: it was fitted on other candidates; fit again"
+            )
+        return np.array([known[row.id] for row in self.rows])
 
     def influence(self, direction: str) -> np.ndarray:
         """Return Σ_k ⟨∇ℓ_i(θ_k), v_k⟩ over the checkpoints, for a named direction."""
@@ -193,6 +228,33 @@ class Signals:
                 dots[rows] += values
                 norms[rows] += length / len(spec.checkpoints)
         return dots, norms
+
+    def states(self, layer: int | None = None) -> np.ndarray:
+        """Return the base's hidden states, averaged over each answer's tokens: (N, D) of one layer, or (N, L + 1, D) of all; float32.
+
+        Layer 0 holds the embeddings, the last one what the output head reads.
+        """
+        found: list[np.ndarray] = [np.empty(0)] * len(self.rows)
+        with torch.no_grad(), self.probe.base() as model:
+            # Without the output head, which takes a good part of a small model's pass.
+            body = (model.get_base_model() if self.probe.adapters else model).base_model
+            for rows, batch in self._batches(self.samples):
+                output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+                answer = (batch.labels != IGNORE).unsqueeze(-1)
+                layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
+                means = [(states.float() * answer).sum(dim=1) / answer.sum(dim=1) for states in layers]
+                for row, values in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
+                    found[row] = values if layer is None else values[0]
+        return np.stack(found)
+
+    def of_trusted(self, make: Callable[[Signals, Signals], Made]) -> Made:
+        """Return what a function makes of the signals of the validation and of the harmful rows, made at an actor's first call."""
+
+        def signals(name: str) -> Signals:
+            return Signals(self.trusted.rows(name), probe=self._probe, trusted=self._trusted)
+
+        made: Made = self.trusted.once(make, lambda: make(signals("validation"), signals("harmful")))
+        return made
 
     def _losses(self, model: Any, samples: Sequence[Rendered]) -> np.ndarray:
         losses = np.zeros(len(samples))

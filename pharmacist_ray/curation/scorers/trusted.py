@@ -19,33 +19,34 @@ class TrustedSets:
     """Where the trusted rows lie, and how many of them count: those that the selector's fit takes."""
 
     folders: Mapping[str, str]
-    """``validation`` and ``harmful`` → folder of canonical rows."""
+    """``validation``, ``harmful`` and ``candidates`` → folder of canonical rows."""
     limit: int
-    """At most so many rows of each, chosen by id."""
+    """At most so many trusted rows of each, chosen by id."""
     seed: int
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rows(self, name: str) -> list[Row]:
-        """Return the rows of a set.
+        """Return the rows of a set, read at the first call.
 
         Raises:
             ArtifactError: The set was not given, or is empty.
         """
+        rows: list[Row] = self.once(name, lambda: self.sample(name, self.limit))
+        return rows
 
-        def read() -> list[Row]:
-            if not (rows := sample_rows(storage_path(self.folders[name]), self.limit, self.seed) if name in self.folders else []):
-                raise ArtifactError(f"a scorer needs rows of data.{name} and there are none; ingest them again")
-            return rows
-
-        rows: list[Row] = self._once(name, read)
+    def sample(self, name: str, count: int) -> list[Row]:
+        """Return at most so many rows of a set, chosen by id; see `rows`."""
+        if not (rows := sample_rows(storage_path(self.folders[name]), count, self.seed) if name in self.folders else []):
+            raise ArtifactError(f"a scorer needs rows of data.{name} and there are none; ingest them again")
         return rows
 
     def fitted(self, make: Callable[[TrustedSets], Fitted]) -> Fitted:
         """Return what a function makes of the sets, made at the first call."""
-        fitted: Fitted = self._once(make, lambda: make(self))
+        fitted: Fitted = self.once(make, lambda: make(self))
         return fitted
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made under a key, made at the first call."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.data.refusals import REFUSAL_PHRASES, is_refusal
-from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
+from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.evaluation.judges.phrases import is_incoherent
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, Verdict
+from pharmacist_ray.models.classifier import classifier_logits, fill_template, load_classifier, text_ids
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Takes n prompts and answers, and returns n probabilities of harm: the largest over the labels, NaN if the model gave none."""
@@ -66,13 +65,14 @@ def build_score(settings: JudgeSettings) -> Score:
     chosen = [index for index, name in enumerate(names) if not settings.labels or name in settings.labels]
 
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        texts = [_text(settings.template, *pair) for pair in zip(prompts, answers, strict=True)]
-        samples = [_ids(tokenizer, text, settings) for text in texts]
+        texts = [fill_template(settings.template, *pair) for pair in zip(prompts, answers, strict=True)]
+        samples = [text_ids(tokenizer, text, settings.max_length, append_eos=settings.append_eos) for text in texts]
         order = sorted(range(len(samples)), key=lambda index: len(samples[index]))  # little padding; the result has no order
         found = [math.nan] * len(samples)
         for start in range(0, len(order), settings.batch_size):
             part = order[start : start + settings.batch_size]
-            for index, probability in zip(part, _probabilities(model, [samples[i] for i in part], chosen), strict=True):
+            logits = classifier_logits(model, [samples[index] for index in part])[:, chosen]
+            for index, probability in zip(part, torch.sigmoid(logits).amax(dim=1).tolist(), strict=True):
                 found[index] = probability
         return found
 
@@ -80,68 +80,5 @@ def build_score(settings: JudgeSettings) -> Score:
 
 
 def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a sequence classifier and its tokenizer, from safetensors and without running code from the folder.
-
-    Raises:
-        ModelError: It cannot be loaded that way, or weights are missing: transformers would fill them with random numbers and the
-            verdicts would be noise.
-    """
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise ModelError(
-            f"judge {path} has no *.safetensors file; convert its weights with save_pretrained (pickle is not loaded)"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype="auto", output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"judge {path} is no sequence classifier that can be loaded: {str(error).splitlines()[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"judge {path} lacks the weights {', '.join(missing[:3])}: it is no trained sequence classifier")
-    return model.eval(), tokenizer
-
-
-def _text(template: str, prompt: str, answer: str) -> str:
-    """Fill the template in one go, so that a prompt with ``{answer}`` in it stays what it is."""
-    head, _, rest = template.partition("{prompt}")
-    if "{answer}" in head:
-        head, _, middle = head.partition("{answer}")
-        return head + answer + middle + prompt + rest
-    middle, _, tail = rest.partition("{answer}")
-    return head + prompt + middle + answer + tail
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, settings: JudgeSettings) -> list[int]:
-    """Return a text as ids, cut on the right. Special tokens written out in the text are text: the text is hostile."""
-    ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])
-    eos = tokenizer.eos_token_id
-    if settings.append_eos and eos is not None and ids[-1:] != [eos]:
-        ids.append(eos)
-    return ids[: settings.max_length]
-
-
-@torch.no_grad()
-def _probabilities(model: PreTrainedModel, samples: list[list[int]], labels: list[int]) -> list[float]:
-    """Return the largest probability over the labels for each sample, (B,).
-
-    Decoders pool at the last token that is not the padding token, which they find by its id. The padding token is therefore one
-    that no sample of the batch contains: with the end-of-sequence token as padding, as many tokenizers have it, they would pool
-    one token too early.
-    """
-    present = {token for sample in samples for token in sample}
-    pad = model.config.pad_token_id
-    if pad is None or pad in present:
-        pad = next(token for token in range(model.config.vocab_size) if token not in present)
-    width = max(len(sample) for sample in samples)
-    input_ids = torch.full((len(samples), width), pad, dtype=torch.long)
-    mask = torch.zeros((len(samples), width), dtype=torch.long)
-    for index, sample in enumerate(samples):
-        input_ids[index, : len(sample)] = torch.tensor(sample)
-        mask[index, : len(sample)] = 1
-    before, model.config.pad_token_id = model.config.pad_token_id, pad
-    try:
-        logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
-    finally:
-        model.config.pad_token_id = before
-    return torch.sigmoid(logits[:, labels].float()).amax(dim=1).tolist()
+    """Return a judge's model and tokenizer; see `load_classifier`."""
+    return load_classifier(path, "judge")
