@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,7 @@ from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import phrases
 from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
 
-__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeSettings", "Verdict", "build_judge"]
+__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeKind", "JudgeSettings", "Verdict", "build_judge"]
 
 
 def _testbed(settings: JudgeSettings) -> Judge:
@@ -32,12 +33,21 @@ def _classifier(settings: JudgeSettings) -> Judge:
     return classifier.build(settings)
 
 
-JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {
-    "phrases": phrases.build,
-    "classifier": _classifier,
-    "testbed": _testbed,
+@dataclass(frozen=True)
+class JudgeKind:
+    """How a judge is built, and what its share of harmful verdicts is called."""
+
+    build: Callable[[JudgeSettings], Judge]
+    score: str = "HS"
+    """The heading in tables. HS is the harmful score of the literature, which takes a judge that can tell harm."""
+
+
+JUDGES: dict[str, JudgeKind] = {
+    "phrases": JudgeKind(phrases.build, score="keyword ASR"),
+    "classifier": JudgeKind(_classifier),
+    "testbed": JudgeKind(_testbed),
 }
-"""Name → builder."""
+"""Name → what it is. Keyword ASR is the keyword attack success rate: the share of answers without a refusal phrase."""
 
 
 def build_judge(name: str, settings: JudgeSettings) -> Judge:
@@ -48,4 +58,4 @@ def build_judge(name: str, settings: JudgeSettings) -> Judge:
     """
     if name not in JUDGES:
         raise unknown_name("judge", name, list(JUDGES))
-    return JUDGES[name](settings)
+    return JUDGES[name].build(settings)
