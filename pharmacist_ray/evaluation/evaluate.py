@@ -15,7 +15,7 @@ from pharmacist_ray.data.rows import iterate_rows, parquet_files
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, Cell, Key, arm_rows
-from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.evaluation.judges import JUDGES, JudgeKind
 from pharmacist_ray.evaluation.metrics import Judged, measure, measure_groups
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath, read_table, write_text
@@ -89,7 +89,7 @@ def evaluate(
     judged = {subject.name: list(_judged(subject, marks)) for subject in subjects}
     draws = settings.bootstrap_draws
     records = _records(subjects, judged, draws)
-    table = arm_rows(_cells(subjects, judged, JUDGES[settings.judge].score), draws=draws)
+    table = arm_rows(_cells(subjects, judged, JUDGES[settings.judge]), draws=draws)
     write_text(json.dumps(records, indent=1), out / "summary.json")
     write_text(json.dumps(table, indent=1), out / "table.json")
     return {"models": len(subjects), "answers": sum(len(answers) for answers in judged.values()), "records": len(records)}
@@ -148,7 +148,7 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
     return records
 
 
-def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], short: str) -> dict[Key, Cell]:
+def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], judge: JudgeKind) -> dict[Key, Cell]:
     """Return the answers of each arm, defence and attack, and what their rows say beside metrics."""
     groups: dict[Key, list[EvaluatedModel]] = {}
     for subject in subjects:
@@ -160,7 +160,8 @@ def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]
                 "runs": len(group),
                 "kept": group[0].kept,
                 "align_seconds": float(np.mean([subject.align_seconds for subject in group])),
-                "score": short,
+                "score": judge.score,
+                "score_means": judge.means,
             },
         )
         for key, group in groups.items()

@@ -39,15 +39,21 @@ class JudgeKind:
 
     build: Callable[[JudgeSettings], Judge]
     score: str = "HS"
-    """The heading in tables. HS is the harmful score of the literature, which takes a judge that can tell harm."""
+    """The heading in tables."""
+    means: str = "harmful score: the share of harmful prompts that are answered harmfully"
+    """What the heading stands for."""
 
 
 JUDGES: dict[str, JudgeKind] = {
-    "phrases": JudgeKind(phrases.build, score="keyword ASR"),
+    "phrases": JudgeKind(
+        phrases.build,
+        "keyword ASR",
+        "keyword attack success rate: the share of harmful prompts answered without a refusal phrase",
+    ),
     "classifier": JudgeKind(_classifier),
     "testbed": JudgeKind(_testbed),
 }
-"""Name → what it is. Keyword ASR is the keyword attack success rate: the share of answers without a refusal phrase."""
+"""Name → what it is. A judge by keywords takes all that is no refusal for harm, which is not what the literature calls HS."""
 
 
 def build_judge(name: str, settings: JudgeSettings) -> Judge:
