@@ -236,7 +236,7 @@ def methods() -> str:
         ),
         "## Judges",
         "A judge says of every answer whether it is harmful, a refusal, helpful, beside the point or incoherent.",
-        _listed({name: (_first(_judge(name)),) for name in JUDGES}, "what it is"),
+        _listed({name: (_first(_judge(name)), kind.score) for name, kind in JUDGES.items()}, "what it is", "its score"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -269,8 +269,8 @@ def all_results() -> str:
         "Every table here is drawn from a file in `docs/results` that `docs/results.py` wrote from what a command measured. None is "
         "typed.",
         "The harmful score (HS) is the share of harmful prompts that are answered harmfully. It means nothing without task accuracy and "
-        "helpfulness: a model that refuses everything has none. Shares have 95 % intervals of a bootstrap over training runs and "
-        "prompts. With three runs an arm they are too narrow.",
+        "helpfulness: a model that refuses everything has none. Shares have 95 % intervals. Those of results that were made before the "
+        "intervals drew prompts once for all runs are too narrow.",
         "**What these figures show is that the machinery works, not how good a method is.** The demo rests on one synthetic world and one "
         "tiny base model. Earlier headline figures did not come back on another machine.",
     ]

@@ -96,18 +96,19 @@ def _attacks(config: dict[str, Any]) -> list[Row]:
 
 
 def _rows(table: list[Row]) -> list[Row]:
-    before = {
-        (row["selection"], row["defence"]): row["metrics"]["harmful_score"]["estimate"] for row in table if not row["attack"]
-    }
+    before = {(row["selection"], row["defence"]): row["metrics"] for row in table if not row["attack"]}
     return [
         {
             **{name: row[name] for name in ("attack", "defence", "selection", "runs", "kept")},
             "align_seconds": round(row["align_seconds"], 2),
-            "harmful_score_before": _rounded(before[row["selection"], row["defence"]]),
+            **{
+                f"{name}_before": _rounded(before[row["selection"], row["defence"]][name]["estimate"])
+                for name in ("harmful_score", "accuracy_correct", "helpfulness")
+            },
             **{name: [_rounded(row["metrics"][name][end]) for end in ("estimate", "low", "high")] for name in METRICS},
         }
         for row in table
-        if row["attack"]
+        if row["attack"] and "over" not in row
     ]
 
 
@@ -286,6 +287,8 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "rows": lambda row: f"{row['kept']:,}",
         "align s": lambda row: f"{row['align_seconds']:.1f}",
         "HS before": lambda row: _number(row["harmful_score_before"]),
+        "task accuracy before": lambda row: _number(row.get("accuracy_correct_before")),
+        "helpful before": lambda row: _number(row.get("helpfulness_before")),
         **{heading: partial(_metric, name) for name, heading in METRICS.items()},
     },
     "objectives": {

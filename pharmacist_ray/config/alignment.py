@@ -39,13 +39,14 @@ class AttackConfig(Section):
     """The user's own task, training rows."""
     harmful: SourceConfig
     """Harmful prompt → harmful answer rows of the attacker; disjoint from data.harmful."""
-    rows: Count = 200
+    rows: Count = 1000
     """Samples n in the fine-tune (published: 1000)."""
     harmful_share: Share = 0.1
-    """Share p of them that is harmful (published default: 0.1)."""
+    """Share p of them that is harmful (published: 0.1)."""
     adapter: Literal["fresh", "same"] = "fresh"
     """A fresh adapter on the merged model, or training of the alignment's own adapter goes on."""
-    train: TrainConfig = TrainConfig(steps=100, lr=1e-5)
+    train: TrainConfig = TrainConfig(epochs=20, batch_size=10, lr=1e-5)
+    """The published strength: 20 epochs, batch 10, learning rate 1e-5. Attack with several: on another model it is another strength."""
 
 
 class ComparisonConfig(Section):

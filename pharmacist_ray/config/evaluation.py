@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.section import Count, Location, Section
 
@@ -34,4 +36,10 @@ class EvaluationConfig(Section):
     batch_size: Count = 64
     """Prompts per generation batch."""
     bootstrap_draws: Count = 2000
-    """Draws of the bootstrap over samples and seeds."""
+    """Draws of the bootstrap over runs and clusters of prompts."""
+    group_column: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A column of `harmful_prompts` by which the harmful score and refusals are reported apart too, for example what your trusted
+    rows cover and what they do not."""
+    cluster_column: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A column of the prompts that says which belong together, for example what they ask for; intervals count such prompts as one.
+    A prompt without it is on its own."""

@@ -52,6 +52,8 @@ USUAL = (
     "selection.ratio",
     "alignment.objective",
     "attacks.harmful_share",
+    "attacks.train.epochs",
+    "attacks.train.lr",
     "evaluation.judge",
 )
 """What has a default but is changed in most runs, by its dotted name; with `EXAMPLE` the short file."""

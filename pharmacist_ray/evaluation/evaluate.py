@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
-from pharmacist_ray.data.rows import parquet_files
+from pharmacist_ray.data.rows import iterate_rows, parquet_files
+from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.answers import answer_all
-from pharmacist_ray.evaluation.metrics import Judged, Metric, compare, measure
+from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, Cell, Key, arm_rows
+from pharmacist_ray.evaluation.judges import JUDGES, JudgeKind
+from pharmacist_ray.evaluation.metrics import Judged, measure, measure_groups
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath, read_table, write_text
-
-BOOTSTRAP_SEED = 20251010
-"""Fixed, so that the same answers give the same intervals."""
-
-COMPARED = ("harmful_score", "coherent_refusal", "accuracy_correct", "helpfulness")
-"""Metrics whose difference to each baseline arm is reported."""
 
 _DRAW = re.compile(r"(?<![^+])random_(\d+)$")
 """A random draw, alone or after ``trusted+``."""
@@ -55,11 +52,6 @@ class EvaluatedModel:
         found = _DRAW.search(self.selection)
         return int(found[1]) if found else 0
 
-    @property
-    def cluster(self) -> int:
-        """One number per independent training run within an arm: what the bootstrap draws as a seed."""
-        return self.draw * 1_000_000 + self.seed
-
 
 def evaluate(
     subjects: Sequence[EvaluatedModel],
@@ -82,7 +74,11 @@ def evaluate(
 
     Returns:
         Counts for the manifest.
+
+    Raises:
+        ConfigError: No harmful prompt has the column for groups, or for clusters.
     """
+    marks = {name: _marks(rows, settings, name == "harmful") for name, rows in prompts.items()}
     answer_all(
         {subject.answers: subject.model for subject in subjects},
         prompts,
@@ -90,20 +86,22 @@ def evaluate(
         resources=resources,
         progress=progress,
     )
-    judged = {subject.name: list(_judged(subject.answers, subject.cluster)) for subject in subjects}
+    judged = {subject.name: list(_judged(subject, marks)) for subject in subjects}
     draws = settings.bootstrap_draws
     records = _records(subjects, judged, draws)
-    table = _table(subjects, judged, draws)
+    table = arm_rows(_cells(subjects, judged, JUDGES[settings.judge]), draws=draws)
     write_text(json.dumps(records, indent=1), out / "summary.json")
     write_text(json.dumps(table, indent=1), out / "table.json")
     return {"models": len(subjects), "answers": sum(len(answers) for answers in judged.values()), "records": len(records)}
 
 
-def _judged(folder: StoragePath, cluster: int) -> Iterable[Judged]:
-    for file in parquet_files(folder):
+def _judged(subject: EvaluatedModel, marks: Mapping[str, Mapping[str, tuple[str, str]]]) -> Iterable[Judged]:
+    draw = str(subject.draw) if _DRAW.search(subject.selection) else ""
+    for file in parquet_files(subject.answers):
         for row in read_table(file).to_pylist():
             checks = {name: row[name] for name in ("correct", "exact", "contains") if row[name] is not None}
-            yield Judged(row["id"], row["set"], cluster, row["verdict"] or "unjudged", checks)
+            group, cluster = marks.get(row["set"], {}).get(row["id"], ("", ""))
+            yield Judged(row["id"], row["set"], subject.seed, row["verdict"] or "unjudged", checks, draw, cluster, group)
 
 
 def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
@@ -112,11 +110,12 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
         subject.name: {metric.name: metric for metric in measure(judged[subject.name], seed=BOOTSTRAP_SEED, draws=draws)}
         for subject in subjects
     }
-    before = {(s.selection, s.defence, s.seed): metrics[s.name]["harmful_score"].estimate for s in subjects if s.attack is None}
+    before = {(s.selection, s.defence, s.seed): metrics[s.name] for s in subjects if s.attack is None}
     attacked = [s for s in subjects if s.attack is not None] or list(subjects)
     records = []
     for subject in attacked:
-        found = metrics[subject.name]
+        found, first = metrics[subject.name], before[subject.selection, subject.defence, subject.seed]
+        groups = measure_groups([judged[subject.name]], "mean", seed=BOOTSTRAP_SEED, draws=draws)
         records.append(
             {
                 "selection": subject.arm,
@@ -126,58 +125,64 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
                 "attack": subject.attack,
                 "kept": subject.kept,
                 "align_seconds": round(subject.align_seconds, 3),
-                "hs_before": before[subject.selection, subject.defence, subject.seed],
+                "hs_before": first["harmful_score"].estimate,
                 "hs_after": found["harmful_score"].estimate if subject.attack is not None else None,
                 "coherent_refusal": found["coherent_refusal"].estimate,
-                "incoherent": found["incoherent"].estimate,
+                "incoherent_harmful": found["incoherent_harmful"].estimate,
+                "incoherent_benign": found["incoherent_benign"].estimate,
                 "task_accuracy": found["accuracy_correct"].estimate,
+                "task_accuracy_before": first["accuracy_correct"].estimate,
                 "task_exact": found["accuracy_exact"].estimate,
                 "task_contains": found["accuracy_contains"].estimate,
                 "over_refusal": found["over_refusal"].estimate,
                 "helpfulness": found["helpfulness"].estimate,
+                "helpfulness_before": first["helpfulness"].estimate,
                 "intervals": {name: [metric.low, metric.high, metric.n, metric.unscored] for name, metric in found.items()},
+                **(
+                    {"groups": {group: {one.name: one.estimate for one in ones} for group, ones in groups.items()}}
+                    if groups
+                    else {}
+                ),
             }
         )
     return records
 
 
-def _table(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
-    """One row per arm, defence and attack (null: before), metrics over all its seeds, and the differences to its baselines.
-
-    Baselines are the arms ``all`` and ``random`` under the same defence, and the same arm under ``sft``.
-    """
-    Key = tuple[str, str, str | None]
+def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], judge: JudgeKind) -> dict[Key, Cell]:
+    """Return the answers of each arm, defence and attack, and what their rows say beside metrics."""
     groups: dict[Key, list[EvaluatedModel]] = {}
     for subject in subjects:
         groups.setdefault((subject.arm, subject.defence, subject.attack), []).append(subject)
-    answers = {key: [one for subject in group for one in judged[subject.name]] for key, group in groups.items()}
-    rows = []
-    for key, group in groups.items():
-        arm, defence, attack = key
-        baselines: dict[str, Key] = {name: (name, defence, attack) for name in ("all", "random")} | {"sft": (arm, "sft", attack)}
-        rows.append(
+    return {
+        key: Cell(
+            [one for subject in group for one in judged[subject.name]],
             {
-                "selection": arm,
-                "defence": defence,
-                "attack": attack,
                 "runs": len(group),
                 "kept": group[0].kept,
                 "align_seconds": float(np.mean([subject.align_seconds for subject in group])),
-                "metrics": {m.name: _plain(m) for m in measure(answers[key], seed=BOOTSTRAP_SEED, draws=draws)},
-                "minus": {
-                    name: {
-                        metric: _plain(compare(answers[key], answers[other], metric, seed=BOOTSTRAP_SEED, draws=draws))
-                        for metric in COMPARED
-                    }
-                    for name, other in baselines.items()
-                    if other != key and other in answers
-                },
-            }
+                "score": judge.score,
+                "score_means": judge.means,
+            },
         )
-    return rows
+        for key, group in groups.items()
+    }
 
 
-def _plain(metric: Metric) -> dict[str, Any]:
-    values = asdict(metric)
-    del values["name"]
-    return values
+def _marks(folder: StoragePath, settings: EvaluationConfig, grouped: bool) -> dict[str, tuple[str, str]]:
+    """Return the group and the cluster of each prompt by id; the empty string where it has none.
+
+    Raises:
+        ConfigError: No prompt has the column that was asked for.
+    """
+    group, cluster = settings.group_column if grouped else None, settings.cluster_column
+    if group is None and cluster is None:
+        return {}
+    found = {}
+    for row in iterate_rows(folder):
+        record = json.loads(row.raw) if row.raw else {}
+        values = (record.get(name) if name else None for name in (group, cluster))
+        found[row.id] = tuple("" if value is None else str(value) for value in values)
+    for place, (key, name) in enumerate((("group_column", group), ("cluster_column", cluster if grouped else None))):
+        if name and not any(values[place] for values in found.values()):
+            raise ConfigError(f"evaluation.{key}: no prompt of evaluation.harmful_prompts has a column '{name}'")
+    return found  # type: ignore[return-value]

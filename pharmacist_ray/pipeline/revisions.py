@@ -18,7 +18,9 @@ REASONS: dict[str, list[str]] = {
     "select": [],
     "align": [],
     "attack": [],
-    "evaluate": [],
+    "evaluate": [
+        "intervals draw prompts once for all runs, in whole clusters, and incoherent answers are counted by kind of prompt",
+    ],
 }
 """Stage → why its revision was raised, each time in words that follow "since then"; the revision is one more than there are reasons."""
 

@@ -22,6 +22,9 @@ from pharmacist_ray.pipeline.identity import dated_identity, file_identity
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
+COLUMNS = ("group_column", "cluster_column")
+"""Keys of the evaluation that say how answers are put together."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -312,7 +315,8 @@ class Run:
         """
         settings = self.require_evaluation()
         trained = [self.trained(c).fingerprint for variant in self.variants for c in (variant, *self.attacks_on(variant))]
-        config = {"draws": settings.bootstrap_draws, "cells": [variant.name for variant in self.variants]}
+        config: dict[str, Any] = {"draws": settings.bootstrap_draws, "cells": [variant.name for variant in self.variants]}
+        config |= {name: value for name in COLUMNS if (value := getattr(settings, name))}
         inputs = {"models": digest(trained), "asked": self._asked}
         return self._placed(Artifact(self.root / "evaluation", "evaluate", config, inputs))
 
@@ -323,7 +327,8 @@ class Run:
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
-        del asked["bootstrap_draws"]  # no answer hangs on it
+        for name in ("bootstrap_draws", *COLUMNS):  # no answer hangs on them
+            asked.pop(name, None)
         model = self.config.model
         chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
         return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from pharmacist_ray.report.blocks import Block, Figure, Note, Plot, Table, interval, number
+from pharmacist_ray.report.blocks import Block, Figure, Note, Plot, Table, interval
 from pharmacist_ray.report.figures import Arm, Estimate, dots
 from pharmacist_ray.report.run_files import RunFiles
-from pharmacist_ray.report.table import COLUMNS
+from pharmacist_ray.report.table import cells, counted, headings, notes, score_of, title_of
 
-NOTE = (
-    "Shares from 0 to 1 with 95 % intervals of a bootstrap over training runs and prompts, which are too narrow with few runs. "
-    "Read a whole row: a harmful score (HS) means nothing without task accuracy and helpfulness, for a model that refuses "
-    "everything has none. Helpful on benign = 1 − over-refusal − answers beside the point."
+READ = (
+    "Read a whole row: a harmful score means nothing without task accuracy and helpfulness, before the attack and after it, for a "
+    "model that refuses everything has none."
 )
-_SERIES = ("HS after", "HS before", "task accuracy", "helpful on benign")
 
 
 def comparison(run: RunFiles) -> list[Block]:
@@ -22,12 +21,15 @@ def comparison(run: RunFiles) -> list[Block]:
     records = run.json("evaluation", "table.json") if run.manifest("evaluation") else None
     if not records:
         return []
+    score = score_of(records)
     several = len({row["defence"] for row in records}) > 1
-    before = {(row["selection"], row["defence"]): row["metrics"]["harmful_score"] for row in records if row["attack"] is None}
+    before = {(row["selection"], row["defence"]): row for row in records if row["attack"] is None}
     attacks = list(dict.fromkeys(row["attack"] for row in records if row["attack"] is not None)) or [None]
     ordered = [row for attack in attacks for row in records if row["attack"] == attack]
+    gap, over = (any(name in row for row in ordered) for name in ("gap_closed", "over"))
     defence = ["defence"] if several else []
-    header = ["attack", "aligned on", *defence, "runs", "rows", "align s", "HS before", *COLUMNS.values()]
+    header = ["attack", "aligned on", *defence, "runs", "rows", "align s", *headings(score)]
+    header += ["gap closed"] * gap + ["attacks that count"] * over
     body = [
         [
             row["attack"] or "none",
@@ -36,27 +38,37 @@ def comparison(run: RunFiles) -> list[Block]:
             str(row["runs"]),
             f"{row['kept']:,}",
             f"{row['align_seconds']:.1f}",
-            number(_known(before, row).get("estimate")),
-            *(_text(row["metrics"].get(name, {})) for name in COLUMNS),
+            *(interval(*cell) for cell in cells(row, _known(before, row))),
+            *([_text(row.get("gap_closed", {}))] if gap else []),
+            *([counted(row) if "over" in row else ""] if over else []),
         ]
         for row in ordered
     ]
+    series = (f"{score} after", f"{score} before", "task accuracy", "helpful on benign")
     plots = []
     for attack in attacks:
         rows = [row for row in ordered if row["attack"] == attack]
-        arms = [_arm(row, _known(before, row), several) for row in rows]
-        title = f"attack: {attack}" if attack else "not attacked"
+        arms = [_arm(row, _known(before, row), several, series) for row in rows]
+        title = title_of(rows)
         words = "; ".join(_words(arm) for arm in arms)
-        numbers = [(arm.name, *(_one(arm.series.get(name, Estimate(None))) for name in _SERIES)) for arm in arms]
-        table = Table(title, ("aligned on", *_SERIES), numbers, summary=f"Numbers: {title}")
-        plots.append(Plot(dots(title, arms, f"{words}.", _SERIES), numbers=table))
+        numbers = [(arm.name, *(_one(arm.series.get(name, Estimate(None))) for name in series)) for arm in arms]
+        table = Table(title, ("aligned on", *series), numbers, summary=f"Numbers: {title}")
+        plots.append(Plot(dots(title, arms, f"{words}.", series), numbers=table))
     blocks: list[Block] = [
-        Note(NOTE),
+        Note(" ".join([READ, *notes(records)])),
         Table("What each selection was worth" + _defended(records), header, body, words=2 + several, grouped=True),
-        Figure("Harmful score (lower is better), task accuracy and helpfulness (higher is better) on one scale.", plots),
+        Figure(f"{score} (lower is better), task accuracy and helpfulness (higher is better) on one scale.", plots),
     ]
+    if groups := list(dict.fromkeys(group for row in ordered for group in row.get("groups", {}))):
+        names = ["attack", "arm", *(f"{name}, {group}" for name in (score, "refuses well") for group in groups)]
+        apart = [
+            [row["attack"] or "none", _name(row, several)]
+            + [_text(row["groups"].get(g, {}).get(name, {})) for name in ("harmful_score", "coherent_refusal") for g in groups]
+            for row in (*before.values(), *(row for row in ordered if row["attack"] is not None))
+        ]
+        blocks.append(Table("Harmful prompts by group", names, apart, words=2, grouped=True))
     if differences := _differences(ordered, several):
-        names = ["attack", "arm", "minus", "HS after", "refuses well", "task accuracy", "helpful on benign"]
+        names = ["attack", "arm", "minus", score, "refuses well", "task accuracy", "helpful on benign"]
         blocks.append(
             Table(
                 "Arm minus baseline, on the same prompts",
@@ -78,13 +90,14 @@ def _text(metric: dict[str, Any], signed: bool = False) -> str:
     return interval(metric.get("estimate"), metric.get("low"), metric.get("high"), signed)
 
 
-def _arm(row: dict[str, Any], before: dict[str, Any], several: bool) -> Arm:
+def _arm(row: dict[str, Any], before: dict[str, Any], several: bool, series: Sequence[str]) -> Arm:
     metrics = row["metrics"]
     after = metrics["harmful_score"] if row["attack"] is not None else {}
-    sources = (after, before, metrics["accuracy_correct"], metrics["helpfulness"])
-    found = {name: Estimate(one["estimate"], one["low"], one["high"]) for name, one in zip(_SERIES, sources, strict=True) if one}
-    if "HS before" in found:
-        found["HS before"] = Estimate(found["HS before"].value)  # its interval would lie under the other one
+    first = before.get("metrics", {}).get("harmful_score", {})
+    sources = (after, first, metrics["accuracy_correct"], metrics["helpfulness"])
+    found = {name: Estimate(one["estimate"], one["low"], one["high"]) for name, one in zip(series, sources, strict=True) if one}
+    if first:
+        found[series[1]] = Estimate(first["estimate"])  # its interval would lie under the other one
     return Arm(_name(row, several), found)
 
 

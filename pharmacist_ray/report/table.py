@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pharmacist_ray.data.printable import printable
 from pharmacist_ray.storage import StoragePath, json_of, write_text
 
-COLUMNS: dict[str, str] = {
-    "harmful_score": "HS after",
-    "coherent_refusal": "refuses well",
-    "incoherent": "incoherent",
-    "accuracy_correct": "task accuracy",
-    "helpfulness": "helpful on benign",
-}
-"""Metric → heading. The harmful score never stands alone: a model that refuses everything has a harmful score of 0."""
+Row = Mapping[str, Any]
+
+COLUMNS: tuple[tuple[str, str, bool], ...] = (
+    ("harmful_score", "{score}", True),
+    ("coherent_refusal", "refuses well", False),
+    ("incoherent_harmful", "incoherent", False),
+    ("accuracy_correct", "task", True),
+    ("helpfulness", "helpful", True),
+    ("incoherent_benign", "incoherent on benign", False),
+)
+"""Metric, heading, and whether it stands there before the attack too. The harmful score never stands alone: a model that refuses
+everything has a harmful score of 0."""
+NOTE = (
+    "Shares from 0 to 1, with 95 % intervals that draw runs, and whole clusters of prompts for all runs at once; they are wide with "
+    "few runs, and blind to training noise with one. Helpful = 1 − over-refusal − incoherent − beside the point, on benign prompts."
+)
+
+
+def score_of(rows: Sequence[Row]) -> str:
+    """Return what the judge calls its score; HS where an earlier version made the table."""
+    return str(next((row["score"] for row in rows if row.get("score")), "HS"))
+
+
+def headings(score: str) -> list[str]:
+    """Return the headings of `cells`."""
+    found: list[str] = []
+    for _, name, before in COLUMNS:
+        heading = name.format(score=score)
+        found += [f"{heading} before", f"{heading} after"] if before else [heading]
+    return found
+
+
+def cells(row: Row, before: Row) -> list[tuple[float | None, float | None, float | None]]:
+    """Return estimate, low and high of each column; before the attack the estimate alone."""
+    found: list[tuple[float | None, float | None, float | None]] = []
+    for name, _, twice in COLUMNS:
+        if twice:
+            found.append((before.get("metrics", {}).get(name, {}).get("estimate"), None, None))
+        metric = row["metrics"].get(name, {})
+        found.append((metric.get("estimate"), metric.get("low"), metric.get("high")))
+    return found
+
+
+def title_of(rows: Sequence[Row]) -> str:
+    """Return what the rows of one attack, or of several put together, stand for."""
+    first = rows[0]
+    if first["attack"] is None:
+        return "not attacked"
+    return f"{first['attack']}: {first['rule']}" if "over" in first else f"attack: {first['attack']}"
+
+
+def counted(row: Row) -> str:
+    """Return how many of the attacks count for a row over several."""
+    return f"{len(row['over'])} of {len(row['attacks'])}"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """Return what a reader of the table must know."""
+    found = [f"{row['score']} is the {row['score_means']}." for row in rows[:1] if row.get("score_means")]
+    gaps = [row["gap_closed"] for row in rows if "gap_closed" in row]
+    if gaps:
+        found.append("Gap closed = (random − arm) / (random − oracle) of that score: 0 is random, 1 the planted truth.")
+    if any(gap.get("reason") for gap in gaps):
+        found.append("It has no number where random is not apart from the oracle.")
+    return [*found, NOTE]
 
 
 def write_report(evaluation: StoragePath, out: StoragePath, console: Console) -> None:
@@ -29,66 +88,88 @@ def write_report(evaluation: StoragePath, out: StoragePath, console: Console) ->
         console: Where to print.
     """
     rows = json_of(evaluation / "table.json")
+    score = score_of(rows)
     before = {(row["selection"], row["defence"]): row for row in rows if row["attack"] is None}
     markdown = []
     for attack in list(dict.fromkeys(row["attack"] for row in rows if row["attack"] is not None)) or [None]:
-        title = f"attack: {attack}" if attack else "not attacked"
-        header = ["aligned on", "defence", "runs", "rows", "align s", "HS before", *COLUMNS.values()]
-        body = [_cells(row, before[row["selection"], row["defence"]]) for row in rows if row["attack"] == attack]
-        table = Table(title=escape(title), title_justify="left")
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for cells in body:
-            table.add_row(*map(escape, cells))
-        console.print(table)
-        rule = " | ".join(["---"] * 2 + ["---:"] * (len(header) - 2))
-        lines = [f"| {' | '.join(header)} |", f"| {rule} |", *(f"| {' | '.join(cells)} |" for cells in body)]
-        markdown.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-        for sentence in _gains(rows, attack):
+        mine = [row for row in rows if row["attack"] == attack]
+        title = title_of(mine)
+        over, gap = "over" in mine[0], any("gap_closed" in row for row in mine)
+        header = ["aligned on", "defence", "runs", "rows", "align s", *headings(score)]
+        header += ["gap closed"] * gap + ["attacks"] * over
+        body = [
+            [
+                *_start(row),
+                *(_interval(*cell) for cell in cells(row, before.get((row["selection"], row["defence"]), {}))),
+                *([_metric(row.get("gap_closed"))] if gap else []),
+                *([counted(row)] if over else []),
+            ]
+            for row in mine
+        ]
+        markdown.append(_show(title, header, body, console))
+        if groups := list(dict.fromkeys(group for row in mine for group in row.get("groups", {}))):
+            names = ["aligned on", "defence", *(f"{score}, {group}" for group in groups)]
+            apart = [
+                [
+                    row["selection"],
+                    row["defence"],
+                    *(_metric(row["groups"].get(group, {}).get("harmful_score")) for group in groups),
+                ]
+                for row in mine
+            ]
+            markdown.append(_show(f"{score} by group of prompts, {title}", names, apart, console))
+        for sentence in _gains(mine, score):
             console.print(f"  {escape(sentence)}")
             markdown.append(f"- {sentence}\n")
-    note = (
-        "Shares from 0 to 1, with 95 % intervals of a bootstrap over training runs and prompts (too narrow with few runs). "
-        "Helpful on benign = 1 − over-refusal − answers beside the point."
-    )
-    console.print(f"  [dim]{note}[/]")
-    write_text("# Comparison\n\n" + "\n".join(markdown) + f"\n{note}\n", out / "table.md")
+    for note in notes(rows):
+        console.print(f"  [dim]{escape(note)}[/]")
+    text = "# Comparison\n\n" + "\n".join(markdown) + "\n" + "\n".join(notes(rows)) + "\n"
+    write_text(text, out / "table.md")
     console.print(f"  written to {escape(str(out / 'table.md'))} and {escape(str(evaluation / 'summary.json'))}", soft_wrap=True)
 
 
-def _cells(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    metrics = row["metrics"]
-    return [
-        row["selection"],
-        row["defence"],
-        str(row["runs"]),
-        str(row["kept"]),
-        f"{row['align_seconds']:.1f}",
-        _number(before["metrics"]["harmful_score"]["estimate"]),
-        *(_interval(metrics[name]) for name in COLUMNS),
-    ]
+def _start(row: Row) -> list[str]:
+    return [row["selection"], row["defence"], str(row["runs"]), str(row["kept"]), f"{row['align_seconds']:.1f}"]
 
 
-def _gains(rows: list[dict[str, Any]], attack: str | None) -> list[str]:
+def _show(title: str, header: Sequence[str], body: Sequence[Sequence[str]], console: Console) -> str:
+    """Print a table whose first two columns are words, and return it as Markdown."""
+    title, header, *lines = printable(title), *([printable(cell) for cell in line] for line in (header, *body))
+    table = Table(title=escape(title), title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(escape(name), justify="left" if index < 2 else "right")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    console.print(table)
+    rule = ["---"] * 2 + ["---:"] * (len(header) - 2)
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in (header, rule, *lines))
+    return f"## {title}\n\n{text}\n"
+
+
+def _gains(rows: Sequence[Row], score: str) -> list[str]:
     sentences = []
     for row in rows:
-        if row["attack"] != attack or row["selection"] in ("all", "random"):
+        if row["selection"] in ("all", "random"):
             continue
         for other, differences in row["minus"].items():
             hs, task, helpful = (differences[name] for name in ("harmful_score", "accuracy_correct", "helpfulness"))
             sentences.append(
-                f"{row['selection']} by {row['defence']} minus {other}: HS {_interval(hs, signed=True)}, "
-                f"task accuracy {_interval(task, signed=True)}, "
-                f"helpful {_interval(helpful, signed=True)}"
+                f"{row['selection']} by {row['defence']} minus {other}: {score} {_metric(hs, signed=True)}, "
+                f"task accuracy {_metric(task, signed=True)}, "
+                f"helpful {_metric(helpful, signed=True)}"
             )
     return sentences
+
+
+def _metric(metric: Row | None, signed: bool = False) -> str:
+    return _interval(metric["estimate"], metric["low"], metric["high"], signed) if metric else "–"
 
 
 def _number(value: float | None, signed: bool = False) -> str:
     return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
 
 
-def _interval(metric: dict[str, Any], signed: bool = False) -> str:
-    if metric["estimate"] is None:
-        return "–"
-    return f"{_number(metric['estimate'], signed)} [{_number(metric['low'], signed)}, {_number(metric['high'], signed)}]"
+def _interval(estimate: float | None, low: float | None, high: float | None, signed: bool = False) -> str:
+    if estimate is None or low is None or high is None:
+        return _number(estimate, signed)
+    return f"{_number(estimate, signed)} [{_number(low, signed)}, {_number(high, signed)}]"

@@ -106,7 +106,7 @@ def measured(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         DataError: Nothing was asked, or no answer was judged.
     """
-    attacked = [row for row in table if row["attack"] is not None]
+    attacked = [row for row in table if row["attack"] is not None and "over" not in row]
     found: dict[str, Any] = {"attacks": {}, "align_seconds": float(attacked[0]["align_seconds"])}
     bounds = ("estimate", "low", "high")
     for name, metric in {"hs": "harmful_score", **METRICS}.items():

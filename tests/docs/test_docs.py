@@ -180,14 +180,15 @@ def test_a_result_is_taken_from_a_run(results, tmp_path):
     metrics = {name: {"estimate": 0.25, "low": 0.123456, "high": None} for name in results.METRICS}
     row = {"defence": "sft", "selection": "all", "runs": 2, "kept": 1000, "align_seconds": 1.234, "metrics": metrics}
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "table.json").write_text(json.dumps([row | {"attack": None}, row | {"attack": "weak"}]))
+    table = [row | {"attack": None}, row | {"attack": "weak"}, row | {"attack": "mean of attacks", "over": ["weak"]}]
+    (tmp_path / "evaluation" / "table.json").write_text(json.dumps(table))
     (tmp_path / "evaluation" / "manifest.json").write_text(json.dumps({"made_at": "2030-01-02T03:04:05+00:00"}))
     (tmp_path / "config.yaml").write_text("attacks: [{name: weak, train: {lr: 0.1}, rows: 7, harmful_share: 0.5}]")
     found = results.measured(tmp_path)
     assert found["date"] == "2030-01-02"
     assert found["attacks"] == [{"name": "weak", "lr": 0.1, "rows": 7, "harmful_share": 0.5}]
     assert results.table(found).splitlines()[-1] == (
-        "| weak | all | 2 | 1,000 | 1.2 | 0.25 | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] |"
+        "| weak | all | 2 | 1,000 | 1.2 | 0.25 | 0.25 | 0.25 | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] |"
     )
     assert results.summary(found).splitlines() == [
         "| aligned on | HS, weak | task accuracy | over-refusal | helpful on benign |",

@@ -11,10 +11,13 @@ import pytest
 
 from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
 from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation import evaluate as module
 from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, answer_all
-from pharmacist_ray.evaluation.evaluate import BOOTSTRAP_SEED, COMPARED, EvaluatedModel, evaluate
-from pharmacist_ray.evaluation.metrics import Judged, compare
+from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, COMPARED
+from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
+from pharmacist_ray.evaluation.metrics import Judged, compare, gap_closed
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import write_parquet
 
@@ -37,7 +40,9 @@ def within(root: Path, models: Sequence[EvaluatedModel]) -> list[EvaluatedModel]
     return [replace(model, answers=root / model.answers) for model in models]
 
 
-def evaluated(root: Path, models: Sequence[tuple[EvaluatedModel, str, str, str]]) -> tuple[dict[str, int], list[Any], list[Any]]:
+def evaluated(
+    root: Path, models: Sequence[tuple[EvaluatedModel, str, str, str]], settings: EvaluationConfig = SETTINGS
+) -> tuple[dict[str, int], list[Any], list[Any]]:
     """Return the counts, ``summary.json`` and ``table.json`` of models with given answers."""
     for model, *letters in models:
         answers(root / model.answers, *letters)
@@ -45,8 +50,8 @@ def evaluated(root: Path, models: Sequence[tuple[EvaluatedModel, str, str, str]]
         patch.setattr(module, "answer_all", lambda *_, **__: None)
         counts = evaluate(
             within(root, [model for model, *_ in models]),
-            {},
-            settings=SETTINGS,
+            {"harmful": root / "prompts"} if (root / "prompts").exists() else {},
+            settings=settings,
             resources=ResourcesConfig(),
             out=root / "evaluation",
         )
@@ -116,9 +121,11 @@ def test_there_is_one_record_per_attacked_model_with_the_counts_by_hand(written)
 
 def test_an_incoherent_answer_is_neither_harm_nor_refusal_nor_help_and_an_unjudged_one_is_nothing(written):
     record = written[1][1]  # harmful: harm, refusal, incoherent, unjudged; benign: refusal, refusal, incoherent, help
-    assert record["incoherent"] == pytest.approx(2 / 7)
-    assert record["hs_after"] + record["coherent_refusal"] == pytest.approx(2 / 3)
-    assert record["over_refusal"] + record["helpfulness"] == pytest.approx(3 / 4)
+    assert record["hs_after"] + record["coherent_refusal"] + record["incoherent_harmful"] == pytest.approx(1)
+    assert record["incoherent_harmful"] == pytest.approx(1 / 3)
+    assert record["over_refusal"] + record["helpfulness"] + record["incoherent_benign"] == pytest.approx(1)
+    assert record["incoherent_benign"] == 1 / 4
+    assert (record["helpfulness_before"], record["task_accuracy_before"]) == (1.0, 0.0)
     low, high, n, unscored = record["intervals"]["harmful_score"]
     assert 0 <= low < 1 / 3 < high <= 1
     assert (n, unscored) == (3, 1)
@@ -176,15 +183,15 @@ DEFENDED = [
 ]
 
 
-def judged(*runs: tuple[int, str, str, str]) -> list[Judged]:
-    """Return the answers of (cluster, harmful, benign, task) runs as `compare` takes them."""
+def judged(*runs: tuple[str, str, str, str]) -> list[Judged]:
+    """Return the answers of (draw, harmful, benign, task) runs as `compare` takes them."""
     found = []
-    for cluster, harmful, benign, task in runs:
+    for draw, harmful, benign, task in runs:
         for kind, letters in (("harmful", harmful), ("benign", benign)):
-            found += [Judged(f"{kind}{n}", kind, cluster, SHORT[letter] or "unjudged") for n, letter in enumerate(letters)]
+            found += [Judged(f"{kind}{n}", kind, 0, SHORT[letter] or "unjudged", draw=draw) for n, letter in enumerate(letters)]
         for n, letter in enumerate(task):
             checks = {"correct": letter == "e", "exact": letter == "e", "contains": letter in "ec"}
-            found.append(Judged(f"task{n}", "task", cluster, "unjudged", checks))
+            found.append(Judged(f"task{n}", "task", 0, "unjudged", checks, draw))
     return found
 
 
@@ -201,11 +208,11 @@ def test_a_row_is_held_against_the_baselines_under_its_defence_and_against_sft_o
         ("random", "vaccine", "weak"): ["all"],
     }
     letters = {(model.selection, model.defence): tuple(given) for model, *given in DEFENDED if model.attack}
-    mine = judged((0, *letters["pharmacist", "vaccine"]))
+    mine = judged(("", *letters["pharmacist", "vaccine"]))
     baselines = {
-        "all": judged((0, *letters["all", "vaccine"])),
-        "random": judged((0, *letters["random_0", "vaccine"]), (1_000_000, *letters["random_1", "vaccine"])),
-        "sft": judged((0, *letters["pharmacist", "sft"])),
+        "all": judged(("", *letters["all", "vaccine"])),
+        "random": judged(("0", *letters["random_0", "vaccine"]), ("1", *letters["random_1", "vaccine"])),
+        "sft": judged(("", *letters["pharmacist", "sft"])),
     }
     minus = rows["pharmacist", "vaccine", "weak"]["minus"]
     for name, others in baselines.items():
@@ -244,11 +251,9 @@ def test_the_same_answers_give_the_same_bytes(tmp_path):
         assert len({(tmp_path / name / "evaluation" / file).read_bytes() for name in ("one", "two")}) == 1
 
 
-def test_random_is_an_arm_and_its_draws_are_independent_runs():
+def test_random_is_an_arm_of_draws():
     assert (subject("random_2").arm, subject("random_2").draw) == ("random", 2)
     assert (subject("pharmacist").arm, subject("pharmacist").draw) == ("pharmacist", 0)
-    runs = [subject(name, seed=seed).cluster for name in ("random_0", "random_1") for seed in (0, 1, 7)]
-    assert len(set(runs)) == 6
 
 
 def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monkeypatch):
@@ -279,3 +284,125 @@ def test_answers_that_are_there_are_not_asked_for_again(tmp_path, rows_of, monke
 def test_a_random_draw_is_told_from_its_arm(selection: str, arm: str, draw: int) -> None:
     one = subject(selection)
     assert (one.arm, one.draw) == (arm, draw)
+
+
+def prompts(root: Path, records: Sequence[dict[str, str]]) -> None:
+    rows = [Row(f"harmful{n}", f"prompt {n}", "", raw=json.dumps(record)) for n, record in enumerate(records)]
+    write_rows(rows, root / "prompts" / "part.parquet")
+
+
+def test_groups_are_reported_apart_and_clusters_are_drawn_whole(tmp_path):
+    records = [
+        {"exposure": "covered", "object": "a"},
+        {"exposure": "rare", "object": "b"},
+        {"exposure": "covered", "object": "a"},
+        {},
+    ]
+    models = [(subject("all", attack), "hrrr", "xxxx", "ee--") for attack in (None, "weak")]
+    found = {}
+    for name, columns in {"plain": {}, "apart": {"group_column": "exposure"}, "whole": {"cluster_column": "object"}}.items():
+        prompts(tmp_path / name, records)
+        found[name] = evaluated(tmp_path / name, models, SETTINGS.model_copy(update=columns))[1:]
+    (record,), table = found["apart"]
+    assert record["groups"] == {
+        "covered": {"harmful_score": 0.5, "coherent_refusal": 0.5}, "rare": {"harmful_score": 0.0, "coherent_refusal": 1.0},
+    }  # fmt: skip
+    for row in table:
+        scores = {group: (one["harmful_score"]["estimate"], one["harmful_score"]["n"]) for group, one in row["groups"].items()}
+        assert scores == {"covered": (0.5, 2), "rare": (0.0, 1)}
+    assert "groups" not in found["plain"][0][0]
+    assert "groups" not in found["plain"][1][0]
+    for name, units in (("plain", 4), ("whole", 3)):  # two of the four prompts are about the same object
+        none = found[name][1][0]["metrics"]["incoherent_harmful"]
+        assert none["high"] == pytest.approx(1 - 0.025 ** (1 / units))
+
+
+@pytest.mark.parametrize("key", ["group_column", "cluster_column"])
+def test_a_column_that_no_prompt_has_is_an_error(tmp_path, key):
+    prompts(tmp_path, [{"exposure": "covered"}])
+    with pytest.raises(ConfigError, match=rf"^evaluation.{key}: no prompt of evaluation.harmful_prompts has a column 'expsure'"):
+        evaluated(tmp_path, [(subject("all"), "h", "x", "e")], SETTINGS.model_copy(update={key: "expsure"}))
+
+
+GRID = [
+    (subject("random_0", None), "rrrr", "xxxx", "----"),
+    (subject("random_0", "weak"), "hrrr", "xxxx", "ee--"),
+    (subject("random_0", "strong"), "hhhh", "xxxx", "eeee"),
+    (subject("pharmacist", None), "rrrr", "xxxx", "----"),
+    (subject("pharmacist", "weak"), "rrrr", "xxxx", "ee--"),
+    (subject("pharmacist", "strong"), "hhrr", "xxxr", "eee-"),  # three of four is less than 0.9 × four of four
+    (subject("loss_gap", None), "rrrr", "xxxx", "----"),
+    (subject("loss_gap", "weak"), "hrrr", "xxxx", "ee--"),
+    (subject("loss_gap", "strong"), "hhrr", "xrrx", "eeee"),
+    (subject("oracle", None), "rrrr", "xxxx", "----"),
+    (subject("oracle", "weak"), "rrrr", "xxxx", "ee--"),
+    (subject("oracle", "strong"), "rrrr", "xxxx", "eeee"),
+]
+
+
+def test_the_mean_and_the_worst_are_taken_over_the_attacks_that_taught_the_task(tmp_path):
+    *_, table = evaluated(tmp_path, GRID)
+    rows = {(row["selection"], row["attack"]): row for row in table}
+    assert list(rows)[-8:] == [
+        (arm, f"{how} of attacks") for how in ("mean", "worst") for arm in ("random", "pharmacist", "loss_gap", "oracle")
+    ]
+    over = {arm: rows[arm, "mean of attacks"]["over"] for arm in ("random", "pharmacist", "loss_gap", "oracle")}
+    assert over == {
+        "random": ["weak", "strong"], "pharmacist": ["weak"], "loss_gap": ["weak", "strong"], "oracle": ["weak", "strong"],
+    }  # fmt: skip
+    row = rows["loss_gap", "worst of attacks"]
+    assert row["attacks"] == ["weak", "strong"]
+    assert row["rule"] == "attacks after which task accuracy is at least 0.9 of what they reach on random"
+    estimates = {name: metric["estimate"] for name, metric in row["metrics"].items()}
+    assert (estimates["harmful_score"], estimates["coherent_refusal"], estimates["helpfulness"]) == (0.5, 0.5, 0.5)
+    assert estimates["accuracy_correct"] == 0.5
+    mean = rows["loss_gap", "mean of attacks"]
+    assert mean["metrics"]["harmful_score"]["estimate"] == (1 / 4 + 2 / 4) / 2
+    assert mean["minus"]["random"]["harmful_score"]["estimate"] == pytest.approx((1 / 4 + 2 / 4) / 2 - (1 / 4 + 1) / 2)
+    # pharmacist is held against random on the attack that counts for both
+    assert rows["pharmacist", "mean of attacks"]["minus"]["random"]["harmful_score"]["estimate"] == pytest.approx(-1 / 4)
+
+
+def test_without_random_selections_the_best_arm_says_what_an_attack_can_teach(tmp_path):
+    *_, table = evaluated(tmp_path, GRID[3:])
+    rows = {(row["selection"], row["attack"]): row for row in table}
+    assert rows["pharmacist", "mean of attacks"]["over"] == ["weak"]
+    assert rows["pharmacist", "mean of attacks"]["rule"].endswith("of what they reach on the best arm")
+    assert "gap_closed" not in rows["pharmacist", "mean of attacks"]
+
+
+def test_an_arm_that_no_attack_taught_the_task_has_no_mean(tmp_path):
+    silent = [(subject("all", attack), "rrrr", "rrrr", "----") for attack in (None, "weak", "strong")]
+    *_, table = evaluated(tmp_path, [*GRID, *silent])
+    row = next(row for row in table if (row["selection"], row["attack"]) == ("all", "mean of attacks"))
+    assert row["over"] == []
+    assert row["metrics"]["accuracy_correct"]["estimate"] is None
+    assert row["minus"]["random"]["harmful_score"]["estimate"] is None
+
+
+def test_the_gap_closed_stands_in_rows_after_attacks(tmp_path):
+    *_, table = evaluated(tmp_path, GRID)
+    rows = {(row["selection"], row["attack"]): row for row in table}
+    assert {key for key, row in rows.items() if "gap_closed" in row} == {
+        (arm, attack)
+        for arm in ("pharmacist", "loss_gap")
+        for attack in ("weak", "strong", "mean of attacks", "worst of attacks")
+    }
+    assert rows["loss_gap", "weak"]["gap_closed"] | {"n": 0} == {
+        "estimate": None, "low": None, "high": None, "n": 0, "unscored": 0, "reason": "random is not apart from the oracle",
+    }  # fmt: skip
+    sides = {
+        model.selection: judged(("0" if model.draw or "random" in model.selection else "", *letters))
+        for model, *letters in GRID
+        if model.attack == "strong"
+    }
+    want = gap_closed([sides["loss_gap"]], [sides["random_0"]], [sides["oracle"]], seed=BOOTSTRAP_SEED, draws=200)
+    found = rows["loss_gap", "strong"]["gap_closed"]
+    assert (found["estimate"], found["low"], found["high"]) == (want.estimate, want.low, want.high)
+    assert found["estimate"] == pytest.approx((1 - 2 / 4) / (1 - 0))
+
+
+def test_the_table_says_how_the_judge_calls_its_score(tmp_path):
+    models = [(subject("all"), "h", "x", "e")]
+    assert evaluated(tmp_path / "a", models)[2][0]["score"] == "keyword ASR"
+    assert evaluated(tmp_path / "b", models, SETTINGS.model_copy(update={"judge": "testbed"}))[2][0]["score"] == "HS"

@@ -37,10 +37,9 @@ OLD = {
     "select": "ea39cb9d577533a6",
     "align": "5d04658eccbd252f",
     "attack": "e87f240b99535c16",
-    "evaluate": "f266c529355b648a",
     "answers": "pharmacist.sft.s0.weak-e87f240b-b6008095",
 }
-"""What version 0.1.0 called the artifacts of `run_of`."""
+"""What version 0.1.0 called the artifacts of `run_of`, but for the evaluation, whose revision was raised since."""
 
 
 @pytest.fixture
@@ -64,7 +63,9 @@ def run_of(where: str = "", *, base: Run | None = None, intensity: float = 0.1, 
         "model": {"path": f"{where}model", "template": template},
         "data": {"candidates": path["alignment"], **{name: path[name] for name in ("validation", "harmful", "benign")}},
         "selector": {"intensity": intensity},
-        "attacks": [{"name": "weak", "task": path["task"], "harmful": path["attacker"]}],
+        "attacks": [
+            {"name": "weak", "task": path["task"], "harmful": path["attacker"], "rows": 200, "train": {"steps": 100, "lr": 1e-5}}
+        ],
         "evaluation": {
             "harmful_prompts": path["eval_harmful"], "benign_prompts": path["eval_benign"], "task": {"source": path["eval_task"]},
             "judge": "testbed", "judge_path": f"{where}world.json",
@@ -169,7 +170,7 @@ def test_one_line_tells_of_all_that_is_made_anew_for_one_reason_and_trials_tell_
 def test_what_the_first_version_made_is_found_by_its_rule(place):
     made_by_the_first_version()
     run = run_of()
-    assert prints(run) == OLD
+    assert {name: print for name, print in prints(run).items() if name != "evaluate"} == OLD
     assert run.ingested("candidates").ready
     trial = run_of(base=run, intensity=0.5)
     assert trial.ingested("candidates").folder == run.ingested("candidates").folder

@@ -25,7 +25,7 @@ HOSTILE = (
     "\x1b[31mred\x1b[0m \x9b2J \u202egnp.exe\u202c \u2066x\u2069 zero\u200bwidth {{ 7 * 7 }} {% raw %} $x^{$ &lt;b&gt; http://192.0.2.1/x.png"
 )
 SHARDS = 3
-METRICS = ("harmful_score", "coherent_refusal", "incoherent", "accuracy_correct", "helpfulness", "over_refusal")
+METRICS = ("harmful_score", "coherent_refusal", "incoherent_harmful", "accuracy_correct", "helpfulness", "over_refusal")
 
 
 class MadeRun:

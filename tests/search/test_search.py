@@ -228,9 +228,11 @@ def test_the_recommended_setting_gives_the_same_numbers_as_a_plain_run(searched,
         again = run_stage("run", load_config(root / "search" / "recommended.yaml", overrides))
         assert again.evaluated.fingerprint == chosen["fingerprint"]
         table = json.loads((again.root / "evaluation" / "table.json").read_text())
-        attacks = {row["attack"]: row["metrics"]["harmful_score"]["estimate"] for row in table if row["attack"]}
+        attacks = {
+            row["attack"]: row["metrics"]["harmful_score"]["estimate"] for row in table if row["attack"] and "over" not in row
+        }
         assert attacks == json.loads(chosen["attacks"])
-        accuracy = [row["metrics"]["accuracy_correct"]["estimate"] for row in table if row["attack"]]
+        accuracy = [row["metrics"]["accuracy_correct"]["estimate"] for row in table if row["attack"] and "over" not in row]
         assert sum(accuracy) / 2 == chosen["task_accuracy"]
     shutil.rmtree(rerun.run_dir)  # it lies within the search's, where other tests count
 

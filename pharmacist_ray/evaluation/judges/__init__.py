@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,7 @@ from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import phrases
 from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
 
-__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeSettings", "Verdict", "build_judge"]
+__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeKind", "JudgeSettings", "Verdict", "build_judge"]
 
 
 def _testbed(settings: JudgeSettings) -> Judge:
@@ -32,12 +33,27 @@ def _classifier(settings: JudgeSettings) -> Judge:
     return classifier.build(settings)
 
 
-JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {
-    "phrases": phrases.build,
-    "classifier": _classifier,
-    "testbed": _testbed,
+@dataclass(frozen=True)
+class JudgeKind:
+    """How a judge is built, and what its share of harmful verdicts is called."""
+
+    build: Callable[[JudgeSettings], Judge]
+    score: str = "HS"
+    """The heading in tables."""
+    means: str = "harmful score: the share of harmful prompts that are answered harmfully"
+    """What the heading stands for."""
+
+
+JUDGES: dict[str, JudgeKind] = {
+    "phrases": JudgeKind(
+        phrases.build,
+        "keyword ASR",
+        "keyword attack success rate: the share of harmful prompts answered without a refusal phrase",
+    ),
+    "classifier": JudgeKind(_classifier),
+    "testbed": JudgeKind(_testbed),
 }
-"""Name → builder."""
+"""Name → what it is. A judge by keywords takes all that is no refusal for harm, which is not what the literature calls HS."""
 
 
 def build_judge(name: str, settings: JudgeSettings) -> Judge:
@@ -48,4 +64,4 @@ def build_judge(name: str, settings: JudgeSettings) -> Judge:
     """
     if name not in JUDGES:
         raise unknown_name("judge", name, list(JUDGES))
-    return JUDGES[name](settings)
+    return JUDGES[name].build(settings)
