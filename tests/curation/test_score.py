@@ -291,7 +291,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     candidates: Path, run_score: Callable[..., ScoreReport], tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"^unknown scorer 'los_gap' \(did you mean 'loss_gap'\?\); known: grad_norm, high_loss, "
+        ConfigError, match=r"^unknown scorer 'los_gap' \(did you mean 'loss_gap'\?\); known: dsir, grad_norm, guard, "
     ):
         run_score(candidates, tmp_path / "out", ["los_gap"])
     for settings in ({"scorers": ["grad_norm"]}, {"selector": SELECTOR.model_copy(update={"cosine": True})}):
@@ -330,9 +330,7 @@ def test_an_error_raised_inside_an_actor_comes_back_as_ours(
         (fit / name).symlink_to(fitted / name)
     with pytest.raises(ArtifactError) as raised:
         run_score(candidates, tmp_path / "out", ["loss_gap"], fit=fit)
-    assert (
-        str(raised.value) == f"the selector in {fit} has no adapter 'reference'; fit it with data.benign and selector.reference"
-    )
+    assert str(raised.value) == f"the selector in {fit} has no adapter 'reference'; run `pharmacist fit` for this scorer"
     assert list((tmp_path / "out").glob("part-0000[0-4].parquet")) == []
 
 
