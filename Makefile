@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 DEMO ?= runs/demo
+EVIDENCE ?= runs/evidence
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test test-all demo defences search-demo docs lint unit unit-all
+.PHONY: setup setup-browser test test-all demo evidence defences search-demo docs lint unit unit-all
 
 setup: .venv/ready
 
@@ -42,6 +43,11 @@ setup-browser:
 demo: setup
 	$(BIN)/pharmacist testbed $(DEMO) --seed 100
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml
+
+# All arms over five worlds, each with a base model of its own, at three shares of broken rows: about two hours on 2 cores.
+# Interrupted, the same command goes on.
+evidence: setup
+	$(BIN)/python -m jobs.evidence --out $(EVIDENCE)
 
 # Every selection by every defence, on the benchmark that `make demo` made: about half an hour on 2 cores.
 defences: setup

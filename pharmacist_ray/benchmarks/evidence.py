@@ -1,0 +1,197 @@
+"""What curation is worth, over worlds that each have a base model of their own: one command makes every figure.
+
+In each world, at each share of broken candidates, all arms are aligned, attacked and evaluated by the ordinary stages. What is reported
+are means over worlds with Student's t intervals over them: a world with its base is the unit that is independent of the others. The
+same command goes on after an interruption, and makes only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.table import Table
+
+from pharmacist_ray.config.load import load_config
+from pharmacist_ray.errors import DataError
+from pharmacist_ray.evaluation.intervals import Sample, estimate
+from pharmacist_ray.pipeline.console import console, escaped, say
+from pharmacist_ray.pipeline.session import run_stage
+from pharmacist_ray.storage import json_of, write_text
+from pharmacist_ray.testbed.make import make_testbed
+from pharmacist_ray.testbed.world import World
+
+WORLDS = (10, 11, 12, 13, 14)
+"""Worlds to report; nobody looks at them while a method is being made (0 to 4 are for that)."""
+NOISES = (0.6, 0.3, 0.0)
+EPOCHS = 3.36
+"""At noise 0 every arm is trained for so many epochs and not for a number of steps: what fewer good rows save is then time. As long,
+on 40 % of the candidates, as the steps of the other runs."""
+HIDDEN = ("uncovered", "rare")
+"""Exposures that the trusted rows say nothing of: where curation has to be worth something."""
+MINUTES = 7.0
+"""What a run takes on 2 cores, about, for the estimate before the first one is measured (ours)."""
+SEED = 20251010
+"""Of the intervals' draws; with few worlds nothing hangs on it."""
+
+Row = dict[str, Any]
+
+
+def evidence(
+    out: Path, worlds: Sequence[int] = WORLDS, noises: Sequence[float] = NOISES, overrides: Sequence[str] = ()
+) -> list[Row]:
+    """Run the comparison in every world at every noise, write ``evidence.json``, print it, and return its rows.
+
+    Args:
+        out: Gets a folder for each world and noise, and the file.
+        worlds: Numbers of worlds, at least 2.
+        noises: Shares of broken candidates.
+        overrides: Dotted keys of the runs' configuration.
+
+    Raises:
+        DataError: Fewer than 2 worlds: there is nothing to take an interval over.
+        ModelError: A world's base does not know enough to stand on.
+    """
+    if len(set(worlds)) < 2:
+        raise DataError("evidence over one world says nothing of another: give at least 2 numbers of worlds")
+    out = out.resolve()
+    tables: dict[float, dict[int, list[Row]]] = {noise: {} for noise in noises}
+    parts = [(world, noise) for world in worlds for noise in noises]
+    taken: list[float] = []
+    for number, (world, noise) in enumerate(parts):
+        folder = out / f"world-{world}" / f"noise-{noise:g}"
+        done = (folder / "run" / "evaluation" / "manifest.json").exists()
+        left = (len(parts) - number) * (sum(taken) / len(taken) if taken else MINUTES)
+        say(
+            f"[bold]evidence[/] world {world}, noise {noise:g}: {number + 1} of {len(parts)}"
+            + ("" if done else f"; about {left:.0f} minutes to the end")
+        )
+        started = time.perf_counter()
+        tables[noise][world] = _compared(
+            folder, World(world, world, noise=noise), first=out / f"world-{world}", overrides=overrides
+        )
+        if not done:
+            taken.append((time.perf_counter() - started) / 60)
+    rows = [row for noise, found in tables.items() for row in summarised(found, noise)]
+    write_text(json.dumps({"worlds": list(worlds), "noises": list(noises), "rows": rows}, indent=1), out / "evidence.json")
+    show(rows)
+    say(f"  written to {escaped(out / 'evidence.json')}")
+    return rows
+
+
+def _compared(folder: Path, world: World, *, first: Path, overrides: Sequence[str]) -> list[Row]:
+    """Make a world's data and run its comparison; one base serves all its noises."""
+    bases = sorted(base.parent for base in first.glob("*/base/recipe.json"))
+    make_testbed(folder, world, base=None if not bases or bases[0].parent == folder else bases[0])
+    text = files("pharmacist_ray.testbed").joinpath("evidence.yaml").read_text(encoding="utf-8")
+    settings = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(text).items()]
+    if not world.noise:
+        settings.append(f"alignment.train.epochs={EPOCHS}")
+    run = run_stage("run", load_config(folder / "config.yaml", [*settings, *overrides]))
+    return list(json_of(run.evaluated.require() / "table.json"))
+
+
+def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
+    """Return a row for each arm: every metric's mean over worlds with its interval.
+
+    ``hs`` and the rest are means over the attacks that count, ``worst`` is the worst of these, ``hidden`` the harmful score on hazards
+    that the trusted rows do not cover and on rare ones; ``gap_closed`` is (random − arm) / (random − oracle) of ``hidden``; ``minus``
+    has the differences of ``hidden`` to every other arm.
+
+    Args:
+        tables: World → the ``table.json`` of its comparison.
+        noise: The share of broken candidates, which goes into the rows.
+    """
+    found = {world: _by_arm(table) for world, table in tables.items()}
+    worlds = sorted(found)
+    arms = [arm for arm in found[worlds[0]] if all(arm in found[world] for world in worlds)]
+
+    def values(arm: str, metric: str) -> list[float]:
+        return [found[world][arm].get(metric, math.nan) for world in worlds]
+
+    def over(statistic: Callable[..., Any], *of: list[float]) -> list[float] | None:
+        whole = [n for n in range(len(worlds)) if not any(math.isnan(one[n]) for one in of)]
+        if len(whole) < 2:
+            return None
+        names = [str(worlds[n]) for n in whole]
+        samples = [Sample([one[n] for n in whole], names, [""] * len(whole), [0] * len(whole), [""] * len(whole)) for one in of]
+        one = estimate(statistic, samples, seed=SEED)
+        return [one.estimate, one.low, one.high]
+
+    rows = []
+    for arm in arms:
+        row: Row = {"noise": noise, "selection": arm, "worlds": len(worlds)}
+        metrics = sorted({metric for world in worlds for metric in found[world][arm]})
+        row |= {metric: over(lambda a: a, values(arm, metric)) for metric in metrics}
+        row["by_world"] = {str(world): found[world][arm] for world in worlds}
+        row["minus"] = {
+            other: over(np.subtract, values(arm, "hidden"), values(other, "hidden")) for other in arms if other != arm
+        }
+        if {"random", "oracle"} <= set(arms) and arm not in ("random", "oracle") and noise:
+            of = (values(arm, "hidden"), values("random", "hidden"), values("oracle", "hidden"))
+            row["gap_closed"] = over(lambda a, random, oracle: (random - a) / (random - oracle), *of)
+        rows.append(row)
+    return rows
+
+
+def _by_arm(table: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return each arm's numbers of a world; what an arm has not is left out."""
+    arms: dict[str, dict[str, float]] = {}
+    for row in table:
+        mine = arms.setdefault(row["selection"], {})
+        metrics = {name: one["estimate"] for name, one in row["metrics"].items()}
+        groups = {name: one["harmful_score"]["estimate"] for name, one in row.get("groups", {}).items()}
+        hidden = [groups[name] for name in HIDDEN if groups.get(name) is not None]
+        chosen: dict[str, float | None] = {}
+        if row["attack"] is None:
+            before = {
+                "harmful_score": "hs",
+                "accuracy_correct": "accuracy",
+                "helpfulness": "helpful",
+                "over_refusal": "over_refusal",
+            }
+            chosen = {f"{short}_before": metrics.get(name) for name, short in before.items()}
+            chosen |= {"rows": row["kept"], "align_seconds": row["align_seconds"]}
+        elif row["attack"].startswith("mean of"):
+            after = {
+                "harmful_score": "hs",
+                "accuracy_correct": "accuracy",
+                "helpfulness": "helpful",
+                "over_refusal": "over_refusal",
+            }
+            chosen = {short: metrics.get(name) for name, short in after.items()}
+            chosen |= groups | {"hidden": sum(hidden) / len(hidden) if hidden else None, "attacks": len(row["over"])}
+        elif row["attack"].startswith("worst of"):
+            chosen = {"worst": metrics.get("harmful_score")}
+        else:
+            chosen = {f"hs {row['attack']}": metrics.get("harmful_score")}
+        mine |= {name: float(value) for name, value in chosen.items() if value is not None}
+    return arms
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Print a table for each noise, the arms that close most of the gap first."""
+    headings = {
+        "gap_closed": "gap closed", "hidden": "HS uncovered, rare", "covered": "HS covered", "worst": "HS worst",
+        "accuracy": "task accuracy", "helpful": "helpful", "helpful_before": "helpful before",
+    }  # fmt: skip
+    for noise in dict.fromkeys(row["noise"] for row in rows):
+        table = Table(title=f"{noise:.0%} of the candidates broken; mean over worlds with 95 % t intervals", title_justify="left")
+        table.add_column("aligned on")
+        for heading in headings.values():
+            table.add_column(heading, justify="right")
+        mine = [row for row in rows if row["noise"] == noise]
+        for row in sorted(mine, key=lambda row: row["hidden"][0] if row.get("hidden") else math.inf):
+            table.add_row(escaped(row["selection"]), *(_interval(row.get(name)) for name in headings))
+        console.print(table)
+
+
+def _interval(value: Sequence[float] | None) -> str:
+    return "–" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
