@@ -2,9 +2,9 @@
 
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
-takes a finished run, the ``benchmark.json`` of `jobs.benchmark` or the ``growth.json`` of `jobs.growth`. Run it on the machine that
-measured, from the commit that was measured: both go into the file. `python docs/results.py --redraw` only draws anew what is in README
-and in ``docs/pictures``.
+takes a finished run, or what a measuring job wrote: the ``benchmark.json`` of `jobs.benchmark`, the ``growth.json`` of `jobs.growth`,
+the ``evidence.json`` of `jobs.evidence`. Run it on the machine that measured, from the commit that was measured: both go into the file.
+`python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 def main(
-    source: Annotated[Path | None, typer.Argument(help="A run directory, a benchmark.json or a growth.json.")] = None,
+    source: Annotated[Path | None, typer.Argument(help="A run directory, or the JSON file that a measuring job wrote.")] = None,
     name: Annotated[str, typer.Option(help="Names docs/results/NAME.json.")] = "demo",
     command: Annotated[str, typer.Option(help="The command that made it.")] = "make demo",
     commit: Annotated[str | None, typer.Option(help="The commit that was measured; default: the present one.")] = None,
@@ -51,7 +51,7 @@ def main(
     """Write a result, and what is drawn from it."""
     if not redraw:
         if source is None:
-            raise typer.BadParameter("give a run directory, a benchmark.json or a growth.json, or --redraw")
+            raise typer.BadParameter("give a run directory, the JSON file that a measuring job wrote, or --redraw")
         taken = measured(source)
         made = taken.pop("date")
         facts = {"command": command, "commit": commit or _commit(), "date": made, "machine": machine()}
@@ -85,6 +85,8 @@ def measured(source: Path) -> dict[str, Any]:
     found = json.loads(source.read_text(encoding="utf-8"))
     if isinstance(found, list):
         return {"kind": "growth", "date": date, "rows": found}
+    if "worlds" in found:
+        return {"kind": "evidence", "date": date, **{name: found[name] for name in ("worlds", "noises", "rows")}}
     return {"kind": "objectives", "date": date, "load": found["load"], "rows": found["costs"]}
 
 
@@ -278,6 +280,10 @@ def _metric(name: str, row: Row) -> str:
     return _interval(row[name])
 
 
+def _over_worlds(name: str, row: Row) -> str:
+    return _interval(row.get(name) or [None] * 3)
+
+
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "comparison": {
         "attack": lambda row: row["attack"],
@@ -290,6 +296,18 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "task accuracy before": lambda row: _number(row.get("accuracy_correct_before")),
         "helpful before": lambda row: _number(row.get("helpfulness_before")),
         **{heading: partial(_metric, name) for name, heading in METRICS.items()},
+    },
+    "evidence": {
+        "broken": lambda row: f"{row['noise']:.0%}",
+        "aligned on": lambda row: row["selection"],
+        "gap closed": partial(_over_worlds, "gap_closed"),
+        "HS uncovered, rare": partial(_over_worlds, "hidden"),
+        "HS covered": partial(_over_worlds, "covered"),
+        "HS worst attack": partial(_over_worlds, "worst"),
+        "task accuracy": partial(_over_worlds, "accuracy"),
+        "helpful": partial(_over_worlds, "helpful"),
+        "helpful before": partial(_over_worlds, "helpful_before"),
+        "align s": lambda row: f"{row['align_seconds'][0]:.1f}",
     },
     "objectives": {
         "objective": lambda row: f"`{row['objective']}`",
