@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores
 from pharmacist_ray.curation.curated import replacing, write_curated
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
@@ -35,7 +36,7 @@ class Rule:
     """
 
     scorer: str
-    """The score column to rank by, or the name of a combination."""
+    """The score column to rank by, or the name of what is made of several."""
     ratio: float | None = None
     """Selection ratio: max(1, ⌊ratio · N + ½⌋ rows of the N candidates, or all scored rows if these are fewer."""
     count: int | None = None
@@ -146,6 +147,7 @@ def write_selection(
     *,
     provenance: Mapping[str, Any],
     jsonl: bool = False,
+    planted: PlantedScores | None = None,
 ) -> SelectionReport:
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
@@ -158,14 +160,16 @@ def write_selection(
         out: The folder to write.
         provenance: Goes into the manifest as it is: configuration, fingerprints, seeds. JSON-able.
         jsonl: Also write ``curated.jsonl``, the records as they were read.
+        planted: For a calibrated selection, the planted rows and their scores.
 
     Raises:
         ConfigError: Unknown scorer.
-        DataError: The rule fits no row (see `select_ids`), or a column of the data is called ``pharmacist_…``.
+        DataError: The rule fits no row (see `select_ids`), too few planted rows are scored, or a column of the data is called
+            ``pharmacist_…``.
         ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
-    shards = find_shards(scores, candidates, rule.scorer, rule.weights)
+    shards = find_shards(scores, candidates, rule.scorer, rule.weights, planted)
     census = _take_census(shards, rule)
     cuts = _find_cuts(shards, rule, census)
     kept, kept_of, worst = 0, Counter[str](), list[float]()
@@ -179,6 +183,8 @@ def write_selection(
     with disk_full_errors(out), replacing(out) as folder:
         facts = {"rule": asdict(rule), **asdict(report)}
         del facts["folder"]
+        if isinstance(blend := shards[0].blend, Calibrated):
+            facts["calibration"] = blend.facts(kept / census.scored)
         write_curated(folder, lambda: _kept(shards, rule, cuts), facts=facts, provenance=provenance, jsonl=jsonl)
     return report
 
