@@ -255,11 +255,11 @@ def test_errors(make: Make) -> None:
     with pytest.raises(DataError, match=message):
         calibrate([table], planted)
     pq.write_table(scores.slice(1), planted.scores / FILE)
-    with pytest.raises(ArtifactError, match="has the scores of other planted rows; score again$"):
+    with pytest.raises(ArtifactError, match=r"has the scores of other planted rows; score again$"):
         calibrate([table], planted)
 
 
 def test_what_sees_labels_or_nothing_takes_no_part():
     assert calibration_columns(["random", "less", "oracle", "keyword", "naive_bayes"]) == ("less", "naive_bayes")
-    with pytest.raises(ConfigError, match="^a calibrated selection weighs scores that see the model or trusted rows, and"):
+    with pytest.raises(ConfigError, match=r"^a calibrated selection weighs scores that see the model or trusted rows, and"):
         calibration_columns(["random", "oracle", "keyword"])

@@ -33,7 +33,13 @@ def test_each_kind_is_what_it_is_called_and_half_of_the_rows_are_left_for_the_fi
     }
     fit = {name: {row.prompt for row in iterate_rows(tmp_path / "out" / "fit" / f"{name}.parquet")} for name in sets}
     assert {name: len(prompts) for name, prompts in fit.items()} == {"validation": 21, "harmful": 12, "benign": 15}
-    whose = {"good": "validation", "mislabelled": "validation", "garbled": "validation", "ordinary": "benign", "over_refusal": "benign"}
+    whose = {
+        "good": "validation",
+        "mislabelled": "validation",
+        "garbled": "validation",
+        "ordinary": "benign",
+        "over_refusal": "benign",
+    }
     says = {"good": "validation", "mislabelled": "harmful", "garbled": None, "ordinary": "benign", "over_refusal": "validation"}
     planted = list(iterate_rows(tmp_path / "out" / "rows" / FILE))
     for row in planted:
