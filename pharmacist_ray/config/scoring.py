@@ -78,6 +78,9 @@ class SelectionConfig(Section):
     ] = Field(default={}, exclude_if=lambda value: not value)
     """Several scores as one: a name of yours → scorer → weight, for example `{rank_sum: {pharmacist: 1, loss_gap: 1}}`. A row's score
     is the weighted sum of its ranks by each; the name can then stand wherever a scorer's can."""
+    near_duplicates: Count | None = Field(default=None, exclude_if=lambda value: value is None)
+    """At most so many kept rows of a group of near-duplicates, the best ones. Which rows are such is estimated by MinHash over runs of
+    three words of prompt and answer."""
     jsonl: bool = False
     """Also write `curated.jsonl` in the layout of the input."""
 

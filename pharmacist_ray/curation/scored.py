@@ -27,6 +27,8 @@ class Shard:
     scores: StoragePath
     blend: Blend | None = None
     """How several score columns make one; None where a column is the score."""
+    left_out: NDArray[np.uint8] | None = None
+    """A bit for each scored row, in the order of ids: set where it is left out as a near-duplicate of better rows."""
 
     def score(self, scorer: str) -> pa.Table:
         """Return the ids of the score file and one column of float64."""
@@ -88,7 +90,7 @@ def find_shards(
 
 
 def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, Scored]:
-    """Return the categories of all rows of a shard, and its scored rows in the order of their ids.
+    """Return the categories of all rows of a shard, and its scored rows that are not left out, in the order of their ids.
 
     Args:
         shard: The shard.
@@ -116,6 +118,8 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
         score = score.take(place)
     values = score.to_numpy(zero_copy_only=False)
     known = ~np.isnan(values)
+    if shard.left_out is not None:
+        known[known] = np.unpackbits(shard.left_out, count=int(known.sum())) == 0
     mask = pa.array(known)
     return category, Scored(
         ids.filter(mask), values[known], category.filter(mask), keys_of(values[known], letters[known], descending)

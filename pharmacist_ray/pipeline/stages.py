@@ -192,12 +192,12 @@ def run_select(run: Run) -> None:
                 jsonl=jsonl,
                 planted=_planted_scores(run) if arm == CALIBRATED else None,
             )
-            artifact.finish(
-                {"kept": report.kept, "candidates": report.candidates, "cut": report.cut, "categories": report.categories}
-            )
+            made = asdict(report)
+            artifact.finish({name: made[name] for name in ("kept", "candidates", "cut", "categories", "left_out")})
     main = run.main_selection
     summary = main.manifest()["summary"]
-    say(f"  kept {summary['kept']} of {summary['candidates']} rows: {escaped(main.folder)}")
+    left_out = f", {summary['left_out']} near-duplicates left out" if summary.get("left_out") else ""
+    say(f"  kept {summary['kept']} of {summary['candidates']} rows{left_out}: {escaped(main.folder)}")
     if CALIBRATED in run.selections:
         for line in kept_in_words(run.selected(CALIBRATED).manifest()["calibration"]):
             say(f"  calibrated: {escaped(line)}")
@@ -209,8 +209,15 @@ def _rule(run: Run, arm: str) -> Rule:
         # Every row has a random score, so with ratio 1 by it nothing is left out.
         columns = columns_of(run.config.scoring)
         return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
-    weights = selection.sums.get(arm, {})
-    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas, weights=weights)
+    return Rule(
+        arm,
+        selection.ratio,
+        selection.count,
+        selection.threshold,
+        quotas=selection.quotas,
+        weights=selection.sums.get(arm, {}),
+        near_duplicates=selection.near_duplicates,
+    )
 
 
 def _planted_scores(run: Run) -> PlantedScores | None:
