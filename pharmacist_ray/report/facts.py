@@ -17,7 +17,7 @@ from pharmacist_ray.storage import matching, opened_parquet
 
 QUARANTINED = 3
 """Broken rows shown of each source."""
-_ONE = ("fit", "scores", "evaluation")
+_ONE = ("planted", "fit", "scores", "evaluation")
 
 
 def what_ran(run: RunFiles) -> list[Block]:
