@@ -239,9 +239,8 @@ def wilson(hits: int, count: int) -> tuple[float, float, float]:
 
 def kept_in_words(facts: Mapping[str, Any]) -> list[str]:
     """Return what a calibration's facts say of the kept rows, and its warnings, a line each."""
-    shares = ", ".join(
-        f"{kind} {one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for kind, one in facts["kept"].items()
-    )
+    kept = [(kind, facts["kept"][kind]) for kind in (GOOD, *(kind for kind in facts["kept"] if kind != GOOD))]
+    shares = ", ".join(f"{kind} {one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for kind, one in kept)
     return [f"estimated share that is kept of each kind: {shares}", *(f"warning: {line}" for line in facts["warnings"])]
 
 
