@@ -5,7 +5,8 @@ of corruption as frequent as the others. It is fitted on planted rows (`planted`
 model that has seen no row of its unit, by where its value lies among the candidates' values by that same model.
 
 A score takes part if it sees the model or trusted rows. ``random`` and ``keyword`` see nothing but the row: the planted rows are made
-of refusals, so a list of refusal phrases would find them and tell nothing about the candidates. ``oracle`` sees the labels.
+of refusals, so a list of refusal phrases would find them and tell nothing about the candidates. ``oracle`` sees the labels, and
+``pharmacist_iterative`` has a logit for each candidate and none for planted rows.
 
 That planted corruption looks like a candidate's own is an assumption. The estimates are as good as it is.
 """
@@ -107,13 +108,13 @@ class Calibrated(Ranks):
 
 
 def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
-    """Return which scores take part: those that see the model or trusted rows, and no labels.
+    """Return which scores take part: those that see the model or trusted rows and no labels, and can score any row.
 
     Raises:
         ConfigError: None does.
     """
-    seen = {name: set(SCORERS[name].sees) for name in scorers if name in SCORERS}
-    found = tuple(name for name, sees in seen.items() if sees and "labels" not in sees)
+    known = {name: SCORERS[name] for name in scorers if name in SCORERS}
+    found = tuple(name for name, one in known.items() if one.sees and "labels" not in one.sees and one.part != "logits")
     if not found:
         raise ConfigError(
             "a calibrated selection weighs scores that see the model or trusted rows, and scoring.scorers has none: "

@@ -260,6 +260,9 @@ def test_errors(make: Make) -> None:
 
 
 def test_what_sees_labels_or_nothing_takes_no_part():
-    assert calibration_columns(["random", "less", "oracle", "keyword", "naive_bayes"]) == ("less", "naive_bayes")
+    assert calibration_columns(["random", "less", "oracle", "keyword", "naive_bayes", "pharmacist_iterative"]) == (
+        "less",
+        "naive_bayes",
+    )
     with pytest.raises(ConfigError, match=r"^a calibrated selection weighs scores that see the model or trusted rows, and"):
         calibration_columns(["random", "oracle", "keyword"])
