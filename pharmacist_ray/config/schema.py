@@ -15,7 +15,7 @@ from pharmacist_ray.config.data import DataConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.resources import ResourcesConfig
-from pharmacist_ray.config.scoring import ScoringConfig, SelectionConfig
+from pharmacist_ray.config.scoring import CALIBRATED, ScoringConfig, SelectionConfig, arm_of
 from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.section import RunDir, Section
 from pharmacist_ray.config.selector import SelectorConfig
@@ -43,6 +43,9 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
 ]
+
+RESERVED = ("all", "trusted", "none", CALIBRATED)
+"""Names of arms that are not scores."""
 
 
 class Config(Section):
@@ -72,6 +75,12 @@ class Config(Section):
         """The objectives that are compared."""
         return list(dict.fromkeys(self.comparison.defences)) or [self.alignment.objective]
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a calibrated selection is asked for, and so half of the trusted rows is kept out of the fit."""
+        arms = (arm_of(self.selection.scorer), *self.comparison.selections)
+        return CALIBRATED in (part for arm in arms for part in arm.split("+"))
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
         if problems := list(self._disagreements()):
@@ -99,19 +108,30 @@ class Config(Section):
         ):
             if len(set(given)) != len(given):
                 yield f"{what} must differ, got {given}"
+        summable = {*self.scoring.scorers} - {"random"}
         for name, weights in self.selection.combinations.items():
-            if name in (*self.scoring.scorers, "all", "trusted", "none") or not set(weights) <= {*self.scoring.scorers} - {
-                "random"
-            }:
+            if name in (*self.scoring.scorers, *RESERVED, arm_of(self.selection.scorer)) or not set(weights) <= summable:
                 yield (
                     f"selection.combinations.{name} must have a name of its own, and combine scores among scoring.scorers "
-                    f"({', '.join(sorted({*self.scoring.scorers} - {'random'}))}), got {', '.join(weights)}"
+                    f"({', '.join(sorted(summable))}), got {', '.join(weights)}"
                 )
-        known = {*self.scoring.scorers, *self.selection.combinations, "all"}
+        listed = self.selection.scorer if isinstance(self.selection.scorer, list) else []
+        for name in listed:
+            if name not in summable:
+                yield (
+                    f"selection.scorer lists '{name}', which has no rank to add up; "
+                    f"of scoring.scorers these do: {', '.join(sorted(summable))}"
+                )
+        known = {*self.scoring.scorers, *self.selection.sums, "all", CALIBRATED}
         arms = [name.removeprefix("trusted+") for name in self.comparison.selections if name not in ("trusted", "none")]
-        for name in dict.fromkeys((self.selection.scorer, *arms)):
+        for name in dict.fromkeys((arm_of(self.selection.scorer), *arms)):
             if name not in known:
-                yield f"selection '{name}' is not among scoring.scorers; scored: {', '.join(sorted(known - {'all'}))}"
+                yield f"selection '{name}' is not among scoring.scorers; scored: {', '.join(sorted(known - {'all', CALIBRATED}))}"
+        if self.calibrated and self.selector.mode == "iterative" and "pharmacist" in self.scoring.scorers:
+            yield (
+                "a calibrated selection needs selector.mode=one_shot: the iterative mode has scores for candidates alone, "
+                "and none for planted rows"
+            )
         for attack in self.attacks:
             if attack.adapter == "same" and "full" in (self.alignment.train.weights, attack.train.weights):
                 yield f"attack '{attack.name}' has adapter=same, which needs weights=lora in alignment.train and in its own train"

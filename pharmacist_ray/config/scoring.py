@@ -8,6 +8,14 @@ from pydantic import Field, model_validator
 
 from pharmacist_ray.config.section import Count, Positive, Section, Share
 
+CALIBRATED = "calibrated"
+"""The scorer that is made of the others by what they say about planted rows."""
+
+
+def arm_of(scorer: str | list[str]) -> str:
+    """Return the name of a selection by a score or by a list of scores, for folders and tables."""
+    return scorer if isinstance(scorer, str) else "-".join(scorer)
+
 
 class PlantedConfig(Section):
     """Where planted labels are, in data of a benchmark."""
@@ -54,8 +62,9 @@ class ScoringConfig(Section):
 class SelectionConfig(Section):
     """Which rows are kept."""
 
-    scorer: str = "pharmacist"
-    """The score to rank by, highest first."""
+    scorer: str | Annotated[list[str], Field(min_length=2)] = "pharmacist"
+    """The score to rank by, highest first. Several in a list are ranked by the sum of their ranks. `calibrated` keeps half of the
+    trusted rows out of the fit, breaks them in known ways, and learns from them how to weigh the scores."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.4
     """Share of the candidates to keep; exactly one of ratio, count and threshold is set."""
     count: Count | None = None
@@ -69,6 +78,9 @@ class SelectionConfig(Section):
     ] = Field(default={}, exclude_if=lambda value: not value)
     """Several scores as one: a name of yours → scorer → weight, for example `{rank_sum: {pharmacist: 1, loss_gap: 1}}`. A row's score
     is the weighted sum of its ranks by each; the name can then stand wherever a scorer's can."""
+    near_duplicates: Count | None = Field(default=None, exclude_if=lambda value: value is None)
+    """At most so many kept rows of a group of near-duplicates, the best ones. Which rows are such is estimated by MinHash over runs of
+    three words of prompt and answer."""
     jsonl: bool = False
     """Also write `curated.jsonl` in the layout of the input."""
 
@@ -79,4 +91,12 @@ class SelectionConfig(Section):
             raise ValueError(
                 f"set exactly one of selection.ratio, selection.count and selection.threshold, got {given or 'none'}"
             )
+        if isinstance(self.scorer, list) and len(set(self.scorer)) != len(self.scorer):
+            raise ValueError(f"the scores in selection.scorer must differ, got {self.scorer}")
         return self
+
+    @property
+    def sums(self) -> dict[str, dict[str, float]]:
+        """Every sum of ranks by name: the combinations, and that of a list in `scorer`."""
+        listed = {arm_of(self.scorer): dict.fromkeys(self.scorer, 1.0)} if isinstance(self.scorer, list) else {}
+        return {**self.combinations, **listed}

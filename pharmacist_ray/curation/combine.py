@@ -7,7 +7,7 @@ whose ids come first in a fixed order that has nothing to do with the scores: a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,24 +23,40 @@ _SEED = 2_654_435_761
 
 
 @dataclass(frozen=True)
-class RankSum:
-    """Score columns with their weights, and the sorted values among which a row's ranks are found."""
+class Ranks:
+    """Score columns, and the sorted values among which a row's ranks are found."""
+
+    values: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def columns(self) -> list[str]:
+        """The score columns that are read."""
+        return list(self.values)
+
+    def ranks(self, table: pa.Table) -> NDArray[np.float64]:
+        """Return each row's rank by each score, (n, scores); NaN where a row lacks that score.
+
+        Args:
+            table: The score columns.
+        """
+        return np.stack([rank_among(known, _floats(table, name)) for name, known in self.values.items()], axis=1)
+
+
+@dataclass(frozen=True)
+class RankSum(Ranks):
+    """Ranks, and the weights by which they are added up."""
 
     weights: Mapping[str, float]
-    values: Mapping[str, NDArray[np.float64]]
 
     def of(self, table: pa.Table) -> NDArray[np.float64]:
         """Return Σ_k w_k · rank_k / Σ_k w_k of each row, (n,); NaN where a row lacks one of the scores.
 
         Args:
-            table: The columns of `weights`.
+            table: The score columns.
         """
         total = np.zeros(len(table))
-        for name, weight in self.weights.items():
-            known = self.values[name]
-            given = _floats(table, name)
-            below, up_to = (np.searchsorted(known, given, side) for side in ("left", "right"))
-            total += weight * np.where(np.isnan(given), np.nan, (below + up_to) / (2 * max(1, len(known))))
+        for weight, ranks in zip(self.weights.values(), self.ranks(table).T, strict=True):
+            total += weight * ranks
         return total / sum(self.weights.values())
 
 
@@ -51,17 +67,39 @@ def rank_sum(tables: Iterable[pa.Table], weights: Mapping[str, float]) -> RankSu
         tables: Shard after shard, the id and the columns of ``weights``; read once.
         weights: Score column → weight above 0.
     """
+    sample = sample_scores(tables, list(weights))
+    return RankSum({name: np.sort(values) for name, values in sample.items()}, dict(weights))
+
+
+def sample_scores(tables: Iterable[pa.Table], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the scores of at most `SAMPLE` rows that have all of them, chosen by id: score → (n,), the same rows in each.
+
+    Args:
+        tables: Shard after shard, the id and the score columns; read once.
+        names: The score columns.
+    """
     order = np.empty(0)
-    kept = {name: np.empty(0) for name in weights}
+    kept = {name: np.empty(0) for name in names}
     for table in tables:
-        columns = {name: _floats(table, name) for name in weights}
+        columns = {name: _floats(table, name) for name in names}
         known = ~np.isnan(np.sum(list(columns.values()), axis=0))
         order = np.concatenate([order, [uniform(id, _SEED) for id in table.column("id").filter(pa.array(known)).to_pylist()]])
         kept = {name: np.concatenate([values, columns[name][known]]) for name, values in kept.items()}
         if len(order) > SAMPLE:
             first = np.argpartition(order, SAMPLE)[:SAMPLE]
             order, kept = order[first], {name: values[first] for name, values in kept.items()}
-    return RankSum(dict(weights), {name: np.sort(values) for name, values in kept.items()})
+    return kept
+
+
+def rank_among(known: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of known values below each value, those equal counted half, (n,); NaN stays NaN.
+
+    Args:
+        known: Sorted values without NaN.
+        values: The values to rank, (n,).
+    """
+    below, up_to = (np.searchsorted(known, values, side) for side in ("left", "right"))
+    return np.where(np.isnan(values), np.nan, (below + up_to) / (2 * max(1, len(known))))
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:

@@ -232,6 +232,7 @@ def _json_places(kind: Kind, path: str = "") -> Iterator[str]:
 def _card(facts: Mapping[str, Any], manifest: str) -> str:
     rule = facts["rule"]
     how = next(f"{name} {rule[name]}" for name in ("ratio", "count", "threshold") if rule[name] is not None)
+    left_out = f", and {facts['left_out']:,} near-duplicates of better rows left out" if facts.get("left_out") else ""
     fenced = manifest.replace("`", "\\u0060")  # the same JSON, but text from the data cannot end the block
     return f"""---
 license: unknown
@@ -251,7 +252,7 @@ configs:
 # Safety-alignment data, curated by pharmacist-ray
 
 {facts["kept"]:,} of {facts["candidates"]:,} candidates ({facts["scored"]:,} of them scored), selected by the score
-`{rule["scorer"]}` with {how}, {"highest" if rule["descending"] else "lowest"} first, ties broken by id. The worst score kept is
+`{rule["scorer"]}` with {how}, {"highest" if rule["descending"] else "lowest"} first, ties broken by id{left_out}. The worst score kept is
 {facts["cut"]!r}.
 
     from datasets import load_dataset

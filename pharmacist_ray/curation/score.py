@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
+from pharmacist_ray.curation.calibrate import calibration_columns
 from pharmacist_ray.curation.poison import Isolation, attempt_file
 from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model, parts_of, scored_by
 from pharmacist_ray.curation.scorers.guard import check_guard
@@ -66,6 +67,7 @@ def score(
     trusted: TrustedSets,
     fit: StoragePath | None,
     out: StoragePath,
+    planted: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ScoreReport:
@@ -80,6 +82,7 @@ def score(
         trusted: The trusted rows, for scorers that read them as text.
         fit: The selector's folder; None where no scorer needs one.
         out: Folder to fill.
+        planted: Folder of planted rows; scored as the candidates are, into `planted_scores`.
         progress: Called with (shards done, shards in all).
         say: Called with a line of text about workers that died and rows that cannot be scored.
 
@@ -93,18 +96,17 @@ def score(
     check_scorers(scoring, selector)
     started = time.perf_counter()
     shards = parquet_files(candidates)
-    out.mkdir(parents=True, exist_ok=True)
-    there = {file.name for file in out.glob("*.parquet")}
-    missing = [shard for shard in shards if shard.name not in there]
-    done = len(shards) - len(missing)
+    beside = parquet_files(planted) if planted else []
+    units = _missing(shards, out) + (_missing(beside, planted_scores(out), planted=True) if beside else [])
+    total = len(shards) + len(beside)
+    done = total - len(units)
     if progress:
-        progress(done, len(shards))
-    if missing:
+        progress(done, total)
+    if units:
         for name in scoring.scorers:
             if name in SCORERS and (prepare := SCORERS[name].prepare):
                 trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
-        units = [{"shard": str(shard)} for shard in missing]
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
             done += 1
             if say and scored["attempt"] > 1:
@@ -112,7 +114,9 @@ def score(
             if say and scored["quarantined"]:
                 say(f"score: {scored['quarantined']} of the {scored['rows']} rows of {scored['shard']} cannot be scored")
             if progress:
-                progress(done, len(shards))
+                progress(done, total)
+    if beside:
+        _check_complete(beside, planted_scores(out))
     rows, reasons = _check_complete(shards, out)
     quarantined = reasons.total()
     if quarantined and say:
@@ -121,6 +125,18 @@ def score(
     if quarantined and quarantined == rows:
         raise DataError(f"none of the {rows} candidates can be scored; {_quarantine(out)} has the reason of each")
     return ScoreReport(rows, len(shards), columns_of(scoring), time.perf_counter() - started, quarantined, dict(reasons))
+
+
+def planted_scores(out: StoragePath) -> StoragePath:
+    """Return the folder of the planted rows' scores, beside that of the candidates'."""
+    return out.with_name("planted") / "rows"
+
+
+def _missing(shards: Sequence[StoragePath], out: StoragePath, planted: bool = False) -> list[dict[str, Any]]:
+    """Make the folder of scores, and return what is still to be scored into it as work for a `ShardScorer`."""
+    out.mkdir(parents=True, exist_ok=True)
+    there = {file.name for file in out.glob("*.parquet")}
+    return [{"shard": str(shard), "planted": planted} for shard in shards if shard.name not in there]
 
 
 def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
@@ -209,28 +225,31 @@ class ShardScorer:
         return Probe(self.spec)
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """Score a shard and return what became of it."""
+        """Score a shard, one of planted rows by the scores that are calibrated alone, and return what became of it."""
         shard = storage_path(str(unit["shard"]))
         rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
-        out = self.out / shard.name
+        planted = unit.get("planted", False)
+        folder = planted_scores(self.out) if planted else self.out
+        out = folder / shard.name
+        columns_by = partial(self._columns, calibration_columns(self.scoring.scorers) if planted else self.scoring.scorers)
         if not self.needs_model or not rows:
-            write_parquet(pa.table(_in_full(range(len(rows)), rows, self._columns(rows))), out)
+            write_parquet(pa.table(_in_full(range(len(rows)), rows, columns_by(rows))), out)
             return {"shard": shard.name, "rows": len(rows), "quarantined": 0, "attempt": 1}
         isolation = Isolation(shard.name, rows, attempt_file(out))
         if not self.loaded:
             isolation.load(lambda: self.probe)
             self.loaded = True
-        places, columns = isolation.run(self._columns)
-        quarantined = isolation.quarantine(_quarantine(self.out) / shard.name)
+        places, columns = isolation.run(columns_by)
+        quarantined = isolation.quarantine(_quarantine(folder) / shard.name)
         write_parquet(pa.table(_in_full(places, rows, columns)), out)
         isolation.done()
         return {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
 
-    def _columns(self, rows: Sequence[Row]) -> dict[str, Sequence[float]]:
+    def _columns(self, scorers: Sequence[str], rows: Sequence[Row]) -> dict[str, Sequence[float]]:
         probe = self.probe if self.needs_model and rows else None
         signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted, guard=self.scoring.guard)
         columns: dict[str, Sequence[float]] = {}
-        for name in self.scoring.scorers:
+        for name in scorers:
             if name == "random":
                 for draw in range(self.scoring.random_draws):
                     seed = self.scoring.seed + draw

@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores, calibrate
 from pharmacist_ray.curation.combine import RankSum, rank_sum
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table
+
+Blend = RankSum | Calibrated
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,18 @@ class Shard:
 
     rows: StoragePath
     scores: StoragePath
-    ranks: RankSum | None = None
+    blend: Blend | None = None
     """How several score columns make one; None where a column is the score."""
+    left_out: NDArray[np.uint8] | None = None
+    """A bit for each scored row, in the order of ids: set where it is left out as a near-duplicate of better rows."""
 
     def score(self, scorer: str) -> pa.Table:
         """Return the ids of the score file and one column of float64."""
-        if self.ranks is None:
+        if self.blend is None:
             table = read_table(self.scores, columns=["id", scorer])
             return pa.table({"id": table["id"], "score": table[scorer].cast(pa.float64())})
-        table = read_table(self.scores, columns=["id", *self.ranks.weights])
-        return pa.table({"id": table["id"], "score": pa.array(self.ranks.of(table))})
+        table = read_table(self.scores, columns=["id", *self.blend.columns])
+        return pa.table({"id": table["id"], "score": pa.array(self.blend.of(table))})
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,11 @@ class Scored:
 
 
 def find_shards(
-    scores: StoragePath, candidates: StoragePath, scorer: str, weights: Mapping[str, float] | None = None
+    scores: StoragePath,
+    candidates: StoragePath,
+    scorer: str,
+    weights: Mapping[str, float] | None = None,
+    planted: PlantedScores | None = None,
 ) -> list[Shard]:
     """Return the shards in order of their names.
 
@@ -54,10 +63,12 @@ def find_shards(
         candidates: Folder with one ``rows/part-*.parquet`` per shard.
         scorer: The column that will be read.
         weights: Columns whose ranks are added up instead, with their weights.
+        planted: The planted rows by which scores are weighed instead.
 
     Raises:
         ArtifactError: A folder is empty, or the two have different shards.
         ConfigError: There is no such column.
+        DataError: Too few planted rows have a score.
     """
     rows = {path.name: path for path in matching(candidates / "rows", "part-*.parquet")}
     scored = {path.name: path for path in matching(scores, "part-*.parquet")}
@@ -67,17 +78,19 @@ def find_shards(
     if rows.keys() != scored.keys():
         odd = min(rows.keys() ^ scored.keys())
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
+    columns = list(planted.columns) if planted else list(weights or (scorer,))
     for path in scored.values():
         known = [name for name in parquet_schema(path).names if name != "id"]
-        for column in weights or (scorer,):
+        for column in columns:
             if column not in known:
                 raise unknown_name("scorer", column, known)
-    ranks = rank_sum((read_table(path, columns=["id", *weights]) for path in scored.values()), weights) if weights else None
-    return [Shard(path, scored[name], ranks) for name, path in rows.items()]
+    tables = (read_table(path, columns=["id", *columns]) for path in scored.values())
+    blend = calibrate(tables, planted) if planted else rank_sum(tables, weights) if weights else None
+    return [Shard(path, scored[name], blend) for name, path in rows.items()]
 
 
 def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, Scored]:
-    """Return the categories of all rows of a shard, and its scored rows in the order of their ids.
+    """Return the categories of all rows of a shard, and its scored rows that are not left out, in the order of their ids.
 
     Args:
         shard: The shard.
@@ -105,6 +118,8 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
         score = score.take(place)
     values = score.to_numpy(zero_copy_only=False)
     known = ~np.isnan(values)
+    if shard.left_out is not None:
+        known[known] = np.unpackbits(shard.left_out, count=int(known.sum())) == 0
     mask = pa.array(known)
     return category, Scored(
         ids.filter(mask), values[known], category.filter(mask), keys_of(values[known], letters[known], descending)

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores
 from pharmacist_ray.curation.curated import replacing, write_curated
+from pharmacist_ray.curation.near_duplicates import within_quota
 from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
 from pharmacist_ray.errors import ConfigError, DataError
@@ -35,7 +37,7 @@ class Rule:
     """
 
     scorer: str
-    """The score column to rank by, or the name of a combination."""
+    """The score column to rank by, or the name of what is made of several."""
     ratio: float | None = None
     """Selection ratio: max(1, ⌊ratio · N + ½⌋ rows of the N candidates, or all scored rows if these are fewer."""
     count: int | None = None
@@ -49,6 +51,8 @@ class Rule:
     to the best rows of any category. ``proportional``: each category's share is its share of the candidates."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Score columns whose ranks are added up to the score, with their weights; empty where ``scorer`` is a column."""
+    near_duplicates: int | None = None
+    """At most so many rows of a group of near-duplicates, the best ones; None counts nothing."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without data."""
@@ -67,6 +71,8 @@ class Rule:
             raise ConfigError(
                 "selection.quotas are shares of a known number of rows: use selection.ratio or count, not threshold"
             )
+        if self.near_duplicates is not None and self.near_duplicates < 1:
+            raise ConfigError(f"selection.near_duplicates must be at least 1, got {self.near_duplicates}")
         if isinstance(self.quotas, str):
             if self.quotas != "proportional":
                 raise ConfigError(f"selection.quotas must map categories to shares or be 'proportional', got '{self.quotas}'")
@@ -81,11 +87,14 @@ class SelectionReport:
     folder: StoragePath
     candidates: int
     scored: int
+    """Rows with a score, those left out not counted."""
     kept: int
     cut: float
     """The worst score that was kept."""
     categories: dict[str, dict[str, int]]
     """Category → number of candidates, scored and kept; empty if there are more than 1,000 categories."""
+    left_out: int = 0
+    """Scored rows that were left out as near-duplicates of better ones."""
 
 
 @dataclass
@@ -132,7 +141,7 @@ def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iter
         DataError: The rule keeps nothing, asks for more rows than were scored, or names a category that no row has.
         ArtifactError: A folder or shard is missing, or the scores are those of other candidates.
     """
-    shards = find_shards(scores, candidates, rule.scorer, rule.weights)
+    shards = _open(scores, candidates, rule)
     cuts = _find_cuts(shards, rule, _take_census(shards, rule))
     for _, table in _kept(shards, rule, cuts):
         yield table.select(["id", "score"])
@@ -146,6 +155,7 @@ def write_selection(
     *,
     provenance: Mapping[str, Any],
     jsonl: bool = False,
+    planted: PlantedScores | None = None,
 ) -> SelectionReport:
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
@@ -158,14 +168,16 @@ def write_selection(
         out: The folder to write.
         provenance: Goes into the manifest as it is: configuration, fingerprints, seeds. JSON-able.
         jsonl: Also write ``curated.jsonl``, the records as they were read.
+        planted: For a calibrated selection, the planted rows and their scores.
 
     Raises:
         ConfigError: Unknown scorer.
-        DataError: The rule fits no row (see `select_ids`), or a column of the data is called ``pharmacist_…``.
+        DataError: The rule fits no row (see `select_ids`), too few planted rows are scored, or a column of the data is called
+            ``pharmacist_…``.
         ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
-    shards = find_shards(scores, candidates, rule.scorer, rule.weights)
+    shards = _open(scores, candidates, rule, planted)
     census = _take_census(shards, rule)
     cuts = _find_cuts(shards, rule, census)
     kept, kept_of, worst = 0, Counter[str](), list[float]()
@@ -175,12 +187,25 @@ def write_selection(
             kept_of.update({name: n for name, n in _counts(table["category"]).items() if name in census.candidates_of})
             worst.append(pc.min_max(table["score"])["min" if rule.descending else "max"].as_py())
     cut = min(worst) if rule.descending else max(worst)
-    report = SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of))
+    report = SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of), _left_out(shards))
     with disk_full_errors(out), replacing(out) as folder:
         facts = {"rule": asdict(rule), **asdict(report)}
         del facts["folder"]
+        if isinstance(blend := shards[0].blend, Calibrated):
+            facts["calibration"] = blend.facts(kept / census.scored)
         write_curated(folder, lambda: _kept(shards, rule, cuts), facts=facts, provenance=provenance, jsonl=jsonl)
     return report
+
+
+def _open(scores: StoragePath, candidates: StoragePath, rule: Rule, planted: PlantedScores | None = None) -> list[Shard]:
+    shards = find_shards(scores, candidates, rule.scorer, rule.weights, planted)
+    if rule.near_duplicates is None:
+        return shards
+    return within_quota(shards, rule.scorer, rule.descending, rule.near_duplicates)
+
+
+def _left_out(shards: list[Shard]) -> int:
+    return sum(int(np.unpackbits(shard.left_out).sum()) for shard in shards if shard.left_out is not None)
 
 
 def _counts(category: pa.Array | pa.ChunkedArray) -> dict[str, int]:
@@ -222,7 +247,10 @@ def _find_cuts(shards: list[Shard], rule: Rule, census: _Census) -> _Cuts:
             raise DataError(f"selection.threshold={rule.threshold} keeps none of the {census.scored} scored rows; loosen it")
         return cuts
     if rule.count is not None and rule.count > census.scored:
-        raise DataError(f"selection.count={rule.count} but only {census.scored} of {census.candidates} candidates have a score")
+        others = f", {left_out} near-duplicates left out" if (left_out := _left_out(shards)) else ""
+        raise DataError(
+            f"selection.count={rule.count} but only {census.scored} of {census.candidates} candidates have a score{others}"
+        )
     size = rule.count or max(1, math.floor((rule.ratio or 0.0) * census.candidates + 0.5))
     size = min(size, census.scored)
     places = {name: min(n, census.scored_of[name]) for name, n in _apportion(_quotas(rule, census), size).items()}

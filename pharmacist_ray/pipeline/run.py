@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
+from pharmacist_ray.config.scoring import arm_of
 from pharmacist_ray.curation.fit import part_files
+from pharmacist_ray.curation.planted import KINDS
 from pharmacist_ray.curation.scorers import needs_model, parts_of
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import count_rows
@@ -156,10 +158,33 @@ class Run:
         return self._placed(Artifact(self.root / "ingest" / name, "ingest", config, inputs), usual)
 
     @cached_property
+    def planted(self) -> Artifact | None:
+        """The halves of the trusted sets, and the planted rows made of one; None where no calibrated selection is asked for."""
+        if not self.config.calibrated:
+            return None
+        inputs = {name: self.ingested(name).fingerprint for name in self.trusted_names}
+        config = {"kinds": list(KINDS), "rows": self.config.selector.trusted_rows, "seed": self.config.seed}
+        return self._placed(Artifact(self.root / "planted", "ingest", config, inputs), self.base.planted if self.base else None)
+
+    @property
+    def trusted_names(self) -> list[str]:
+        """The trusted sets that there are."""
+        return [name for name in ("validation", "harmful", "benign") if name in self.sources]
+
+    def trusted_rows(self, name: str) -> StoragePath:
+        """Return the rows of a trusted set that selector and scorers may see: all, or what is not held out."""
+        return self.planted.folder / "fit" / f"{name}.parquet" if self.planted else self.ingested(name).folder / "rows"
+
+    @property
+    def planted_rows(self) -> StoragePath | None:
+        """The folder of the planted rows, if there are any."""
+        return self.planted.folder / "rows" if self.planted else None
+
+    @cached_property
     def fitted(self) -> Artifact:
         """The selector."""
-        names = [name for name in ("candidates", "validation", "harmful", "benign") if name in self.sources]
-        inputs = {name: self.ingested(name).fingerprint for name in names} | {"model": self._model_identity}
+        inputs = {name: self.ingested(name).fingerprint for name in ("candidates", *self.trusted_names)}
+        inputs |= {"model": self._model_identity} | self._held_out
         config = {"selector": _dump(self.config.selector), "seed": self.config.seed}
         files = tuple(file for part in self.parts for file in part_files(self.config.selector, part))
         return self._placed(Artifact(self.root / "fit", "fit", config, inputs, files), self.base.fitted if self.base else None)
@@ -175,9 +200,14 @@ class Run:
         return bool(self.parts)
 
     @property
+    def _held_out(self) -> dict[str, str]:
+        return {"planted": self.planted.fingerprint} if self.planted else {}
+
+    @property
     def trusted(self) -> TrustedSets:
         """The trusted rows as scorers read them, as many as the selector takes, and the candidates."""
-        folders = {name: str(self.ingested(name).folder / "rows") for name in ("validation", "harmful", "candidates")}
+        folders = {name: str(self.trusted_rows(name)) for name in ("validation", "harmful")}
+        folders["candidates"] = str(self.ingested("candidates").folder / "rows")
         return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
 
     @cached_property
@@ -188,7 +218,7 @@ class Run:
         else:
             inputs = {name: self.ingested(name).fingerprint for name in ("validation", "harmful")}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
-        inputs["candidates"] = self.ingested("candidates").fingerprint
+        inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
         if self.config.scoring.guard is not None:
             inputs["guard"] = self._file(self.config.scoring.guard.path)
         artifact = Artifact(self.root / "scores", "score", self._settings(self.config.scoring), inputs)
@@ -224,8 +254,8 @@ class Run:
         # Everything is everything, whatever the rule.
         config: dict[str, Any] = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
         config.pop("combinations", None)
-        if arm in self.config.selection.combinations:
-            config["weights"] = self.config.selection.combinations[arm]
+        if arm in self.config.selection.sums:
+            config["weights"] = self.config.selection.sums[arm]
         return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
 
     @property
@@ -236,7 +266,7 @@ class Run:
     @property
     def main_arm(self) -> str:
         """The configured scorer, the first draw for random."""
-        scorer = self.config.selection.scorer
+        scorer = arm_of(self.config.selection.scorer)
         return "random_0" if scorer == "random" else scorer
 
     @property

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 
+from pharmacist_ray.config.scoring import CALIBRATED
+from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
 from pharmacist_ray.curation.fit import check_iterative, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
-from pharmacist_ray.curation.score import check_scorers, columns_of, score
+from pharmacist_ray.curation.planted import hold_out
+from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
@@ -44,7 +47,9 @@ def check(run: Run) -> None:
     check_scorers(config.scoring, config.selector)
     if "logits" in run.parts and run.ingested("candidates").ready:
         check_iterative(config.selector, count_rows(run.ingested("candidates").folder / "rows"), config.resources.workers)
-    _rule(run, config.selection.scorer)
+    _rule(run, run.main_arm)
+    if config.calibrated:
+        calibration_columns(config.scoring.scorers)
     check_trackers(config.tracking.to)
     for name in config.alignment.parameters:
         if name not in {section for objective in OBJECTIVES.values() for section in objective.settings}:
@@ -93,6 +98,20 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
             )
         if not report.rows_out:
             raise DataError(f"{name}: no usable row in {', '.join(source.path)}; see {artifact.folder / 'quarantine'}")
+    _hold_out(run)
+
+
+def _hold_out(run: Run) -> None:
+    """Keep half of the trusted rows out of the fit and make planted rows of it, if a calibrated selection is asked for."""
+    if run.planted is None:
+        return
+    with lock_missing_artifacts(run, run.planted) as missing:
+        if missing:
+            sets = {name: run.ingested(name).require() / "rows" for name in run.trusted_names}
+            limit, seed = run.config.selector.trusted_rows, run.config.seed
+            run.planted.finish(hold_out(sets, run.planted.begin(), limit=limit, seed=seed))
+    planted = run.planted.manifest()["summary"]["planted"]
+    say(f"  half of the trusted rows is held out; planted of it: {', '.join(f'{n} {kind}' for kind, n in planted.items())}")
 
 
 def run_fit(run: Run) -> None:
@@ -101,11 +120,10 @@ def run_fit(run: Run) -> None:
         say(f"  no selector is fitted: {', '.join(run.config.scoring.scorers)} need none")
         return
     artifact, config = run.fitted, run.config
-    sets: dict[str, StoragePath] = {
-        name: run.ingested(name).require() / "rows"
-        for name in ("candidates", "validation", "harmful", "benign")
-        if name in run.sources
-    }
+    sets: dict[str, StoragePath] = {"candidates": run.ingested("candidates").require() / "rows"}
+    for name in run.trusted_names:
+        (run.planted or run.ingested(name)).require()
+        sets[name] = run.trusted_rows(name)
     with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
@@ -131,6 +149,8 @@ def run_score(run: Run) -> None:
     artifact, config = run.scored, run.config
     candidates = run.ingested("candidates").require()
     fitted = run.fitted.require() if run.needs_selector else None
+    if run.planted:
+        run.planted.require()
     with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
@@ -145,6 +165,7 @@ def run_score(run: Run) -> None:
                 trusted=run.trusted,
                 fit=fitted,
                 out=folder / "rows",
+                planted=run.planted_rows,
                 progress=show,
                 say=lambda line: say(f"  {escaped(line)}"),
             )
@@ -163,14 +184,23 @@ def run_select(run: Run) -> None:
                 continue
             jsonl = run.config.selection.jsonl and arm != "all"
             report = write_selection(
-                candidates, scored, _rule(run, arm), artifact.folder, provenance=artifact.record(), jsonl=jsonl
+                candidates,
+                scored,
+                _rule(run, arm),
+                artifact.folder,
+                provenance=artifact.record(),
+                jsonl=jsonl,
+                planted=_planted_scores(run) if arm == CALIBRATED else None,
             )
-            artifact.finish(
-                {"kept": report.kept, "candidates": report.candidates, "cut": report.cut, "categories": report.categories}
-            )
+            made = asdict(report)
+            artifact.finish({name: made[name] for name in ("kept", "candidates", "cut", "categories", "left_out")})
     main = run.main_selection
     summary = main.manifest()["summary"]
-    say(f"  kept {summary['kept']} of {summary['candidates']} rows: {escaped(main.folder)}")
+    left_out = f", {summary['left_out']} near-duplicates left out" if summary.get("left_out") else ""
+    say(f"  kept {summary['kept']} of {summary['candidates']} rows{left_out}: {escaped(main.folder)}")
+    if CALIBRATED in run.selections:
+        for line in kept_in_words(run.selected(CALIBRATED).manifest()["calibration"]):
+            say(f"  calibrated: {escaped(line)}")
 
 
 def _rule(run: Run, arm: str) -> Rule:
@@ -179,8 +209,22 @@ def _rule(run: Run, arm: str) -> Rule:
         # Every row has a random score, so with ratio 1 by it nothing is left out.
         columns = columns_of(run.config.scoring)
         return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
-    weights = selection.combinations.get(arm, {})
-    return Rule(arm, selection.ratio, selection.count, selection.threshold, quotas=selection.quotas, weights=weights)
+    return Rule(
+        arm,
+        selection.ratio,
+        selection.count,
+        selection.threshold,
+        quotas=selection.quotas,
+        weights=selection.sums.get(arm, {}),
+        near_duplicates=selection.near_duplicates,
+    )
+
+
+def _planted_scores(run: Run) -> PlantedScores | None:
+    if run.planted is None:
+        return None
+    scores = planted_scores(run.scored.folder / "rows")
+    return PlantedScores(run.planted.require() / "rows", scores, calibration_columns(run.config.scoring.scorers))
 
 
 def run_evaluate(run: Run) -> None:
@@ -257,7 +301,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
 def made_by(run: Run, name: str) -> list[Artifact]:
     """Return what a stage makes; of the report, which is written anew every time, nothing."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
-        "ingest": lambda: [run.ingested(source) for source in run.sources],
+        "ingest": lambda: [*(run.ingested(source) for source in run.sources), *([run.planted] if run.planted else [])],
         "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
         "select": lambda: [run.selected(arm) for arm in run.selections],

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pharmacist_ray.config.scoring import arm_of
 from pharmacist_ray.data.layouts import REASONS
 from pharmacist_ray.data.printable import names_a_secret, without_secrets
 from pharmacist_ray.report.blocks import Block, Code, Facts, Note, Table, cut
@@ -16,7 +17,7 @@ from pharmacist_ray.storage import matching, opened_parquet
 
 QUARANTINED = 3
 """Broken rows shown of each source."""
-_ONE = ("fit", "scores", "evaluation")
+_ONE = ("planted", "fit", "scores", "evaluation")
 
 
 def what_ran(run: RunFiles) -> list[Block]:
@@ -108,7 +109,8 @@ def _summary(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "scores", ", ".join(at("scoring.scorers") or [])
-    yield "selection", phrase(("by {}", at("selection.scorer")), ("{}", rule or None))
+    scorer = at("selection.scorer")
+    yield "selection", phrase(("by {}", arm_of(scorer) if scorer else None), ("{}", rule or None))
     yield (
         "alignment",
         phrase(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow.compute as pc
 
+from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.report.blocks import Block, Example, Figure, Note, Plot, SideBySide, Table, brief, cut
 from pharmacist_ray.report.figures import histogram
 from pharmacist_ray.report.run_files import RunFiles, readable
@@ -37,8 +38,11 @@ def distributions(run: RunFiles, scores: Scores | None) -> list[Block]:
         blocks.append(Figure(f"{scores.main}, the score that the main selection ranks by", plots[:1]))
         blocks += _categories(run)
         plots = plots[1:]
+    elif made_of := _made_of(run):
+        blocks += [Note(f"The main selection ranks by {run.main_arm}, which is made of {made_of}."), *_categories(run)]
     else:
         blocks.append(Note("No selection by these scores is there yet; pharmacist select makes it."))
+    blocks += _planted(run)
     if plots:
         caption = "The other scores" if scores.main else "The scores"
         blocks.append(Figure(f"{caption}, one panel each. The end bins also hold what lies beyond them.", plots))
@@ -61,6 +65,42 @@ def examples(run: RunFiles, scores: Scores | None) -> list[Block]:
             [("Just missed", groups[2]), ("Worst scores", groups[3][::-1])],
             ("Kept", "Dropped"),
         ),
+    ]
+
+
+def _made_of(run: RunFiles) -> str:
+    """Return what the main selection's score is made of, in words; nothing if it is one score."""
+    manifest = run.manifest("selections", run.main_arm) if run.main_arm else {}
+    if slopes := manifest.get("calibration", {}).get("scores"):
+        return "the ranks by " + ", ".join(f"{name} (slope {slope:.2f})" for name, slope in slopes.items())
+    weights = manifest.get("rule", {}).get("weights", {})
+    return (
+        "the sum of ranks by " + ", ".join(f"{name} (weight {weight:g})" for name, weight in weights.items()) if weights else ""
+    )
+
+
+def _planted(run: RunFiles) -> list[Block]:
+    """Return what planted rows say about a calibrated selection: what is kept of each kind, and which score finds what."""
+    found = run.manifest("selections", CALIBRATED).get("calibration")
+    if not found:
+        return []
+
+    def interval(one: Mapping[str, float]) -> str:
+        return f"{one['estimate']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+
+    kinds = [kind for kind in found["kept"] if kind != "good"]
+    shares = [(kind, found["kept"][kind]) for kind in ("good", *kinds)]
+    kept = [(kind, f"{one['planted']:,}", f"{one['kept']:,}", interval(one)) for kind, one in shares]
+    areas = [(name, *(interval(by_kind[kind]) for kind in kinds)) for name, by_kind in found["auroc"].items()]
+    return [
+        *(Note(line, warning=True) for line in found["warnings"]),
+        Table(
+            "How good the kept rows are, by planted ones: what the calibrated cut would keep of trusted rows that the selector has "
+            f"not seen, as they are and broken. Estimated with {found['level']:.0%} intervals, as if there were no quotas",
+            ("kind", "planted", "kept", "share"),
+            kept,
+        ),
+        Table("How often a planted good row scores above a bad one of each kind (0.5 is chance)", ("score", *kinds), areas),
     ]
 
 

@@ -12,6 +12,7 @@ from ray import tune
 
 from pharmacist_ray.config.load import assign, located, parse_config
 from pharmacist_ray.config.schema import AttackConfig, Config, RangeConfig, SearchConfig
+from pharmacist_ray.config.scoring import arm_of
 from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run
@@ -60,7 +61,7 @@ def trial_config(config: Config, point: Mapping[str, Any]) -> Config:
     try:
         for key, value in point.items():
             assign(values, key, value)
-        arm = search.selection or values["selection"]["scorer"]
+        arm = search.selection or arm_of(values["selection"]["scorer"])
         values["comparison"] |= {"selections": [arm], "defences": []}
     except (TypeError, KeyError):
         pass  # a whole section was replaced by something else: validation says what

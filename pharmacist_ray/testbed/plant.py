@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from pharmacist_ray.curation.planted import shuffled
 from pharmacist_ray.errors import ConfigError, DataError
 
 SHARES = {"clean": 0.5, "swapped": 0.2, "benign": 0.2, "shuffled": 0.1}
@@ -86,7 +87,7 @@ def plant(
         "clean": clean,
         "swapped": swap(to_swap, answers[: len(to_swap)]),
         "benign": benign,
-        "shuffled": [{**row, "response": _shuffle(row["response"], draw)} for row in to_shuffle],
+        "shuffled": [{**row, "response": shuffled(row["response"], draw)} for row in to_shuffle],
     }
     rows = [{**row, "quality": quality} for quality, group in planted.items() for row in group]
     draw.shuffle(rows)
@@ -140,9 +141,3 @@ def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if prompt.strip() and response.strip():
             kept.setdefault(prompt, {"prompt": prompt, "response": response})
     return list(kept.values())
-
-
-def _shuffle(text: str, draw: random.Random) -> str:
-    words = text.split()
-    draw.shuffle(words)
-    return " ".join(words)

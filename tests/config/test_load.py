@@ -185,6 +185,20 @@ def test_yaml_that_would_make_objects_is_refused_and_runs_nothing(tmp_path):
         (["selection.ratio=null"], "set exactly one of selection.ratio, selection.count and selection.threshold, got none"),
         (["selection.scorer=ifd"], "selection 'ifd' is not among scoring.scorers; scored: loss_gap, pharmacist, random"),
         (["comparison.selections=[all, less]"], "selection 'less' is not among scoring.scorers"),
+        (
+            ["selection.scorer=[pharmacist, random]"],
+            "selection.scorer lists 'random', which has no rank to add up; of scoring.scorers these do: loss_gap, pharmacist",
+        ),
+        (["selection.scorer=[loss_gap, loss_gap]"], "the scores in selection.scorer must differ, got ['loss_gap', 'loss_gap']"),
+        (
+            ["selection.scorer=[loss_gap, pharmacist]", "selection.combinations.loss_gap-pharmacist={loss_gap: 2}"],
+            "selection.combinations.loss_gap-pharmacist must have a name of its own",
+        ),
+        (["selection.combinations.calibrated={loss_gap: 2}"], "selection.combinations.calibrated must have a name of its own"),
+        (
+            ["comparison.selections=[trusted+calibrated]", "selector.mode=iterative", "selector.inner_lr=0.1"],
+            "a calibrated selection needs selector.mode=one_shot: the iterative mode has scores for candidates alone",
+        ),
         (["comparison.seeds=[1, 2, 1]"], "comparison.seeds must differ, got [1, 2, 1]"),
         (["selector.mode=iterative"], "selector.mode=iterative needs selector.inner_lr above 0"),
         (["attacks.0.adapter=same", "alignment.train.weights=full"], "attack 'p10' has adapter=same, which needs weights=lora"),

@@ -230,6 +230,26 @@ def test_a_run_agrees_with_itself_when_a_file_changes_meanwhile(values, tmp_path
     assert Run(config_of(values)).ingested("candidates").fingerprint != before
 
 
+def test_a_calibrated_selection_holds_rows_out_of_the_fit_and_a_list_of_scores_does_not(values):
+    plain, calibrated = prints(values), prints(values, "comparison.selections=[all, random, pharmacist, calibrated]")
+    assert {name for name in plain if name.startswith("ingest")} <= {name for name in plain if plain[name] == calibrated[name]}
+    assert plain["fit"] != calibrated["fit"]
+    run = Run(config_of(values, "selection.scorer=calibrated"))
+    assert run.main_selection.folder == run.root / "selections" / "calibrated"
+    assert run.trusted.folders["harmful"] == str(run.root / "planted" / "fit" / "harmful.parquet")
+    assert Run(config_of(values)).planted is None
+    trial = Run(config_of(values, "selection.scorer=calibrated", "selector.trusted_rows=50"), base=run)
+    assert trial.planted.folder == run.root / "search" / "planted" / trial.planted.fingerprint[:8]
+    same = Run(config_of(values, "selection.scorer=calibrated", "selection.ratio=0.1"), base=run)
+    assert same.planted.folder == run.root / "planted"
+
+    listed = Run(config_of(values, "selection.scorer=[pharmacist, loss_gap]"))
+    assert listed.scored.fingerprint == plain["score"]
+    assert listed.main_selection.folder.name == "pharmacist-loss_gap"
+    assert listed.main_selection.config["weights"] == {"pharmacist": 1.0, "loss_gap": 1.0}
+    assert listed.selected("pharmacist").fingerprint == plain["select pharmacist"]
+
+
 def test_random_stands_for_its_draws_and_names_occur_once(values):
     run = Run(config_of(values, "scoring.random_draws=2", "comparison.selections=[random, all, random]", "comparison.seeds=[3]"))
     assert run.arms == ["random_0", "random_1", "all"]

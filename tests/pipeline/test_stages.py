@@ -329,6 +329,55 @@ def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
     assert "| all | booster | 1 | 24 |" in (root / "report" / "table.md").read_text()
 
 
+def test_a_calibrated_selection_holds_out_half_of_the_trusted_rows_and_says_what_it_is_worth(files, rows_of, tmp_path):
+    data = {}
+    for seed, name in enumerate(("validation", "harmful", "benign"), 20):
+        (tmp_path / f"{name}.jsonl").write_text("".join(row.raw + "\n" for row in rows_of(12, seed=seed)))
+        data[name] = {"path": str(tmp_path / f"{name}.jsonl")}
+    root = tmp_path / "run"
+    arguments = (
+        "-c", files / "run.yaml", f"run_dir={root}", *(f"data.{name}={json.dumps(value)}" for name, value in data.items()),
+        "scoring.scorers=[pharmacist, less, keyword, random]", "selection.scorer=calibrated", "comparison.selections=[pharmacist]",
+    )  # fmt: skip
+    outcomes = {stage: pharmacist(stage, *arguments) for stage in ("ingest", "fit", "score", "select")}
+    assert [one.code for one in outcomes.values()] == [0, 0, 0, 0], outcomes
+    kinds = "6 good, 6 mislabelled, 5 garbled, 6 ordinary, 6 over_refusal"
+    assert f"  half of the trusted rows is held out; planted of it: {kinds}\n" in outcomes["ingest"].out
+    held = {row.prompt for row in iterate_rows(root / "planted" / "rows" / "planted.parquet")}
+    for name in ("validation", "harmful"):
+        seen = {row.prompt for row in iterate_rows(root / "fit" / "rows" / f"{name}.parquet")}
+        assert len(seen) == 6
+        assert not seen & held
+    scored = pq.read_table(root / "scores" / "planted" / "rows" / "planted.parquet")
+    assert scored.column_names == ["id", "pharmacist", "less"]
+    assert scored.num_rows == 29
+    assert {file.name for file in (root / "scores" / "rows").iterdir()} == {"part-00000.parquet", "part-00001.parquet"}
+    planted = set(scored["id"].to_pylist())
+    for arm in ("calibrated", "pharmacist"):
+        kept = {row.id for row in iterate_rows(root / "selections" / arm / "rows")}
+        assert len(kept) == 12
+        assert not kept & planted
+    facts = json.loads((root / "selections" / "calibrated" / "manifest.json").read_text())["calibration"]
+    assert facts["scores"].keys() == {"pharmacist", "less"}
+    assert facts["kept"].keys() == {"good", "mislabelled", "garbled", "ordinary", "over_refusal"}
+    assert "  calibrated: estimated share that is kept of each kind: good " in outcomes["select"].out
+    assert "  calibrated: warning: no score tells planted " in outcomes["select"].out  # a random model knows nothing
+    before = times(root)
+    assert pharmacist("select", *arguments).code == 0
+    assert times(root) == before
+    page = pharmacist("report", *arguments)
+    assert page.code == 0, page
+    html = (root / "report" / "report.html").read_text()
+    assert "How good the kept rows are, by planted ones" in html
+    assert "no score tells planted " in html
+
+    error = failed(3, "ingest", *arguments, f"data.validation.path={files}/trusted.jsonl", f"run_dir={tmp_path}/few")
+    assert error == (
+        "pharmacist: a calibrated selection holds out half of the trusted rows, and data.validation has only 4: give it at least 10, "
+        "or select by another score\n"
+    )
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, workers):
     """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all.

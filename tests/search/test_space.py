@@ -53,6 +53,8 @@ def test_a_trial_aligns_one_selection_by_one_defence_and_keeps_the_rest(config_o
     assert (trial.comparison.selections, trial.comparison.seeds, trial.search) == (["pharmacist"], [7], None)
     assert trial.attacks[0].task == config.attacks[0].task
     assert trial_config(config, {"selection.scorer": "loss_gap"}).comparison.selections == ["loss_gap"]
+    listed = trial_config(config, {"selection.scorer": ["pharmacist", "loss_gap"]})
+    assert listed.comparison.selections == ["pharmacist-loss_gap"]
     everything = config_of({"selection.ratio": [0.2]}, selection="all")
     assert trial_config(everything, {}).comparison.selections == ["all"]
 
