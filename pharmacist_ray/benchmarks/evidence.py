@@ -67,7 +67,7 @@ def evidence(
     taken: list[float] = []
     for number, (world, noise) in enumerate(parts):
         folder = out / f"world-{world}" / f"noise-{noise:g}"
-        done = (folder / "run" / "evaluation" / "manifest.json").exists()
+        done = (folder / "calibrated" / "evaluation" / "manifest.json").exists()
         left = (len(parts) - number) * (sum(taken) / len(taken) if taken else MINUTES)
         say(
             f"[bold]evidence[/] world {world}, noise {noise:g}: {number + 1} of {len(parts)}"
@@ -87,7 +87,7 @@ def evidence(
 
 
 def _compared(folder: Path, world: World, *, first: Path, overrides: Sequence[str]) -> list[Row]:
-    """Make a world's data and run its comparison; one base serves all its noises."""
+    """Make a world's data, run its comparison and that of the calibrated selection, and return the rows; one base serves all noises."""
     bases = sorted(base.parent for base in first.glob("*/base/recipe.json"))
     make_testbed(folder, world, base=None if not bases or bases[0].parent == folder else bases[0])
     text = files("pharmacist_ray.testbed").joinpath("evidence.yaml").read_text(encoding="utf-8")
@@ -95,7 +95,11 @@ def _compared(folder: Path, world: World, *, first: Path, overrides: Sequence[st
     if not world.noise:
         settings.append(f"alignment.train.epochs={EPOCHS}")
     run = run_stage("run", load_config(folder / "config.yaml", [*settings, *overrides]))
-    return list(json_of(run.evaluated.require() / "table.json"))
+    rows = list(json_of(run.evaluated.require() / "table.json"))
+    # Half of the trusted rows stay out of this fit, which the other arms need not suffer from.
+    apart = [*settings, *overrides, f"run_dir={folder / 'calibrated'}", "comparison.selections=[random, calibrated]"]
+    run = run_stage("run", load_config(folder / "config.yaml", apart))
+    return rows + [row for row in json_of(run.evaluated.require() / "table.json") if row["selection"] == "calibrated"]
 
 
 def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:

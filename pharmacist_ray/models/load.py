@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.errors import ModelError, unknown_name
+from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.storage import StoragePath, local_copy
 
 transformers_logging.disable_progress_bar()  # weights load in seconds, and the bars of many workers fill a log
@@ -28,7 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """The precisions a model can be loaded in."""
 
 ALL_LINEAR = "all-linear"
-"""As LoRA targets: every linear layer but the output head."""
+"""As LoRA targets: every linear layer of the text decoder's layers. A mixture's router and its fused experts are none, and get no
+adapter; nor does what else a model has, such as a part that sees."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -54,7 +56,7 @@ def load_model(
     adapter: str | StoragePath | None = None,
     merge: bool = False,
     trust_remote_code: bool = False,
-    attn: str = "sdpa",
+    attn: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """Return a causal language model in evaluation mode.
@@ -65,7 +67,7 @@ def load_model(
         adapter: A PEFT adapter's folder or hub id to put on top; its weights stay trainable, the base is frozen.
         merge: Add the adapter into the weights, so that a plain model comes back.
         trust_remote_code: Run model code that comes with the weights. Only for sources as trusted as this package.
-        attn: The attention implementation, a name that transformers knows.
+        attn: The attention implementation, a name that transformers knows; by default the one that it takes for this model.
         device: Where the model goes.
 
     Raises:
@@ -79,10 +81,10 @@ def load_model(
         path,
         AutoModelForCausalLM.from_pretrained,
         dtype=DTYPES[dtype],
-        attn_implementation=attn,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **({"attn_implementation": attn} if attn else {}),
     )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"'{path}' lacks {len(missing)} of the model's weights ('{missing[0]}', …); download or export it again")
@@ -138,24 +140,43 @@ def add_lora(model: Any, settings: LoraConfig, seed: int) -> PeftModel:
     """
     if isinstance(model, PeftModel):
         raise ModelError("the model already has an adapter; merge it first (merge_adapter, or load_model with merge=True)")
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    if targets not in (ALL_LINEAR, [ALL_LINEAR]):
-        targets = [targets] if isinstance(targets, str) else targets
-        full = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in full)]
-        if unknown or not targets:
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in full}))
-            raise ModelError(f"no linear module for LoRA targets {unknown}; this model has {known}; or use '{ALL_LINEAR}'")
     config = PeftLoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        target_modules=_adapted(model, [settings.targets] if isinstance(settings.targets, str) else settings.targets),
         task_type="CAUSAL_LM",
     )
     with _own_generator(seed):
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     return adapted
+
+
+def _adapted(model: Any, targets: Sequence[str]) -> list[str]:
+    """Return what PEFT is to adapt, by the shortest names that mean just these modules.
+
+    Raises:
+        ModelError: A target names no linear module.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layers = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    inside = [name for name, module in linear.items() if id(module) in layers]
+    usable = [*inside, *(name for name, module in linear.items() if module is model.get_output_embeddings())]
+    named = {target: inside if target == ALL_LINEAR else [name for name in usable if _ends(name, target)] for target in targets}
+    unknown = [target for target, names in named.items() if not names]
+    if unknown or not targets:
+        known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in usable}))
+        raise ModelError(f"no linear module for LoRA targets {unknown}; this model has {known}; or use '{ALL_LINEAR}'")
+    wanted = {name for names in named.values() for name in names}
+    short = {name.rsplit(".", 1)[-1] for name in wanted}
+    # PEFT goes by the ends of names, whatever the module is.
+    return sorted(
+        short if {name for name, _ in model.named_modules() if any(_ends(name, one) for one in short)} == wanted else wanted
+    )
+
+
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def save_adapter(model: Any, out: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:

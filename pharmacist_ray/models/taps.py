@@ -143,8 +143,11 @@ def _hooked(modules: Sequence[nn.Module], use: Callable[[int, torch.Tensor], tor
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """Return the module that holds the list of decoder layers, and the list."""
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    for holder in model.modules():
+    base = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(base, "config", None)
+    count = getattr(config.get_text_config() if config is not None else None, "num_hidden_layers", None)
+    text = getattr(base, "get_decoder", lambda: None)() or base  # of a model that also sees, what reads and writes
+    for holder in text.modules():
         for child in holder.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return holder, child

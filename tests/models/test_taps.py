@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -256,7 +255,7 @@ def test_a_model_without_the_names_gives_one_clear_line() -> None:
 
 def test_a_model_without_a_list_of_layers_gives_one_clear_line() -> None:
     class Odd(nn.Module):
-        config = SimpleNamespace(num_hidden_layers=4)
+        config = LlamaConfig(num_hidden_layers=4)
 
         def __init__(self) -> None:
             super().__init__()
