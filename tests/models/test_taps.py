@@ -255,7 +255,7 @@ def test_a_model_without_the_names_gives_one_clear_line() -> None:
 
 def test_a_model_without_a_list_of_layers_gives_one_clear_line() -> None:
     class Odd(nn.Module):
-        config = LlamaConfig(num_hidden_layers=4)
+        config = MistralConfig(num_hidden_layers=4)
 
         def __init__(self) -> None:
             super().__init__()
