@@ -28,11 +28,11 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Compiled first: the tests start hundreds of processes, and each would compile the package for itself.
-# In three processes, for much of a test's time is waiting: for Ray to start, for a killed worker to be missed.
+# In two processes, for much of a test's time is waiting: for Ray to start, for a killed worker to be missed.
 unit: ONLY := -m "not slow"
 unit unit-all: setup setup-browser
 	$(BIN)/python -m compileall -q pharmacist_ray
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10 $(ONLY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(ONLY)
 
 # The report's tests look at the page in a real browser; without one they are skipped.
 setup-browser:
