@@ -133,10 +133,14 @@ def kill_one(
     """
     others = {process.pid for process in processes(name)}  # of a test before, whose pool nobody has collected yet
     found: list[psutil.Process] = []
+    looked = 0.0
 
     def act() -> bool:
+        nonlocal looked
         if not found or not found[-1].is_running() or found[-1].status() == psutil.STATUS_ZOMBIE:
-            found[:] = [process for process in processes(name) if process.pid not in others]
+            if time.monotonic() - looked > 0.3:  # looking through all processes takes a core's time from those that are waited for
+                found[:] = [process for process in processes(name) if process.pid not in others]
+                looked = time.monotonic()
             return False
         if not when():
             return False
@@ -193,7 +197,7 @@ def end(orphans: Sequence[psutil.Process]) -> None:
             one.kill()
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, process.communicate()[0]
