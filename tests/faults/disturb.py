@@ -138,7 +138,8 @@ def kill_one(
     def act() -> bool:
         nonlocal looked
         if not found or not found[-1].is_running() or found[-1].status() == psutil.STATUS_ZOMBIE:
-            if time.monotonic() - looked > 0.3:  # looking through all processes takes a core's time from those that are waited for
+            # Not more often: it takes a core's time from those that are waited for.
+            if time.monotonic() - looked > 0.3:
                 found[:] = [process for process in processes(name) if process.pid not in others]
                 looked = time.monotonic()
             return False
