@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
+# Empty is unset: where a machine tells Python to keep no bytecode, each of hundreds of processes would compile 200 packages anew.
+export PYTHONDONTWRITEBYTECODE :=
 DEMO ?= runs/demo
 EVIDENCE ?= runs/evidence
 SEARCH ?= runs/search-demo
