@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from pharmacist_ray.cli.app import main
 from pharmacist_ray.config import Config
 from pharmacist_ray.errors import PharmacistError, ResourceError
+from pharmacist_ray.pipeline.revisions import revision
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import run_report
 from pharmacist_ray.search import search
@@ -81,6 +83,7 @@ def test_the_report_is_a_page_also_where_nothing_is_compared(file, capsys):
         (run.root / "report" / "report.html").unlink()
     run = Run(load_config(file))
     run.evaluated.folder.mkdir()
-    (run.evaluated.folder / "manifest.json").write_text('{"fingerprint": "of other inputs"}')
+    made = {"fingerprint": "of other inputs", "revision": revision("evaluate")}
+    (run.evaluated.folder / "manifest.json").write_text(json.dumps(made))
     with pytest.raises(PharmacistError, match="evaluation was made with other settings or inputs"):
         run_report(run)
