@@ -46,7 +46,7 @@ demo: setup
 	$(BIN)/pharmacist testbed $(DEMO) --seed 100
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml
 
-# All arms over five worlds, each with a base model of its own, at three shares of broken rows: about two hours on 2 cores.
+# All arms over five worlds, each with a base model of its own, at three shares of broken rows: hours, and it says how many.
 # Interrupted, the same command goes on.
 evidence: setup
 	$(BIN)/python -m jobs.evidence --out $(EVIDENCE)

@@ -37,7 +37,7 @@ on 40 % of the candidates, as the steps of the other runs."""
 HIDDEN = ("uncovered", "rare")
 """Exposures that the trusted rows say nothing of: where curation has to be worth something."""
 MINUTES = 7.0
-"""What a run takes on 2 cores, about, for the estimate before the first one is measured (ours)."""
+"""What a run may take, a guess that the estimate begins with; after the first run it goes by what was measured (ours)."""
 SEED = 20251010
 """Of the intervals' draws; with few worlds nothing hangs on it."""
 

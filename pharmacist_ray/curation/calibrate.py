@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.combine import Ranks, rank_among, sample_scores
@@ -76,7 +77,7 @@ class Calibrated(Ranks):
         Args:
             table: The score columns.
         """
-        return _sigmoid(self.intercept + (self.ranks(table) - 0.5) @ self.slopes)
+        return np.asarray(expit(self.intercept + (self.ranks(table) - 0.5) @ self.slopes))
 
     def facts(self, share: float) -> dict[str, Any]:
         """Return what the model is made of and what it is worth, for a manifest.
@@ -190,7 +191,7 @@ def fit_logistic(features: Floats, good: NDArray[np.bool_], weights: Floats, pen
 
     beta = np.zeros(x.shape[1])
     for _ in range(100):
-        chance = _sigmoid(x @ beta)
+        chance = expit(x @ beta)
         gradient = x.T @ (weights * (chance - good)) + ridge * beta
         step = np.linalg.solve((x.T * (weights * chance * (1 - chance))) @ x + np.diag(ridge), gradient)
         while loss(beta - step) > loss(beta) + 1e-15:  # Newton may go too far where rows are nearly separable
@@ -226,7 +227,7 @@ def separation(
         bound = ((1 - LEVEL) / 2) ** (1 / fewest)
         return area, *((bound, 1.0) if area else (0.0, 1 - bound))
     odds, error = math.log(area / (1 - area)), math.sqrt(variance) / (area * (1 - area))
-    low, high = _sigmoid(np.array([odds - _Z * error, odds + _Z * error])).tolist()
+    low, high = expit(np.array([odds - _Z * error, odds + _Z * error])).tolist()
     return area, low, high
 
 
@@ -258,8 +259,3 @@ def _warnings(auroc: dict[str, dict[str, dict[str, float]]], bad: Sequence[str])
 
 def _interval(estimate: float, low: float, high: float) -> dict[str, float]:
     return {"estimate": estimate, "low": low, "high": high}
-
-
-def _sigmoid(values: Floats) -> Floats:
-    with np.errstate(invalid="ignore"):  # NaN stays NaN
-        return np.asarray(np.exp(-np.logaddexp(0, -values)))

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation.selector import (
     DIRECTIONS,
+    PARTS,
     IterativeSelector,
     Point,
     attacked_direction,
     batch_rows,
     checkpoint_name,
+    part_files,
 )
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
@@ -42,9 +44,6 @@ MAX_ITERATIVE = 5_000_000
 
 SAVE_EVERY = 20
 """Iterations between two saved states."""
-
-PARTS = ("directions", "logits", "reference", "tov")
-"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,6 @@ def fit(
     }
     write_text(json.dumps(summary, indent=1), out / "selector.json")
     return summary
-
-
-def part_files(selector: SelectorConfig, part: str) -> list[str]:
-    """Return the files of one of `PARTS`, without which it is not complete."""
-    if part == "directions":
-        return [f"directions/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
-    return ["logits.parquet"] if part == "logits" else [f"{part}/adapter/adapter_model.safetensors"]
 
 
 def trainings_of(selector: SelectorConfig, parts: Collection[str]) -> dict[str, tuple[TrainConfig, tuple[str, ...]]]:

@@ -37,6 +37,9 @@ TINY = 1e-30
 DIRECTIONS = ("pharmacist", "no_attack")
 """What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
 
+PARTS = ("directions", "logits", "reference", "tov")
+"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's."""
+
 _SCALE_DECAY = 0.999
 """Decay of the mean square by which a step on the logits is scaled (Adam's second moment's)."""
 
@@ -44,6 +47,13 @@ _SCALE_DECAY = 0.999
 def checkpoint_name(step: int) -> str:
     """Return the name under which the adapter and the directions of a warm-up step are kept."""
     return f"step-{step:06d}"
+
+
+def part_files(selector: SelectorConfig, part: str) -> list[str]:
+    """Return the files of one of `PARTS`, without which it is not complete."""
+    if part == "directions":
+        return [f"directions/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
+    return ["logits.parquet"] if part == "logits" else [f"{part}/adapter/adapter_model.safetensors"]
 
 
 @dataclass(frozen=True)

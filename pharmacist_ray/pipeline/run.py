@@ -12,10 +12,10 @@ from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of
-from pharmacist_ray.curation.fit import part_files
 from pharmacist_ray.curation.planted import KINDS
 from pharmacist_ray.curation.scorers import needs_model, parts_of
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.curation.selector import part_files
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef

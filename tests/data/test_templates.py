@@ -152,7 +152,7 @@ def test_a_template_that_leaves_answers_out_is_refused(tokenizer):
         Renderer(own)
 
 
-def test_the_day_on_which_a_run_goes_on_changes_nothing(tokenizer, monkeypatch):
+def test_the_day_on_which_a_run_goes_on_changes_nothing(tokenizer):
     """The template of transformers would read the clock; that of a renderer does not."""
     own = like(tokenizer, "Llama 3")
     assert "26 Jul 2024" not in own.apply_chat_template([{"role": "user", "content": "w0"}], tokenize=False)
