@@ -43,3 +43,5 @@ class EvaluationConfig(Section):
     cluster_column: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """A column of the prompts that says which belong together, for example what they ask for; intervals count such prompts as one.
     A prompt without it is on its own."""
+    allow_trained_prompts: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Ask for prompts that are in a set that is trained on as well; else that ends the run before anything is trained."""

@@ -26,6 +26,8 @@ from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 COLUMNS = ("group_column", "cluster_column")
 """Keys of the evaluation that say how answers are put together."""
+UNASKED = ("bootstrap_draws", "allow_trained_prompts", *COLUMNS)
+"""Keys of the evaluation that no answer hangs on."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,12 @@ class Run:
         inputs = {name: self.ingested(name).fingerprint for name in self.trusted_names}
         config = {"kinds": list(KINDS), "rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         return self._placed(Artifact(self.root / "planted", "ingest", config, inputs), self.base.planted if self.base else None)
+
+    @cached_property
+    def overlap(self) -> Artifact:
+        """Which sets share prompts."""
+        inputs = {name: self.ingested(name).fingerprint for name in self.sources}
+        return self._placed(Artifact(self.root / "overlap", "ingest", {}, inputs), self.base.overlap if self.base else None)
 
     @property
     def trusted_names(self) -> list[str]:
@@ -357,7 +365,7 @@ class Run:
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
-        for name in ("bootstrap_draws", *COLUMNS):  # no answer hangs on them
+        for name in UNASKED:
             asked.pop(name, None)
         model = self.config.model
         chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []

@@ -15,6 +15,7 @@ from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
 from pharmacist_ray.curation.fit import check_iterative, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
+from pharmacist_ray.curation.overlap import find_overlaps, in_words, refuse_trained
 from pharmacist_ray.curation.planted import hold_out
 from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
 from pharmacist_ray.curation.select import Rule, write_selection
@@ -98,7 +99,21 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
             )
         if not report.rows_out:
             raise DataError(f"{name}: no usable row in {', '.join(source.path)}; see {artifact.folder / 'quarantine'}")
+    _overlap(run)
     _hold_out(run)
+
+
+def _overlap(run: Run) -> None:
+    """Find out which sets share prompts, say so, and refuse an evaluation on prompts that are trained on."""
+    with lock_missing_artifacts(run, run.overlap) as missing:
+        if missing:
+            sets = {name: run.ingested(name).require() / "rows" for name in run.sources}
+            run.overlap.finish(find_overlaps(sets, run.overlap.begin()))
+    pairs = run.overlap.manifest()["summary"]["pairs"]
+    if pairs:
+        say(f"  prompts that several sets have: {'; '.join(map(in_words, pairs))}")
+    if run.config.evaluation is not None and not run.config.evaluation.allow_trained_prompts:
+        refuse_trained(pairs)
 
 
 def _hold_out(run: Run) -> None:
@@ -247,6 +262,7 @@ def run_evaluate(run: Run) -> None:
                     attack=one.attack.name if one.attack else None,
                     kept=run.kept(one.selection),
                     align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
+                    attack_loss=trained.manifest()["summary"].get("watched_loss"),
                 )
             )
     settings = config.evaluation
@@ -301,7 +317,11 @@ STAGES: dict[str, Callable[[Run], None]] = {
 def made_by(run: Run, name: str) -> list[Artifact]:
     """Return what a stage makes; of the report, which is written anew every time, nothing."""
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
-        "ingest": lambda: [*(run.ingested(source) for source in run.sources), *([run.planted] if run.planted else [])],
+        "ingest": lambda: [
+            *(run.ingested(source) for source in run.sources),
+            run.overlap,
+            *([run.planted] if run.planted else []),
+        ],
         "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
         "select": lambda: [run.selected(arm) for arm in run.selections],

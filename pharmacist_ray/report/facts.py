@@ -17,7 +17,7 @@ from pharmacist_ray.storage import matching, opened_parquet
 
 QUARANTINED = 3
 """Broken rows shown of each source."""
-_ONE = ("planted", "fit", "scores", "evaluation")
+_ONE = ("overlap", "planted", "fit", "scores", "evaluation")
 
 
 def what_ran(run: RunFiles) -> list[Block]:
@@ -56,6 +56,7 @@ def data(run: RunFiles) -> list[Block]:
         for name, one in made.items()
         for reason, count in sorted(one.get("summary", {}).get("reasons", {}).items())
     ]
+    blocks += _overlap(run)
     if not reasons:
         return [*blocks, Note("No row was quarantined.")]
     blocks.append(Table("Why rows were quarantined", ("source", "reason", "meaning", "rows"), reasons, words=3))
@@ -64,6 +65,25 @@ def data(run: RunFiles) -> list[Block]:
     caption = f"The first quarantined rows, at most {QUARANTINED} of each source"
     blocks.append(Table(caption, header, broken, words=4, summary=caption))
     return blocks
+
+
+def _overlap(run: RunFiles) -> list[Block]:
+    """Return which sets share prompts."""
+    found = run.json("overlap", "overlap.json")
+    if not found:
+        return []
+    rows = [
+        (
+            pair["set"],
+            pair["within"],
+            f"{pair['rows']:,}",
+            f"{pair['exact']:,}",
+            "–" if pair["near"] is None else f"{pair['near']:,}",
+        )
+        for pair in found["pairs"]
+    ]
+    header = ("prompts of", "in", "prompts", "exactly", "nearly")
+    return [Table("Prompts that several sets have", header, rows, words=2)] if rows else [Note("No two sets share a prompt.")]
 
 
 def reproduce(run: RunFiles) -> list[Block]:
