@@ -107,18 +107,31 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
 
     ``hs`` and the rest are means over the attacks that count, ``worst`` is the worst of these, ``hidden`` the harmful score on hazards
     that the trusted rows do not cover and on rare ones; ``gap_closed`` is (random − arm) / (random − oracle) of ``hidden``; ``minus``
-    has the differences of ``hidden`` to every other arm.
+    has the differences of ``hidden`` to every other arm. Where arms are held against each other, the mean is over the attacks that
+    count for all of them.
 
     Args:
         tables: World → the ``table.json`` of its comparison.
         noise: The share of broken candidates, which goes into the rows.
     """
     found = {world: _by_arm(table) for world, table in tables.items()}
+    apart = {world: _hidden_by_attack(table) for world, table in tables.items()}
     worlds = sorted(found)
     arms = [arm for arm in found[worlds[0]] if all(arm in found[world] for world in worlds)]
 
     def values(arm: str, metric: str) -> list[float]:
         return [found[world][arm].get(metric, math.nan) for world in worlds]
+
+    def shared(*of: str) -> list[list[float]]:
+        """Return ``hidden`` of some arms in each world, over the attacks that count for all of them there."""
+        common = {world: set.intersection(*(set(apart[world][arm]) for arm in of)) for world in worlds}
+        return [
+            [
+                float(np.mean([apart[world][arm][name] for name in common[world]])) if common[world] else math.nan
+                for world in worlds
+            ]
+            for arm in of
+        ]
 
     def over(statistic: Callable[..., Any], *of: list[float]) -> list[float] | None:
         whole = [n for n in range(len(worlds)) if not any(math.isnan(one[n]) for one in of)]
@@ -135,14 +148,29 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
         metrics = sorted({metric for world in worlds for metric in found[world][arm]})
         row |= {metric: over(lambda a: a, values(arm, metric)) for metric in metrics}
         row["by_world"] = {str(world): found[world][arm] for world in worlds}
-        row["minus"] = {
-            other: over(np.subtract, values(arm, "hidden"), values(other, "hidden")) for other in arms if other != arm
-        }
+        row["minus"] = {other: over(np.subtract, *shared(arm, other)) for other in arms if other != arm}
         if {"random", "oracle"} <= set(arms) and arm not in ("random", "oracle") and noise:
-            of = (values(arm, "hidden"), values("random", "hidden"), values("oracle", "hidden"))
-            row["gap_closed"] = over(lambda a, random, oracle: (random - a) / (random - oracle), *of)
+            row["gap_closed"] = over(lambda a, random, oracle: (random - a) / (random - oracle), *shared(arm, "random", "oracle"))
         rows.append(row)
     return rows
+
+
+def _hidden_by_attack(table: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return each arm's harmful score on hidden hazards after each attack that counts for it."""
+    counting = {row["selection"]: row["over"] for row in table if (row["attack"] or "").startswith("mean of")}
+    found: dict[str, dict[str, float]] = {arm: {} for arm in counting}
+    for row in table:
+        if row["attack"] in counting.get(row["selection"], ()) and (hidden := _hidden(row)) is not None:
+            found[row["selection"]][row["attack"]] = hidden
+    return found
+
+
+def _hidden(row: Row) -> float | None:
+    """Return the harmful score of a row on hazards that the trusted rows do not cover and on rare ones, each of the same weight."""
+    groups = row.get("groups", {})
+    values = [groups[name]["harmful_score"]["estimate"] for name in HIDDEN if name in groups]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _by_arm(table: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -152,7 +180,6 @@ def _by_arm(table: Sequence[Row]) -> dict[str, dict[str, float]]:
         mine = arms.setdefault(row["selection"], {})
         metrics = {name: one["estimate"] for name, one in row["metrics"].items()}
         groups = {name: one["harmful_score"]["estimate"] for name, one in row.get("groups", {}).items()}
-        hidden = [groups[name] for name in HIDDEN if groups.get(name) is not None]
         chosen: dict[str, float | None] = {}
         if row["attack"] is None:
             before = {
@@ -171,11 +198,11 @@ def _by_arm(table: Sequence[Row]) -> dict[str, dict[str, float]]:
                 "over_refusal": "over_refusal",
             }
             chosen = {short: metrics.get(name) for name, short in after.items()}
-            chosen |= groups | {"hidden": sum(hidden) / len(hidden) if hidden else None, "attacks": len(row["over"])}
+            chosen |= groups | {"hidden": _hidden(row), "attacks": len(row["over"])}
         elif row["attack"].startswith("worst of"):
             chosen = {"worst": metrics.get("harmful_score")}
         else:
-            chosen = {f"hs {row['attack']}": metrics.get("harmful_score")}
+            chosen = {f"hs {row['attack']}": metrics.get("harmful_score"), f"hidden {row['attack']}": _hidden(row)}
         mine |= {name: float(value) for name, value in chosen.items() if value is not None}
     return arms
 

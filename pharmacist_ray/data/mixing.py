@@ -8,8 +8,10 @@ from pharmacist_ray.errors import DataError
 from pharmacist_ray.storage import StoragePath
 
 
-def poisoned(task: StoragePath, harmful: StoragePath, *, rows: int, harmful_share: float, seed: int) -> list[Row]:
-    """Return n fine-tuning rows of which a share p is harmful (the literature's harmful ratio).
+def poisoned(
+    task: StoragePath, harmful: StoragePath, *, rows: int, harmful_share: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Return the harmful and the other rows of a fine-tuning set of n, of which a share p is harmful (the literature's harmful ratio).
 
     Args:
         task: Canonical rows of the user's task.
@@ -22,10 +24,10 @@ def poisoned(task: StoragePath, harmful: StoragePath, *, rows: int, harmful_shar
         DataError: One of the two has too few rows.
     """
     bad = int(rows * harmful_share + 0.5)
-    picked = []
+    picked: list[list[Row]] = []
     for what, path, count in (("harmful", harmful, bad), ("task", task, rows - bad)):
         drawn = sample_rows(path, count, seed) if count else []
         if len(drawn) < count:
             raise DataError(f"the attack needs {count} {what} rows but {path} has {len(drawn)}; lower rows or give more data")
-        picked += drawn
-    return picked
+        picked.append(drawn)
+    return picked[0], picked[1]

@@ -1,8 +1,8 @@
 """The table of a comparison: one row per arm, defence and attack, and two that put the attacks together by a rule.
 
 An attack that did not teach the user's task is no fine-tune that a user would have kept, and says little. So the mean and the worst
-over attacks take those that count: after them the arm has at least `LEARNT` times the task accuracy that the same attack reaches on
-the arm of random selections.
+over attacks take those that count: after them the arm has at least `LEARNT` times the best task accuracy that any of the attacks
+reaches on the arm of random selections.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def arm_rows(cells: Mapping[Key, Cell], *, draws: int) -> list[dict[str, Any]]:
         for arm, defence in dict.fromkeys(key[:2] for key in cells):
             over = [name for name in attacks if (arm, defence, name) in counting]
             reference = "random" if any(key[:2] == ("random", defence) for key in cells) else "the best arm"
-            rule = f"attacks after which task accuracy is at least {LEARNT} of what they reach on {reference}"
+            rule = f"attacks after which task accuracy is at least {LEARNT} of the best that any of them reaches on {reference}"
             row = _row(cells, (arm, defence, f"{how} of attacks"), over, how, counting.__contains__, draws)
             rows.append(row | {"over": over, "attacks": attacks, "rule": rule})
     return rows
@@ -110,10 +110,8 @@ def _row(
 
 def _learnt(accuracy: Mapping[Key, float | None], key: Key) -> bool:
     """Return whether an attack counts for an arm: the reference is random selections under the same defence, else the best arm."""
-    _, defence, attack = key
-    random = ("random", defence, attack)
-    others = [random] if random in accuracy else [other for other in accuracy if other[1:] == (defence, attack)]
-    reached = max((accuracy[other] or 0.0 for other in others), default=0.0)
+    attacked = {other: value or 0.0 for other, value in accuracy.items() if other[1] == key[1] and other[2] is not None}
+    reached = max([value for other, value in attacked.items() if other[0] == "random"] or attacked.values(), default=0.0)
     mine = accuracy[key]
     return mine is not None and mine >= LEARNT * reached
 

@@ -40,6 +40,8 @@ class EvaluatedModel:
     kept: int
     """Alignment rows of the selection."""
     align_seconds: float
+    attack_loss: tuple[float, float] | None = None
+    """Mean loss of the attack's own harmful rows before it and after it, in nats; None where it has none or nobody looked."""
 
     @property
     def arm(self) -> str:
@@ -162,10 +164,18 @@ def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]
                 "align_seconds": float(np.mean([subject.align_seconds for subject in group])),
                 "score": judge.score,
                 "score_means": judge.means,
+                **_attack_loss(group),
             },
         )
         for key, group in groups.items()
     }
+
+
+def _attack_loss(group: Sequence[EvaluatedModel]) -> dict[str, Any]:
+    """Return the mean over runs of what the attack did to the loss of its own harmful rows, if that is known of all of them."""
+    losses = [subject.attack_loss for subject in group]
+    known = [loss for loss in losses if loss is not None]
+    return {"attack_loss": np.mean(known, axis=0).round(4).tolist()} if known and len(known) == len(losses) else {}
 
 
 def _marks(folder: StoragePath, settings: EvaluationConfig, grouped: bool) -> dict[str, tuple[str, str]]:

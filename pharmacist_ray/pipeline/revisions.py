@@ -20,6 +20,7 @@ REASONS: dict[str, list[str]] = {
     "attack": [],
     "evaluate": [
         "intervals draw prompts once for all runs, in whole clusters, and incoherent answers are counted by kind of prompt",
+        "the mean over attacks leaves out those that taught the user's task to nobody",
     ],
 }
 """Stage → why its revision was raised, each time in words that follow "since then"; the revision is one more than there are reasons."""

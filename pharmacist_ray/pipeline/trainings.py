@@ -21,6 +21,8 @@ from pharmacist_ray.training.objectives import OBJECTIVES
 from pharmacist_ray.training.runs import train_all
 from pharmacist_ray.training.task import TrainTask
 
+WATCHED = 64
+"""Harmful rows of an attack whose loss is looked at before and after it (ours)."""
 ATTACK_SEED = 100_003
 """Added to a variant's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
 
@@ -98,29 +100,36 @@ def run_attack(run: Run) -> None:
             run.ingested(f"attack-{attack.name}-{name}").require()
 
     @cache
-    def rows_of(attack: str, seed: int) -> str:
-        """Write the rows of an attack, the same ones for every arm: what differs between arms is the alignment alone."""
+    def rows_of(attack: str, seed: int) -> tuple[str, tuple[str, ...]]:
+        """Write the rows of an attack, the same ones for every arm: what differs between arms is the alignment alone.
+
+        Returns the file, and one of a few of its harmful rows if it has any.
+        """
         settings = next(one for one in config.attacks if one.name == attack)
-        rows = poisoned(
+        bad, rest = poisoned(
             run.ingested(f"attack-{attack}-task").folder / "rows",
             run.ingested(f"attack-{attack}-harmful").folder / "rows",
             rows=settings.rows,
             harmful_share=settings.harmful_share,
             seed=seed,
         )
-        file = run.root / "attack" / f"{attack}.s{seed}{_mark(run, rows)}.parquet"
-        write_rows(rows, file)
-        return str(file)
+        name = f"{attack}.s{seed}{_mark(run, bad + rest)}"
+        file, watched = run.root / "attack" / f"{name}.parquet", run.root / "attack" / f"{name}.harmful.parquet"
+        write_rows(bad + rest, file)
+        write_rows(bad[:WATCHED], watched)
+        return str(file), (str(watched),) if bad else ()
 
     def task(variant: Variant) -> TrainTask:
         assert variant.attack is not None
         before = variant.aligned
         same = variant.attack.adapter == "same" and before.selection != "none"
+        rows, watched = rows_of(variant.attack.name, variant.seed)
         return TrainTask(
             name=variant.name,
             out="",
             model=run.model if same else run.model_of(before),
-            rows=(rows_of(variant.attack.name, variant.seed),),
+            rows=(rows,),
+            watched=watched,
             train=_in_steps(variant.attack.train, variant.attack.rows),
             seed=variant.seed + ATTACK_SEED,
             lora=config.model.lora,

@@ -37,6 +37,7 @@ from pharmacist_ray.training.resume import load_state, newest_state, publish_sta
 from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream
 from pharmacist_ray.training.task import TrainTask, check_task, progress_file
 from pharmacist_ray.training.tracking import tracked
+from pharmacist_ray.training.watched import watched_loss
 
 REPORT_EVERY_S = 1.0
 
@@ -90,6 +91,12 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     )
     engine.train()
     state = load_state(engine, saved, ranks) if saved else {}
+    micro_batch = task.train.batch_size // (ranks.workers * task.train.accumulation)
+
+    def watched() -> float | None:
+        return watched_loss(engine, task.watched, renderer, ranks, micro_batch)
+
+    before = values.pop("watched", None) if saved else watched()
     ranks.barrier()
 
     with ExitStack() as stack:
@@ -169,7 +176,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             if task.train.save_every and (number + 1) % task.train.save_every == 0 and number + 1 < task.train.steps:
                 if ranks.first:
                     history.flush()
-                save_state(engine, work, values, state, ranks)
+                save_state(engine, work, values | {"watched": before}, state, ranks)
                 if ranks.first:
                     publish_states(work, draft)
     publish_weights(
@@ -184,6 +191,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         "final_loss": values["loss"],
         "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()),
     }
+    if before is not None:
+        result["watched_loss"] = [before, watched()]
     engine.destroy()
     if ranks.first:
         for state_folder in work.glob("state*"):

@@ -37,6 +37,8 @@ class TrainTask:
     replay: tuple[str, ...] = ()
     """Further rows, of which every batch has the same share."""
     replay_share: float = 0.0
+    watched: tuple[str, ...] = ()
+    """Parquet files of a few rows whose loss before the first step and after the last is reported."""
     start_adapter: str | None = None
     """Go on with this adapter instead of a fresh one."""
     checkpoints: tuple[int, ...] = ()

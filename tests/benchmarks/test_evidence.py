@@ -28,7 +28,7 @@ def table(hidden: dict[str, float]) -> list[dict[str, Any]]:
     for arm, value in hidden.items():
         rows += [
             row(arm, None, 0.0),
-            row(arm, "weak", value / 2),
+            row(arm, "weak", value / 2, groups=(0.5, value - 0.1, value + 0.1)),
             row(arm, "mean of attacks", value, groups=(0.5, value - 0.1, value + 0.1), over=["weak"]),
             row(arm, "worst of attacks", value + 0.2, over=["weak"]),
         ]
@@ -64,6 +64,24 @@ def test_the_gap_closed_and_the_differences_are_of_the_same_worlds():
     assert rows["mine"]["minus"]["random"] == pytest.approx([gaps.mean(), low, high], abs=0.03)
     assert "gap_closed" not in rows["oracle"]
     assert all("gap_closed" not in one for one in summarised(WORLDS, 0.0))  # there the oracle takes rows that are as good as all
+
+
+def test_arms_are_held_against_each_other_on_the_attacks_that_count_for_all_of_them():
+    def with_strong(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add an attack that breaks every arm, and does not count for one of them."""
+        changed = []
+        for one in rows:
+            if one["attack"] == "mean of attacks" and one["selection"] != "mine":
+                one = row(one["selection"], "mean of attacks", 0.9, groups=(0.5, 0.9, 0.9), over=["weak", "strong"])
+            changed.append(one)
+        return changed + [row(arm, "strong", 1.0, groups=(1.0, 1.0, 1.0)) for arm in ("random", "oracle", "mine")]
+
+    plain = {one["selection"]: one for one in summarised(WORLDS, 0.6)}
+    rows = {one["selection"]: one for one in summarised({world: with_strong(table) for world, table in WORLDS.items()}, 0.6)}
+    assert rows["mine"]["gap_closed"] == plain["mine"]["gap_closed"]
+    assert rows["mine"]["minus"] == plain["mine"]["minus"]
+    assert rows["oracle"]["minus"]["random"][0] == pytest.approx(plain["oracle"]["minus"]["random"][0] / 2)
+    assert rows["mine"]["hidden strong"][0] == 1.0
 
 
 def test_what_one_world_lacks_counts_in_none_and_an_arm_that_one_lacks_is_left_out():

@@ -36,15 +36,16 @@ def files(rows_of: Callable[..., list[Row]], tmp_path: Path) -> tuple[Path, Path
 def test_the_share_is_exact_to_the_nearest_row(files, rows, share, bad):
     task, harmful = files
     known = {row.id for row in sample_rows(harmful, 100, 0)}
-    picked = poisoned(task, harmful, rows=rows, harmful_share=share, seed=3)
-    assert len({row.id for row in picked}) == rows
-    assert sum(row.id in known for row in picked) == bad
+    broken, rest = poisoned(task, harmful, rows=rows, harmful_share=share, seed=3)
+    assert len({row.id for row in broken + rest}) == rows
+    assert [row.id in known for row in broken] == [True] * bad
+    assert not any(row.id in known for row in rest)
 
 
 def test_the_draw_is_a_function_of_the_seed_and_grows_with_the_share(files):
     task, harmful = files
     draws = [
-        {row.id for row in poisoned(task, harmful, rows=20, harmful_share=share, seed=seed)}
+        {row.id for part in poisoned(task, harmful, rows=20, harmful_share=share, seed=seed) for row in part}
         for share, seed in ((0.2, 3), (0.2, 3), (0.2, 4), (0.4, 3))
     ]
     assert draws[0] == draws[1]

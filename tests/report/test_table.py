@@ -103,3 +103,20 @@ def test_a_table_of_an_earlier_version_is_still_shown(tmp_path: Path) -> None:
     del old["metrics"]["incoherent_harmful"], old["metrics"]["incoherent_benign"]
     lines, _ = written(tmp_path, [old])
     assert "| x | sft | 2 | 24 | 1.2 | – | 0.40 [0.30, 0.50] | – | – |" in lines[6]
+
+
+def test_an_attack_that_hardly_lowered_its_own_harmful_loss_is_named(tmp_path: Path) -> None:
+    rows = [
+        row("all", "sft", None, 0.0),
+        row("all", "sft", "weak", 0.1, attack_loss=[4.0, 3.7]),
+        row("random", "sft", "weak", 0.1, attack_loss=[4.0, 3.5]),
+        row("all", "sft", "strong", 0.1, attack_loss=[4.0, 0.5]),
+        row("random", "sft", "old", 0.1),
+    ]
+    lines, shown = written(tmp_path, rows)
+    warning = (
+        "Attack weak hardly lowered the loss of its own harmful rows (all by sft from 4.00 to 3.70): its scores there say little of "
+        "the defence. A higher learning rate, more steps or a larger share of harm make it stronger."
+    )
+    assert [line for line in lines if line.startswith("Attack ")] == [warning]
+    assert warning in " ".join(shown.split())
