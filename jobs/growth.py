@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pharmacist_ray.benchmarks.growth import growth
+from pharmacist_ray.benchmarks.growth import STAGES, growth
 from pharmacist_ray.cli.app import plain_failures
 
 
@@ -15,9 +15,13 @@ def main() -> None:
     parser.add_argument("sizes", nargs="+", type=int, help="numbers of rows")
     parser.add_argument("--out", type=Path, default=Path("runs/growth"), help="folder for data, runs and growth.json")
     parser.add_argument("--actors", type=int, default=2, help="scoring actors")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to measure")
+    parser.add_argument("--row-bytes", type=int, default=0, help="bytes of a row, about; 0: 12 to 24 words")
+    parser.add_argument("--max-length", type=int, default=64, help="longest sequence in tokens")
     given = parser.parse_args()
+    stages = STAGES[: STAGES.index(given.until) + 1]
     with plain_failures():
-        growth(given.sizes, given.out, actors=given.actors)
+        growth(given.sizes, given.out, actors=given.actors, stages=stages, row_bytes=given.row_bytes, max_length=given.max_length)
 
 
 if __name__ == "__main__":

@@ -85,13 +85,25 @@ class _Peaks:
             self.workers = max(self.workers, sum(sizes))
 
 
-def growth(sizes: Sequence[int], out: Path, *, actors: int = 2, store_mib: int = 256) -> list[Usage]:
+def growth(
+    sizes: Sequence[int],
+    out: Path,
+    *,
+    actors: int = 2,
+    stages: Sequence[str] = STAGES,
+    row_bytes: int = 0,
+    max_length: int = 64,
+    store_mib: int = 256,
+) -> list[Usage]:
     """Curate as many synthetic rows as each size says, print what each stage took, and write ``growth.json``.
 
     Args:
         sizes: Numbers of rows.
         out: Folder for data and runs; stages that an earlier measurement finished are taken over.
         actors: Scoring actors.
+        stages: Which to measure: the first of `STAGES`, as many as one wants.
+        row_bytes: Bytes of a row's prompt and answer together, about; 0 makes rows of 12 to 24 words.
+        max_length: The model's, in tokens; where a prompt has fewer bytes, ingestion need not tokenise it.
         store_mib: Ray's object store, the same for all sizes, so that it cannot hide growth.
 
     Raises:
@@ -103,36 +115,36 @@ def growth(sizes: Sequence[int], out: Path, *, actors: int = 2, store_mib: int =
         folder = out / str(rows)
         made = folder / "spent.json"
         spent = json_of(made) if made.exists() else []
-        if len(spent) < len(STAGES):
+        if len(spent) < len(stages):
             say(f"[bold]{rows:,} rows[/]")
-            config = _prepare(folder, rows, actors)
-            for stage in STAGES[len(spent) :]:
+            config = _prepare(folder, rows, actors, row_bytes, max_length)
+            for stage in stages[len(spent) :]:
                 spent.append(asdict(_run(stage, config, rows, store_mib)))
                 write_text(json.dumps(spent, indent=1), made)
-            _check(folder / "run", rows)
-        found += [Usage(**one) for one in spent]
+            _check(folder / "run", rows, stages)
+        found += [Usage(**one) for one in spent[: len(stages)]]
     write_text(json.dumps([asdict(one) for one in found], indent=1), out / "growth.json")
     console.print(_table(found))
     say(f"  {psutil.cpu_count()} cores; written to {escaped(out / 'growth.json')}")
     return found
 
 
-def _prepare(folder: Path, rows: int, actors: int) -> Path:
+def _prepare(folder: Path, rows: int, actors: int, row_bytes: int, max_length: int) -> Path:
     """Write model, data and configuration; return the configuration's file."""
     tokenizer = word_tokenizer(f"w{number}" for number in range(WORDS))
-    model = tiny_llama(tokenizer, hidden=32, layers=2, heads=2, intermediate=64, max_length=64)
+    model = tiny_llama(tokenizer, hidden=32, layers=2, heads=2, intermediate=64, max_length=max_length)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for first in range(0, rows, FILE_ROWS):
-        lines = (_line(number) for number in range(first, min(rows, first + FILE_ROWS)))
+        lines = (_line(number, row_bytes) for number in range(first, min(rows, first + FILE_ROWS)))
         write_text("".join(lines), folder / "data" / f"{first // FILE_ROWS:05d}.jsonl")
     for seed, name in enumerate(("validation", "harmful")):
         write_text("".join(_line(10 * number + 1 + seed) for number in range(64)), folder / f"{name}.jsonl")
     train = {"steps": 20, "batch_size": 16}
     values = {
         "run_dir": str(folder / "run"),
-        "model": {"path": str(folder / "model"), "template": "plain", "max_length": 64},
+        "model": {"path": str(folder / "model"), "template": "plain", "max_length": max_length},
         "data": {
             "candidates": {"path": str(folder / "data")},
             "validation": {"path": str(folder / "validation.jsonl")},
@@ -147,13 +159,15 @@ def _prepare(folder: Path, rows: int, actors: int) -> Path:
     return folder / "config.yaml"
 
 
-def _line(number: int) -> str:
+def _line(number: int, row_bytes: int = 0) -> str:
     """Return a row: every hundredth is the one before it again, every thousandth is not JSON."""
     if number % 1000 == 999:
         return '{"prompt": "w1", \n'
     draw = random.Random(number - 1 if number % 100 == 50 else number)
-    words = [f"w{draw.randrange(WORDS)}" for _ in range(draw.randrange(12, 25))]
-    prompt, response = " ".join(words[:8]), " ".join(words[8:])
+    count = draw.randrange(12, 25) if not row_bytes else max(12, row_bytes // 6)  # a word and the space after it: 6 bytes, nearly
+    words = [f"w{draw.randrange(WORDS)}" for _ in range(count)]
+    asked = 8 if not row_bytes else count // 3
+    prompt, response = " ".join(words[:asked]), " ".join(words[asked:])
     return json.dumps({"prompt": prompt, "response": response, "category": f"c{draw.randrange(10)}"}) + "\n"
 
 
@@ -182,27 +196,42 @@ def _private(process: psutil.Process) -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _check(run: Path, rows: int) -> None:
+def _check(run: Path, rows: int, stages: Sequence[str]) -> None:
     """Hold the counts against what was written."""
     broken = sum(number % 1000 == 999 for number in range(rows))
     twice = sum(number % 100 == 50 for number in range(rows))
     ingested = json_of(run / "ingest" / "candidates" / "manifest.json")["summary"]
     good = rows - broken - twice
-    kept = json_of(run / "selections" / "pharmacist" / "manifest.json")["kept"]
     told = {name: ingested[name] for name in ("rows_in", "rows_out", "duplicates", "quarantined")}
     wanted = {"rows_in": rows, "rows_out": good, "duplicates": twice, "quarantined": broken}
-    scored = sum(row_count(file) for file in (run / "scores" / "rows").glob("*.parquet"))
-    if told != wanted or scored != good or kept != int(RATIO * good + 0.5):
-        raise ArtifactError(f"wrong counts at {rows} rows: {told}, {scored} scored, {kept} kept; expected {wanted}")
+    if "score" in stages:
+        told["scored"] = sum(row_count(file) for file in (run / "scores" / "rows").glob("*.parquet"))
+        wanted["scored"] = good
+    if "select" in stages:
+        told["kept"] = json_of(run / "selections" / "pharmacist" / "manifest.json")["kept"]
+        wanted["kept"] = int(RATIO * good + 0.5)
+    if told != wanted:
+        raise ArtifactError(f"wrong counts at {rows} rows: {told}; expected {wanted}")
 
 
 def _table(found: Sequence[Usage]) -> Table:
+    """Return the measurements as a table; CPU time a row is what a size took more than the one before, so without the start."""
     table = Table(title="growth", title_justify="left")
-    for heading in ("rows", "stage", "s", "CPU s", "rows/s", "driver MiB", "largest worker MiB", "all workers MiB"):
+    for heading in ("rows", "stage", "s", "CPU s", "CPU µs/row", "rows/s", "driver MiB", "largest worker MiB", "all workers MiB"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
+    smaller: dict[str, Usage] = {}
     for one in found:
+        less = smaller.get(one.stage)
+        each = "" if less is None else f"{1e6 * (one.cpu_seconds - less.cpu_seconds) / max(1, one.rows - less.rows):.0f}"
+        smaller[one.stage] = one
         memory = (f"{value:.0f}" for value in (one.driver_mib, one.worker_mib, one.workers_mib))
         table.add_row(
-            f"{one.rows:,}", one.stage, f"{one.seconds:.1f}", f"{one.cpu_seconds:.1f}", f"{one.rows / one.seconds:,.0f}", *memory
+            f"{one.rows:,}",
+            one.stage,
+            f"{one.seconds:.1f}",
+            f"{one.cpu_seconds:.1f}",
+            each,
+            f"{one.rows / one.seconds:,.0f}",
+            *memory,
         )
     return table

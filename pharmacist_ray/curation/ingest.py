@@ -35,7 +35,7 @@ from pharmacist_ray.runtime.actors import plain_errors
 from pharmacist_ray.storage import RemotePath, StoragePath, local_copy, remove_tree, write_parquet, write_text
 
 if TYPE_CHECKING:
-    from pharmacist_ray.data.render import Renderer
+    from pharmacist_ray.data.room import Room
 
 SHARD_BYTES = 16 << 20
 """Input bytes per shard; ours: large enough for few files, small enough for a worker to lose little when it is killed."""
@@ -69,8 +69,8 @@ _WAY_SCHEMA = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-_RAW = ROW_SCHEMA.names.index("raw")
 _VALUES = attrgetter(*ROW_SCHEMA.names)
+_Item = bytes | dict[str, Any] | BadRow  # a line, a Parquet row, or what has neither
 
 
 @dataclass(frozen=True)
@@ -259,36 +259,52 @@ def _parse(
     """Yield the rows of chunks, good and broken, in tables with `_WAY_SCHEMA`; ``how`` goes to `to_row`."""
     chunks = ray.get(shared)
     for chunk in (chunks[index] for index in batch["id"]):
-        pending: list[tuple[Any, ...]] = []
+        pending: list[tuple[int, _Item, Row | BadRow]] = []
         size = 0
         for number, item in read_chunk(chunk):
-            entry = _entry(chunk, number, item, shards, model, how)
-            pending.append(entry)
-            size += len(entry[_RAW])
+            row = _row(chunk, number, item, how)
+            pending.append((number, item, row))
+            size += len(row.raw) if isinstance(row, Row) else _TEXT_CHARS
             if size > _BLOCK_BYTES:
-                yield _table(pending)
+                yield _table(chunk, pending, shards, model)
                 pending, size = [], 0
-        yield _table(pending)  # also an empty one: Ray cannot join blocks of which one has no columns
+        yield _table(chunk, pending, shards, model)  # also an empty one: Ray cannot join blocks of which one has no columns
 
 
-def _entry(
-    chunk: Chunk, line: int, item: bytes | dict[str, Any] | BadRow, shards: int, model: ModelRef | None, how: dict[str, Any]
-) -> tuple[Any, ...]:
-    """Return what was read as the values of `_WAY_SCHEMA`."""
+def _row(chunk: Chunk, line: int, item: _Item, how: dict[str, Any]) -> Row | BadRow:
+    """Return what was read as a row, or why it is none."""
+    if isinstance(item, BadRow):
+        return item
     try:
-        if isinstance(item, BadRow):
-            raise item
         record = _record(item) if isinstance(item, bytes) else item
         raw = item.decode().strip() if isinstance(item, bytes) else None
-        row = to_row(record, source=f"{chunk.name}:{line}", raw=raw, **how)
-        if model is not None:
-            _check_room(row, _renderer(model))
-        reason = detail = ""
+        return to_row(record, source=f"{chunk.name}:{line}", raw=raw, **how)
     except BadRow as bad:
-        text = bad.text or (item.decode(errors="replace") if isinstance(item, bytes) else repr(item))
+        return bad
+
+
+def _table(chunk: Chunk, read: list[tuple[int, _Item, Row | BadRow]], shards: int, model: ModelRef | None) -> pa.Table:
+    """Return what was read as a table with `_WAY_SCHEMA`; a row that does not fit the model is broken."""
+    if model is not None:
+        good = {place: row for place, (_, _, row) in enumerate(read) if isinstance(row, Row)}
+        places = list(good)
+        for index, bad in _room(model).misfits(list(good.values())).items():
+            line, item, _ = read[places[index]]
+            read[places[index]] = line, item, bad
+    entries = [_entry(chunk, *one, shards) for one in read]
+    columns = list(zip(*entries, strict=True)) or [()] * len(_WAY_SCHEMA)
+    arrays = [pa.array(column, type_.type) for column, type_ in zip(columns, _WAY_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=_WAY_SCHEMA)
+
+
+def _entry(chunk: Chunk, line: int, item: _Item, row: Row | BadRow, shards: int) -> tuple[Any, ...]:
+    """Return what was read as the values of `_WAY_SCHEMA`."""
+    reason = detail = ""
+    if isinstance(row, BadRow):
+        text = row.text or (item.decode(errors="replace") if isinstance(item, bytes) else repr(item))
         place = hashlib.blake2b(f"{chunk.name}:{line}".encode(), digest_size=16).hexdigest()
+        reason, detail = row.reason, printable_start(row.detail)
         row = Row(id=place, prompt="", response="", source=chunk.name, raw=printable_start(text))
-        reason, detail = bad.reason, printable_start(bad.detail)
     return (*_VALUES(row), chunk.file, line, shard_of(row.id, shards), reason, detail)
 
 
@@ -305,10 +321,11 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)  # once per worker process, which Ray keeps for many tasks
-def _renderer(model: ModelRef) -> Renderer:
+def _room(model: ModelRef) -> Room:
     from transformers import AutoTokenizer  # seconds to import, and only needed here
 
     from pharmacist_ray.data.render import Renderer
+    from pharmacist_ray.data.room import Room
 
     try:
         folder = local_copy(model.path) if "://" in model.path else model.path
@@ -316,27 +333,7 @@ def _renderer(model: ModelRef) -> Renderer:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {model.path}: {' '.join(str(error).split())[:300]}") from error
     arguments = dict(model.template_arguments)
-    return Renderer(tokenizer, model.template, model.max_length, system=model.system, arguments=arguments)
-
-
-def _check_room(row: Row, renderer: Renderer) -> None:
-    """Raise `BadRow` if the row cannot be rendered."""
-    try:
-        if row.response:
-            renderer.render(row)
-        elif len(renderer.prompt_ids(row)) >= renderer.max_length:
-            raise BadRow("no_room", f"the prompt leaves no room for an answer within model.max_length={renderer.max_length}")
-    except BadRow:
-        raise
-    except DataError as error:
-        reasons = {"no room": "no_room", "control token": "control_token"}
-        raise BadRow(next((reasons[words] for words in reasons if words in str(error)), "unrenderable"), str(error)) from None
-
-
-def _table(entries: list[tuple[Any, ...]]) -> pa.Table:
-    columns = list(zip(*entries, strict=True)) or [()] * len(_WAY_SCHEMA)
-    arrays = [pa.array(column, type_.type) for column, type_ in zip(columns, _WAY_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=_WAY_SCHEMA)
+    return Room(Renderer(tokenizer, model.template, model.max_length, system=model.system, arguments=arguments))
 
 
 def _write_shard(table: pa.Table, out: StoragePath) -> dict[str, list[Any]]:
