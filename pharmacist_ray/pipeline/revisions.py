@@ -20,6 +20,7 @@ REASONS: dict[str, list[str]] = {
     "attack": [],
     "evaluate": [
         "intervals draw prompts once for all runs, in whole clusters, and incoherent answers are counted by kind of prompt",
+        "answers beside the point (a label of the task, or the same few words to many prompts) are neither harm nor help",
     ],
 }
 """Stage → why its revision was raised, each time in words that follow "since then"; the revision is one more than there are reasons."""

@@ -52,7 +52,7 @@ def test_every_part_of_a_run_is_there_in_order(whole):
     assert "candidates bad_json the line is not JSON, or not a JSON object 5" in words(section(html, "data"))
     assert "24 kept, 33 dropped" in section(html, "scores")
     assert (
-        "strong pharmacist 2 24 1.2 0.40 0.40 [0.30, 0.50] 0.45 [0.35, 0.55] 0.50 [0.40, 0.60] 0.55 0.55 [0.45, 0.65] 0.60 0.60"
+        "strong pharmacist 2 24 1.2 0.40 0.40 [0.30, 0.50] 0.45 [0.35, 0.55] 0.50 [0.40, 0.60] – 0.55 0.55 [0.45, 0.65] 0.60 0.60"
         in words(section(html, "comparison"))
     )
     assert "strong pharmacist all +0.10 [+0.00, +0.20]" in words(section(html, "comparison"))
