@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -170,15 +170,12 @@ class Endpoint:
             places = {pool.submit(self._ask, client, one, over): place for place, one in enumerate(requests)}
             failed: PharmacistError | None = None
             for future in as_completed(places):
-                if future.cancelled():
-                    continue
                 try:
                     reply = future.result()
+                except CancelledError:
+                    continue
                 except PharmacistError as error:
                     failed = failed or error
-                    over.set()  # nobody waits any longer; what is under way is kept
-                    for other in places:
-                        other.cancel()
                     continue
                 yield places[future], reply
             if failed:
@@ -191,6 +188,16 @@ class Endpoint:
             yield client
 
     def _ask(self, client: httpx2.Client, request: dict[str, Any], over: threading.Event) -> Reply:
+        """Return the reply to one request; the first failure sets ``over``, and then nobody begins or waits any longer."""
+        if over.is_set():
+            raise CancelledError
+        try:
+            return self._patiently(client, request, over)
+        except PharmacistError:
+            over.set()
+            raise
+
+    def _patiently(self, client: httpx2.Client, request: dict[str, Any], over: threading.Event) -> Reply:
         limit = stop_after_delay(self.config.patience_s)
         asked = Retrying(
             retry=retry_if_exception_type(Busy),
