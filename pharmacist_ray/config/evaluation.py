@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
@@ -80,6 +80,16 @@ class JudgeConfig(Section):
         return self.name or self.kind
 
 
+def _form(value: object) -> str:
+    """Return which form of a judge, or of several, a value is meant to be, so that an error is about that one alone."""
+    return "name" if isinstance(value, str) else "several" if isinstance(value, list) else "settings"
+
+
+_NAMED = Annotated[str, Tag("name")]
+_SET = Annotated[JudgeConfig, Tag("settings")]
+_One = Annotated[_NAMED | _SET, Discriminator(lambda value: "name" if isinstance(value, str) else "settings")]
+_Several = Annotated[list[_One], Field(min_length=1), Tag("several")]
+
 HOW = ("url", "key_variable", "concurrency", "timeout_s", "patience_s", "batch_size")
 """Keys of a judge that say how it is asked; no verdict hangs on them."""
 
@@ -92,7 +102,7 @@ class EvaluationConfig(Section):
     benign_prompts: SourceConfig
     """Ordinary prompts, for over-refusal."""
     task: TaskEvaluation
-    judge: str | JudgeConfig | Annotated[list[str | JudgeConfig], Field(min_length=1)] = "phrases"
+    judge: Annotated[_NAMED | _SET | _Several, Discriminator(_form)] = "phrases"
     """Which judge, by name or with its settings (`{kind: generative, path: …, template: harmbench}`); `pharmacist doctor` lists all.
     Of several in a list the first decides the figures, and the report says how far the others agree with it."""
     judge_path: Location | None = None

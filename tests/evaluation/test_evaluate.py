@@ -489,3 +489,33 @@ def test_the_first_of_several_judges_decides_and_the_others_are_stored_and_compa
     ]  # fmt: skip
     assert counts["agreement"][0]["agreement"] == broken / 12
     assert (counts["agreement"][0]["harmful"], counts["agreement"][0]["harmful_by_other"]) == ((12 - broken) / 12, 0.0)
+
+
+def test_a_classifier_is_loaded_once_for_both_kinds_of_prompts(tmp_path, model_folder, rows_of):
+    from pharmacist_ray.evaluation.judges import classifier
+    from tests.evaluation.judges.test_classifier import save
+
+    loads = []
+
+    def counted(path: str, *args: Any) -> Any:
+        loads.append(path)
+        return classifier.load_classifier(path, *args)
+
+    folder = save(tmp_path / "judge")
+    for name in ("harmful", "benign"):
+        write_rows(rows_of(4), tmp_path / name / "part-00000.parquet")
+    judge = {"kind": "classifier", "path": str(folder)}
+    settings = EvaluationConfig(
+        harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, judge=judge, max_new_tokens=4
+    )  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "load", lambda path: counted(path, "judge"))
+        answer_all(
+            {tmp_path / "answers": ModelRef(str(model_folder), template="plain")},
+            {name: tmp_path / name for name in ("harmful", "benign")},
+            settings=settings,
+            resources=ResourcesConfig(actors=0),
+        )
+    assert loads == [str(folder)]
+    found = [row["verdict"] for file in sorted((tmp_path / "answers").glob("*.parquet")) for row in read_table(file).to_pylist()]
+    assert len(found) == 8
