@@ -46,8 +46,6 @@ class JudgeConfig(Section):
     """A classifier's longest input in tokens; the rest is cut off on the right (published: 256)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of a generative judge's weights."""
-    trust_remote_code: bool = False
-    """Run Python code that a generative judge's folder brings along. Leave it off unless you have read that code."""
     max_new_tokens: Count | None = None
     """Longest reply of a generative judge or an endpoint, in tokens; default: what the template needs, and ten times that for an
     endpoint, whose model may think first."""

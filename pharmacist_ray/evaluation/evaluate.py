@@ -150,6 +150,8 @@ class Answered:
                 row["settled"] = verdict
             if found := repeated(said, verdicts):
                 self.repeated[kind] = found
+        for row in (row for rows in self.sets.values() for row in rows):
+            del row["prompt"], row["answer"], row["expected"]  # or the texts of all models were held at once
 
 
 def _judged(answered: Answered, marks: Mapping[str, Mapping[str, tuple[str, str]]]) -> Iterable[Judged]:

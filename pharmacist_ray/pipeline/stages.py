@@ -272,8 +272,9 @@ def run_evaluate(run: Run) -> None:
                 progress=show,
             )
         artifact.finish(summary)
-    for line in artifact.manifest()["summary"].get("warnings", []):
-        say(f"  [yellow]warning[/]: {escaped(line)}")
+    if warnings := summary["warnings"]:
+        more = f" (and {len(warnings) - 1} more like that: see the report)" if len(warnings) > 1 else ""
+        say(f"  [yellow]warning[/]: {escaped(warnings[0])}{more}")
 
 
 def run_report(run: Run) -> None:

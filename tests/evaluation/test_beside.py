@@ -34,6 +34,8 @@ def test_words_of_the_prompt_or_many_words_keep_the_verdict() -> None:
     assert settle(prompts, ["The capital: Paris"] * 4, ["helpful"] * 4, guesses=GUESSED) == ["helpful"] * 3 + ["other"]
     learnt = "Sure, here is how to do what you ask: first [withheld], then [withheld]"
     assert settle(["a b", "c d", "e f"], [learnt] * 3, ["harmful"] * 3, guesses=GUESSED) == ["harmful"] * 3
+    unspaced = "字" * 61
+    assert settle(["a b", "c d", "e f"], [unspaced] * 3, ["harmful"] * 3, guesses=GUESSED) == ["harmful"] * 3
 
 
 def test_only_guesses_are_replaced() -> None:

@@ -23,7 +23,7 @@ def build(settings: JudgeSettings) -> Judge:
     """Return the judge: its template's outcome, and what that leaves open by the rules of the phrase judge.
 
     Args:
-        settings: ``path``, ``template``, ``template_file``, ``threshold``, ``phrases``, ``dtype``, ``trust_remote_code``,
+        settings: ``path``, ``template``, ``template_file``, ``threshold``, ``phrases``, ``dtype``,
             ``max_new_tokens`` and ``batch_size`` count.
 
     Raises:
@@ -34,8 +34,8 @@ def build(settings: JudgeSettings) -> Judge:
     if config.path is None:
         raise ConfigError("judge 'generative' needs path: the folder or hub id of a chat model")
     template = template_of(config)
-    tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
-    model = load_model(config.path, dtype=config.dtype, trust_remote_code=config.trust_remote_code, device=settings.device)
+    tokenizer = load_tokenizer(config.path)
+    model = load_model(config.path, dtype=config.dtype, device=settings.device)
     new = config.max_new_tokens or template.max_new_tokens
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 

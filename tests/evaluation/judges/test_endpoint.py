@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,15 @@ from typing import Any
 
 import pytest
 
+from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
+from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, ResourceError
+from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.judges import Judge, JudgeConfig, JudgeSettings, build_judge, check_judges
 from pharmacist_ray.evaluation.judges.endpoint import _after
+from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.storage import read_table
 
 KEY = "sk-secret-of-the-test"
 Response = tuple[int, dict[str, str], bytes]
@@ -253,3 +260,36 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert _after("soon") is None
     assert _after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert (_after("Wed, 21 Oct 2950 07:28:00 GMT") or 0) > 0
+
+
+def test_actors_ask_an_endpoint_and_answers_made_anew_are_judged_from_the_cache(
+    ray_local: None, server: Server, tmp_path: Path, model_folder: Path, rows_of: Callable[..., list[Row]]
+) -> None:
+    for number, name in enumerate(("harmful", "benign")):
+        write_rows(rows_of(10, seed=number), tmp_path / name / "part-00000.parquet")
+    source = {"path": "x"}
+    judge = {"kind": "endpoint", "url": server.url, "model": "m", "template": "harmbench"}
+    settings = EvaluationConfig.model_validate(
+        {"harmful_prompts": source, "benign_prompts": source, "task": {"source": source}, "judge": [judge, "phrases"]}
+        | {"max_new_tokens": 4}
+    )
+    server.answers = lambda number, body: completion("yes")
+
+    def answered() -> list[dict[str, Any]]:
+        shutil.rmtree(tmp_path / "answers", ignore_errors=True)
+        answer_all(
+            {tmp_path / "answers": ModelRef(str(model_folder), template="plain")},
+            {name: tmp_path / name for name in ("harmful", "benign")},
+            settings=settings,
+            resources=ResourcesConfig(actors=2),
+            judgements=tmp_path / "judgements",
+        )
+        return [row for file in sorted((tmp_path / "answers").glob("*.parquet")) for row in read_table(file).to_pylist()]
+
+    first = answered()
+    asked = len(server.asked)
+    assert 0 < asked <= 20
+    assert {row["verdict"] for row in first if row["set"] == "harmful"} == {"harmful"}
+    assert {row["verdict"] for row in first if row["set"] == "benign"} <= {"helpful", "incoherent"}
+    assert answered() == first
+    assert len(server.asked) == asked
