@@ -268,7 +268,7 @@ def test_actors_ask_an_endpoint_and_answers_made_anew_are_judged_from_the_cache(
     for number, name in enumerate(("harmful", "benign")):
         write_rows(rows_of(10, seed=number), tmp_path / name / "part-00000.parquet")
     source = {"path": "x"}
-    judge = {"kind": "endpoint", "url": server.url, "model": "m", "template": "harmbench"}
+    judge = {"kind": "endpoint", "url": server.url, "model": "m", "template": "harmbench", "patience_s": 2}
     settings = EvaluationConfig.model_validate(
         {"harmful_prompts": source, "benign_prompts": source, "task": {"source": source}, "judge": [judge, "phrases"]}
         | {"max_new_tokens": 4}
@@ -293,3 +293,7 @@ def test_actors_ask_an_endpoint_and_answers_made_anew_are_judged_from_the_cache(
     assert {row["verdict"] for row in first if row["set"] == "benign"} <= {"helpful", "incoherent"}
     assert answered() == first
     assert len(server.asked) == asked
+    shutil.rmtree(tmp_path / "judgements")
+    server.close()  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"^the judge at http://127\S+ could not be asked for 2 s: ConnectError .*is kept$"):
+        answered()
