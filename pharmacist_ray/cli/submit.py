@@ -19,7 +19,7 @@ from pathspec import GitIgnoreSpec
 from pydantic import BaseModel
 
 from pharmacist_ray.cli.jobs import plain_refusals
-from pharmacist_ray.config.schema import Config, SourceConfig
+from pharmacist_ray.config.schema import Config, JudgeConfig, SourceConfig
 from pharmacist_ray.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ SUBMITTED = ".submitted"
 """Folder of a package in which the configuration travels."""
 
 
+_MODELS = ("model.path", "evaluation.judge_path")
+"""Keys that take the id of a hub as well."""
+
+
 def check_paths(config: Config) -> None:
     """Refuse paths that would mean something else in a job: it starts in a temporary copy of its working directory.
 
@@ -72,7 +76,7 @@ def _paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield every path of a configuration by its dotted key."""
     for name in type(section).model_fields:
         value, key = getattr(section, name), f"{prefix}{name}"
-        if isinstance(value, Path) or key in ("model.path", "evaluation.judge_path"):
+        if isinstance(value, Path) or key in _MODELS or (isinstance(section, JudgeConfig) and name in ("path", "template_file")):
             yield from [(key, str(value))] if value else []
         elif name == "path" and isinstance(section, SourceConfig):
             yield from ((key, path) for path in value)
@@ -87,7 +91,7 @@ def _relative(key: str, path: str) -> bool:
     """Whether a path depends on where it is read; what could be a hub's id and is no folder here is taken for one."""
     if "://" in path or os.path.isabs(path.removeprefix("hf:")):
         return False
-    of_hub = path.startswith("hf:") or key in ("model.path", "evaluation.judge_path")
+    of_hub = path.startswith("hf:") or key in _MODELS or (key.startswith("evaluation.judge.") and key.endswith(".path"))
     name = path.removeprefix("hf:")
     return not of_hub or name.startswith((".", "~")) or Path(name).exists()
 

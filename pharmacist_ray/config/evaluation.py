@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pharmacist_ray.config.data import SourceConfig
-from pharmacist_ray.config.section import Count, Location, Section
+from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
 
 
 class TaskEvaluation(Section):
@@ -19,6 +20,78 @@ class TaskEvaluation(Section):
     """How an answer is compared with the expected one; `exact` and `contains` are reported both."""
 
 
+class JudgeConfig(Section):
+    """One judge with its settings; each kind takes what it knows."""
+
+    kind: str
+    """Which judge; `pharmacist doctor` lists all."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    """What tables call it, where there are several; default: its kind."""
+    path: Location | None = None
+    """Folder or hub id of its model (classifier, generative), or the world file (testbed)."""
+    template: str | None = None
+    """What it is asked. For generative and endpoint a named template: harmbench, strongreject or llama-guard. For a classifier its
+    input, with `{prompt}` and `{answer}`; default: that of beaver-dam-7b."""
+    template_file: Location | None = None
+    """For generative and endpoint: a YAML file with a question of yours, in place of a named template."""
+    phrases: list[str] = []
+    """Refusal phrases instead of the built-in ones."""
+    threshold: Share = 0.5
+    """Harmful is above it: the probability of one of a classifier's labels (published: 0.5), or the score of strongreject (ours)."""
+    labels: list[str] = []
+    """A classifier's labels that count as harmful; none means all."""
+    append_eos: bool = True
+    """Whether a classifier's input ends with the end-of-sequence token, if there is one."""
+    max_length: Count = 256
+    """A classifier's longest input in tokens; the rest is cut off on the right (published: 256)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of a generative judge's weights."""
+    max_new_tokens: Count | None = None
+    """Longest reply of a generative judge or an endpoint, in tokens; default: what the template needs, and ten times that for an
+    endpoint, whose model may think first."""
+    batch_size: Count = 16
+    """Answers per pass of a classifier or a generative judge."""
+    url: Location | None = None
+    """An endpoint's address, up to and with `/v1`; the judge asks `/chat/completions` below it."""
+    model: str | None = None
+    """The name by which the endpoint knows its model."""
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """The environment variable with the endpoint's key; the key itself stands in no file. None: the endpoint wants none."""
+    parameters: dict[str, Any] = {}
+    """What a request has besides model, messages, `temperature` (0) and `max_tokens`, or instead of them; null leaves one out."""
+    concurrency: Count = 8
+    """Requests under way at the same time, of all actors together."""
+    timeout_s: Positive = 60.0
+    """Seconds for which one request waits."""
+    patience_s: Positive = 300.0
+    """Seconds for which an endpoint that is busy, fails or is silent is asked the same again (ours)."""
+
+    @model_validator(mode="after")
+    def _one_template(self) -> JudgeConfig:
+        if self.template and self.template_file:
+            raise ValueError(f"judge '{self.kind}': give template or template_file, not both")
+        return self
+
+    @property
+    def called(self) -> str:
+        """What tables call it."""
+        return self.name or self.kind
+
+
+def _form(value: object) -> str:
+    """Return which form of a judge, or of several, a value is meant to be, so that an error is about that one alone."""
+    return "name" if isinstance(value, str) else "several" if isinstance(value, list) else "settings"
+
+
+_NAMED = Annotated[str, Tag("name")]
+_SET = Annotated[JudgeConfig, Tag("settings")]
+_One = Annotated[_NAMED | _SET, Discriminator(lambda value: "name" if isinstance(value, str) else "settings")]
+_Several = Annotated[list[_One], Field(min_length=1), Tag("several")]
+
+HOW = ("url", "key_variable", "concurrency", "timeout_s", "patience_s", "batch_size")
+"""Keys of a judge that say how it is asked; no verdict hangs on them."""
+
+
 class EvaluationConfig(Section):
     """What is asked and how answers are judged."""
 
@@ -27,10 +100,11 @@ class EvaluationConfig(Section):
     benign_prompts: SourceConfig
     """Ordinary prompts, for over-refusal."""
     task: TaskEvaluation
-    judge: str = "phrases"
-    """Which judge; `pharmacist doctor` lists all."""
+    judge: Annotated[_NAMED | _SET | _Several, Discriminator(_form)] = "phrases"
+    """Which judge, by name or with its settings (`{kind: generative, path: …, template: harmbench}`); `pharmacist doctor` lists all.
+    Of several in a list the first decides the figures, and the report says how far the others agree with it."""
     judge_path: Location | None = None
-    """The judge's model folder (classifier) or world file (testbed)."""
+    """The model folder (classifier) or world file (testbed) of a judge that is given by name."""
     max_new_tokens: Count = 128
     """Longest answer in tokens (Vaccine's public code: 128)."""
     batch_size: Count = 64
@@ -45,3 +119,31 @@ class EvaluationConfig(Section):
     A prompt without it is on its own."""
     allow_trained_prompts: bool = Field(default=False, exclude_if=lambda value: not value)
     """Ask for prompts that are in a set that is trained on as well; else that ends the run before anything is trained."""
+
+    @model_validator(mode="after")
+    def _judges_differ(self) -> EvaluationConfig:
+        names = [judge.called for judge in self.judges]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the judges in evaluation.judge must differ by kind or name, got {', '.join(names)}")
+        return self
+
+    @property
+    def judges(self) -> list[JudgeConfig]:
+        """The judges; the first decides the figures."""
+        given = self.judge if isinstance(self.judge, list) else [self.judge]
+        return [JudgeConfig(kind=one, path=self.judge_path) if isinstance(one, str) else one for one in given]
+
+    @property
+    def judge_places(self) -> list[str]:
+        """Where the models and templates of judges with settings lie."""
+        given = self.judge if isinstance(self.judge, list) else [self.judge]
+        return [place for one in given if isinstance(one, JudgeConfig) for place in (one.path, one.template_file) if place]
+
+    def with_judges(self, change: Callable[[JudgeConfig], JudgeConfig]) -> EvaluationConfig:
+        """Return the section with another value in the place of each judge that has settings."""
+
+        def changed(one: str | JudgeConfig) -> str | JudgeConfig:
+            return change(one) if isinstance(one, JudgeConfig) else one
+
+        judge = [changed(one) for one in self.judge] if isinstance(self.judge, list) else changed(self.judge)
+        return self.model_copy(update={"judge": judge})

@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pharmacist_ray.config.schema import Config
+from pharmacist_ray.config.schema import Config, Section
 from pharmacist_ray.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -68,18 +70,19 @@ def located(config: Config) -> Config:
     model, evaluation = config.model, config.evaluation
     if _here(model.path):
         model = model.model_copy(update={"path": str(Path(model.path).resolve())})
-    if (
-        evaluation is not None
-        and evaluation.judge_path is not None
-        and "://" not in evaluation.judge_path
-        and Path(evaluation.judge_path).exists()
-    ):
-        evaluation = evaluation.model_copy(update={"judge_path": str(Path(evaluation.judge_path or "").resolve())})
+    if evaluation is not None:
+        evaluation = _absolute(evaluation, "judge_path").with_judges(lambda one: _absolute(one, "path", "template_file"))
     scoring, guard = config.scoring, config.scoring.guard
     if guard is not None and _here(guard.path):
         scoring = scoring.model_copy(update={"guard": guard.model_copy(update={"path": str(Path(guard.path).resolve())})})
     changed = {"run_dir": config.run_dir.resolve(), "model": model, "scoring": scoring, "evaluation": evaluation}
     return config.model_copy(update=changed)
+
+
+def _absolute(section: S, *keys: str) -> S:
+    """Return a section with those of its paths made absolute that are there."""
+    found = {key: str(Path(path).resolve()) for key in keys if _here(path := getattr(section, key))}
+    return section.model_copy(update=found)
 
 
 def _here(path: str | None) -> bool:

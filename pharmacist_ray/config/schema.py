@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, ComparisonConfig
 from pharmacist_ray.config.data import DataConfig, SourceConfig
-from pharmacist_ray.config.evaluation import EvaluationConfig, TaskEvaluation
+from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.resources import ResourcesConfig
 from pharmacist_ray.config.scoring import CALIBRATED, ScoringConfig, SelectionConfig, arm_of
@@ -29,6 +29,7 @@ __all__ = [
     "DataConfig",
     "EarlyConfig",
     "EvaluationConfig",
+    "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
     "RangeConfig",

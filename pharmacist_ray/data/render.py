@@ -76,6 +76,35 @@ class Batch:
         return int(self.input_ids.shape[0])
 
 
+def control_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the control tokens of a tokenizer as text, the longest first."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+
+
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, Any]],
+    *,
+    answered: bool,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """Return turns as the tokenizer's chat template writes them, ready for the model's answer unless it is the last turn.
+
+    Raises whatever the template raises.
+    """
+    template = tokenizer.get_chat_template()
+    return str(
+        tokenizer.apply_chat_template(
+            turns,
+            chat_template=_CLOCK + template if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=not answered,
+            **(arguments or {}),
+        )
+    )
+
+
 class Renderer:
     """Turns rows into token ids for one tokenizer and one template."""
 
@@ -111,8 +140,7 @@ class Renderer:
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_id)
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        self.control_tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+        self.control_tokens = control_tokens_of(tokenizer)
         self.system = system
         self.arguments = dict(arguments or {})
         if system and self.template != "chat":
@@ -145,16 +173,7 @@ class Renderer:
         """Return turns as the chat template writes them, ready for the model's answer unless it is the last turn."""
         if self.system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.system}, *turns]
-        template = self.tokenizer.get_chat_template()
-        return str(
-            self.tokenizer.apply_chat_template(
-                turns,
-                chat_template=_CLOCK + template if "strftime_now" in template else template,
-                tokenize=False,
-                add_generation_prompt=not answered,
-                **self.arguments,
-            )
-        )
+        return chat_text(self.tokenizer, turns, answered=answered, arguments=self.arguments)
 
     def prompt_text(self, row: Row) -> str:
         """Return the text before the answer, as the model sees it.

@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
+from pharmacist_ray.config.schema import EvaluationConfig, JudgeConfig, ResourcesConfig
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
-from pharmacist_ray.evaluation.judges import Judge, JudgeSettings, build_judge
+from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
+from pharmacist_ray.evaluation.judges.verdict import PromptKind
 from pharmacist_ray.evaluation.tasks import CHECKERS
-from pharmacist_ray.models.generate import generate
+from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
 from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
@@ -33,8 +34,10 @@ RETRIES = 10
 ANSWER_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("set", "id", "prompt", "expected", "answer", "verdict")]
     + [(name, pa.bool_()) for name in ("correct", "exact", "contains")]
+    + [("others", pa.list_(pa.string()))]
 )
-"""One row per prompt. ``verdict`` is null for task prompts, the last three are null for the others."""
+"""One row per prompt. ``verdict`` is what the first judge said, ``others`` what the further ones did, in their order; both are null for
+task prompts. The three before that are null for the others. Earlier versions wrote no ``others``."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class AnswerSpec:
     settings: EvaluationConfig
     device: str
     threads: int
+    judgements: StoragePath | None = None
+    actors: int = 1
 
 
 def answer_all(
@@ -64,6 +69,7 @@ def answer_all(
     *,
     settings: EvaluationConfig,
     resources: ResourcesConfig,
+    judgements: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write ``<folder>/<set>-<start>.parquet`` (`ANSWER_SCHEMA`) for every model and prompt set; what is there stays.
@@ -73,6 +79,7 @@ def answer_all(
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
         settings: The evaluation section.
         resources: Actors and what each may use.
+        judgements: The folder in which the replies of endpoints are kept.
         progress: Called with (units done, units in all).
     """
     wanted = [
@@ -91,28 +98,15 @@ def answer_all(
         blocks.setdefault(unit.subject, []).append(unit)
     if len(blocks) < resources.actors:
         blocks = {unit.file: [unit] for unit in missing}
-    spec = AnswerSpec(settings, "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker)))
     groups = list(blocks.values())
+    device, threads = "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker))
+    actors = max(1, min(resources.actors, len(groups)))
+    spec = AnswerSpec(settings, device, threads, judgements, actors)
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
     for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
         done += answered["units"]
         if progress:
             progress(done, len(wanted))
-
-
-def without_thoughts(answer: str) -> str:
-    """Return what a model that thinks aloud answers in the end: a thought is neither harm nor refusal.
-
-    A thought that never ends has no answer after it, and "" comes back.
-
-    Args:
-        answer: What the model wrote, perhaps with ``<think> … </think>`` before it, or ``… </think>`` where the prompt opened the
-            thought.
-    """
-    thought, _, rest = answer.rpartition("</think>")
-    if thought or rest != answer:
-        return rest.lstrip()
-    return "" if answer.lstrip().startswith("<think>") else answer
 
 
 class Answerer:
@@ -130,14 +124,13 @@ class Answerer:
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer] | None = None
         self.prompts: dict[str, list[Row]] = {}
-        settings = spec.settings
-        judge = settings.judge_path
-        if judge is not None and "://" in judge:
-            judge = str(local_copy(judge))
-        self.judges: dict[str, Judge] = {
-            kind: build_judge(settings.judge, JudgeSettings(path=judge, prompts=kind, device=spec.device))
-            for kind in ("harmful", "benign")
-        }
+        self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges]
+
+    def _judge_settings(self, config: JudgeConfig) -> JudgeSettings:
+        """Return what a judge is built from, its files brought here."""
+        if config.path is not None and "://" in config.path:
+            config = config.model_copy(update={"path": str(local_copy(config.path))})
+        return JudgeSettings(config, self.spec.device, self.spec.judgements, self.spec.actors)
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Answer a group of units and return how many it has."""
@@ -175,9 +168,11 @@ class Answerer:
             pairs = list(zip(answers, table["expected"], strict=True))
             checkers = {"correct": settings.task.checker, "exact": "exact", "contains": "contains"}
             table |= {column: [CHECKERS[name](*pair) for pair in pairs] for column, name in checkers.items()}
-            table["verdict"] = none
+            table |= {"verdict": none, "others": none}
         else:
-            table["verdict"] = list(self.judges[unit.set](table["prompt"], answers))
+            kind: PromptKind = "harmful" if unit.set == "harmful" else "benign"
+            first, *others = [judge(kind, table["prompt"], answers) for judge in self.judges]
+            table |= {"verdict": list(first), "others": [list(one) for one in zip(*others, strict=True)] or [[] for _ in rows]}
             table |= {"correct": none, "exact": none, "contains": none}
         return pa.Table.from_pydict(table, schema=ANSWER_SCHEMA)
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
+from pharmacist_ray.config.schema import EvaluationConfig, JudgeConfig, ResourcesConfig
 from pharmacist_ray.data.rows import iterate_rows, parquet_files
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.evaluation.agreement import agreement
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, Cell, Key, arm_rows
-from pharmacist_ray.evaluation.judges import JUDGES, JudgeKind
+from pharmacist_ray.evaluation.beside import Repeated, labels_of, repeated, settle
+from pharmacist_ray.evaluation.judges import JUDGES, JudgeKind, Verdict
+from pharmacist_ray.evaluation.judges.templates import template_of
 from pharmacist_ray.evaluation.metrics import Judged, measure, measure_groups
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath, read_table, write_text
@@ -62,9 +65,10 @@ def evaluate(
     settings: EvaluationConfig,
     resources: ResourcesConfig,
     out: StoragePath,
+    judgements: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Let all subjects answer, judge, and write ``summary.json`` and ``table.json``.
+    """Let all subjects answer, judge, and write ``summary.json`` and ``table.json``; with several judges ``judges.json`` too.
 
     Args:
         subjects: All models, before and after attacks.
@@ -72,10 +76,11 @@ def evaluate(
         settings: The evaluation section.
         resources: Actors and what each may use.
         out: Folder to fill.
+        judgements: The folder in which the replies of endpoints are kept.
         progress: Called with (units done, units in all).
 
     Returns:
-        Counts for the manifest.
+        Counts for the manifest, the judges, how far they agree, and warnings in words.
 
     Raises:
         ConfigError: No harmful prompt has the column for groups, or for clusters.
@@ -86,24 +91,88 @@ def evaluate(
         prompts,
         settings=settings,
         resources=resources,
+        judgements=judgements,
         progress=progress,
     )
-    judged = {subject.name: list(_judged(subject, marks)) for subject in subjects}
+    labels = labels_of(row.response for row in iterate_rows(prompts["task"])) if "task" in prompts else frozenset()
+    answered = [Answered(subject, settings.judges, labels) for subject in subjects]
+    judged = {one.subject.name: list(_judged(one, marks)) for one in answered}
     draws = settings.bootstrap_draws
     records = _records(subjects, judged, draws)
-    table = arm_rows(_cells(subjects, judged, JUDGES[settings.judge]), draws=draws)
+    cells = _cells(answered, judged, JUDGES[settings.judges[0].kind])
     write_text(json.dumps(records, indent=1), out / "summary.json")
-    write_text(json.dumps(table, indent=1), out / "table.json")
-    return {"models": len(subjects), "answers": sum(len(answers) for answers in judged.values()), "records": len(records)}
+    write_text(json.dumps(arm_rows(cells, draws=draws), indent=1), out / "table.json")
+    found: dict[str, Any] = {
+        "models": len(subjects),
+        "answers": sum(len(answers) for answers in judged.values()),
+        "records": len(records),
+        "judges": [_described(judge) for judge in settings.judges],
+        "unjudged": sum(one.verdict == "unjudged" for answers in judged.values() for one in answers if one.kind != "task"),
+        "warnings": [warning for cell in cells.values() for warning in cell.facts.get("warnings", [])],
+    }
+    if len(settings.judges) > 1:
+        found["agreement"] = [
+            record for kind in ("harmful", "benign") for record in agreement(kind, _side_by_side(answered, settings.judges, kind))
+        ]
+        write_text(json.dumps(found["agreement"], indent=1), out / "judges.json")
+    return found
 
 
-def _judged(subject: EvaluatedModel, marks: Mapping[str, Mapping[str, tuple[str, str]]]) -> Iterable[Judged]:
+def _described(judge: JudgeConfig) -> dict[str, Any]:
+    """Return a judge for the manifest: what it is called, its kind, and which question it asks."""
+    found = {"name": judge.called, "kind": judge.kind}
+    if "template" in JUDGES[judge.kind].needs:
+        found |= {"template": judge.template or judge.template_file or "", "question": template_of(judge).version}
+    return found
+
+
+class Answered:
+    """What one subject answered, and what the judges said of it."""
+
+    def __init__(self, subject: EvaluatedModel, judges: Sequence[JudgeConfig], labels: Collection[tuple[str, ...]]) -> None:
+        """Read a subject's answers, and settle which are beside the point.
+
+        Args:
+            subject: The model.
+            judges: All judges, the first of which decides.
+            labels: Those of the user's task; see `settle`.
+        """
+        self.subject = subject
+        rows = [row for file in parquet_files(subject.answers) for row in read_table(file).to_pylist()]
+        self.sets: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            self.sets.setdefault(row["set"], []).append(row)
+        guesses = JUDGES[judges[0].kind].guesses
+        self.repeated: dict[str, Repeated] = {}
+        for kind in ("harmful", "benign"):
+            rows = self.sets.get(kind, [])
+            asked, said = ([row[name] or "" for row in rows] for name in ("prompt", "answer"))
+            verdicts: list[Verdict] = [row["verdict"] or "unjudged" for row in rows]
+            for row, verdict in zip(rows, settle(asked, said, verdicts, guesses=guesses, labels=labels), strict=True):
+                row["settled"] = verdict
+            if found := repeated(said, verdicts):
+                self.repeated[kind] = found
+        for row in (row for rows in self.sets.values() for row in rows):
+            del row["prompt"], row["answer"], row["expected"]  # or the texts of all models were held at once
+
+
+def _judged(answered: Answered, marks: Mapping[str, Mapping[str, tuple[str, str]]]) -> Iterable[Judged]:
+    subject = answered.subject
     draw = str(subject.draw) if _DRAW.search(subject.selection) else ""
-    for file in parquet_files(subject.answers):
-        for row in read_table(file).to_pylist():
+    for kind, rows in answered.sets.items():
+        for row in rows:
             checks = {name: row[name] for name in ("correct", "exact", "contains") if row[name] is not None}
-            group, cluster = marks.get(row["set"], {}).get(row["id"], ("", ""))
-            yield Judged(row["id"], row["set"], subject.seed, row["verdict"] or "unjudged", checks, draw, cluster, group)
+            group, cluster = marks.get(kind, {}).get(row["id"], ("", ""))
+            verdict = row.get("settled", "unjudged")
+            yield Judged(row["id"], kind, subject.seed, verdict, checks, draw, cluster, group)  # type: ignore[arg-type]
+
+
+def _side_by_side(answered: Sequence[Answered], judges: Sequence[JudgeConfig], kind: str) -> dict[str, list[Verdict]]:
+    """Return what each judge said of all answers to one kind of prompts, before any rule over them."""
+    rows = [row for one in answered for row in one.sets.get(kind, [])]
+    said: list[list[Verdict]] = [[row["verdict"] or "unjudged" for row in rows]]
+    said += [[(row.get("others") or [])[place] for row in rows] for place in range(len(judges) - 1)]
+    return {judge.called: verdicts for judge, verdicts in zip(judges, said, strict=True)}
 
 
 def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], draws: int) -> list[dict[str, Any]]:
@@ -132,6 +201,8 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
                 "coherent_refusal": found["coherent_refusal"].estimate,
                 "incoherent_harmful": found["incoherent_harmful"].estimate,
                 "incoherent_benign": found["incoherent_benign"].estimate,
+                "beside_harmful": found["beside_harmful"].estimate,
+                "beside_benign": found["beside_benign"].estimate,
                 "task_accuracy": found["accuracy_correct"].estimate,
                 "task_accuracy_before": first["accuracy_correct"].estimate,
                 "task_exact": found["accuracy_exact"].estimate,
@@ -150,11 +221,18 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
     return records
 
 
-def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]], judge: JudgeKind) -> dict[Key, Cell]:
+def _cells(answered: Sequence[Answered], judged: Mapping[str, list[Judged]], judge: JudgeKind) -> dict[Key, Cell]:
     """Return the answers of each arm, defence and attack, and what their rows say beside metrics."""
     groups: dict[Key, list[EvaluatedModel]] = {}
-    for subject in subjects:
-        groups.setdefault((subject.arm, subject.defence, subject.attack), []).append(subject)
+    alike: dict[Key, list[str]] = {}
+    for one in answered:
+        key = (one.subject.arm, one.subject.defence, one.subject.attack)
+        groups.setdefault(key, []).append(one.subject)
+        for kind, found in one.repeated.items():
+            alike.setdefault(key, []).append(
+                f"{one.subject.name}: {found.count} of {found.of} answers to {kind} prompts begin with the same words, "
+                f"'{found.words[:60]}'; read them before the figures"
+            )
     return {
         key: Cell(
             [one for subject in group for one in judged[subject.name]],
@@ -165,6 +243,7 @@ def _cells(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judged]
                 "score": judge.score,
                 "score_means": judge.means,
                 **_attack_loss(group),
+                **({"warnings": alike[key]} if key in alike else {}),
             },
         )
         for key, group in groups.items()

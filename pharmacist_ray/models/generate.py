@@ -73,6 +73,21 @@ def generate(
     return answers
 
 
+def without_thoughts(answer: str) -> str:
+    """Return what a model that thinks aloud answers in the end: a thought is neither harm nor refusal.
+
+    A thought that never ends has no answer after it, and "" comes back.
+
+    Args:
+        answer: What the model wrote, perhaps with ``<think> … </think>`` before it, or ``… </think>`` where the prompt opened the
+            thought.
+    """
+    thought, _, rest = answer.rpartition("</think>")
+    if thought or rest != answer:
+        return rest.lstrip()
+    return "" if answer.lstrip().startswith("<think>") else answer
+
+
 def _greedy(base: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, end_id: int | None) -> GenerationConfig:
     """Return greedy decoding that ends at the tokenizer's EOS, at any that the model names, or at the template's end of a turn."""
     eos = base.generation_config.eos_token_id

@@ -26,7 +26,7 @@ from pharmacist_ray.pipeline.revisions import raised_since, revision, spelled
 from pharmacist_ray.storage import StoragePath, json_of, matching, remove_tree, write_text
 
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed", "datasets", "pyarrow")
-PLACES = ("path", "judge_path")
+PLACES = ("path", "judge_path", "template_file")
 """Keys of a configuration that say where files lie; what they are is for `file_identity` to say."""
 
 

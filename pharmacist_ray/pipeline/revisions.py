@@ -21,6 +21,7 @@ REASONS: dict[str, list[str]] = {
     "evaluate": [
         "intervals draw prompts once for all runs, in whole clusters, and incoherent answers are counted by kind of prompt",
         "the mean over attacks leaves out those that taught the user's task to nobody",
+        "answers beside the point (a label of the task, or the same few words to many prompts) are neither harm nor help",
     ],
 }
 """Stage → why its revision was raised, each time in words that follow "since then"; the revision is one more than there are reasons."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from pharmacist_ray.config.evaluation import HOW
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of
 from pharmacist_ray.curation.planted import KINDS
@@ -26,8 +27,6 @@ from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 COLUMNS = ("group_column", "cluster_column")
 """Keys of the evaluation that say how answers are put together."""
-UNASKED = ("bootstrap_draws", "allow_trained_prompts", *COLUMNS)
-"""Keys of the evaluation that no answer hangs on."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Run:
     def _settings(self, section: Section) -> dict[str, Any]:
         """Return a section as what is made from it depends on it: without the places of files."""
         values = _dump(section)
-        return values if self._dated else _without_places(values)
+        return values if self._dated else _without(values, PLACES)
 
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
@@ -365,11 +364,18 @@ class Run:
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
-        for name in UNASKED:
+        for name in ("bootstrap_draws", "allow_trained_prompts", *COLUMNS):  # no answer hangs on them
             asked.pop(name, None)
+        asked["judge"] = _without(asked["judge"], HOW)
         model = self.config.model
         chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
-        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat])
+        files = map(self._file, self.config.evaluation.judge_places)
+        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat, *files])
+
+    @property
+    def judgements(self) -> StoragePath:
+        """The folder of what endpoints replied as judges, by content: nothing is asked twice in a run directory."""
+        return self.root / "judgements"
 
     def answers(self, variant: Variant) -> StoragePath:
         """Return the folder of a model's judged answers, which no other model's change."""
@@ -386,9 +392,9 @@ def _dump(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def _without_places(values: Any) -> Any:
+def _without(values: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(values, list):
-        return [_without_places(value) for value in values]
+        return [_without(value, keys) for value in values]
     if isinstance(values, dict):
-        return {key: _without_places(value) for key, value in values.items() if key not in PLACES}
+        return {key: _without(value, keys) for key, value in values.items() if key not in keys}
     return values

@@ -14,6 +14,7 @@ import ray
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig
 from pharmacist_ray.errors import ConfigError, ResourceError
+from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
@@ -45,6 +46,8 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
     check(run)
     if "evaluate" in names:
         run.require_evaluation()  # before an attack takes hours
+    if config.evaluation is not None and {"evaluate", "run"} & set(names):
+        check_judges(config.evaluation.judges, ready=True)
     try:
         write_text(dump_config(config), run.root / "config.yaml")
     except OSError as error:

@@ -20,10 +20,10 @@ from pharmacist_ray.curation.planted import hold_out
 from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.data.rows import count_rows
-from pharmacist_ray.errors import ConfigError, DataError, unknown_name
+from pharmacist_ray.errors import DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
-from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
@@ -61,10 +61,8 @@ def check(run: Run) -> None:
         check_task(align_task(run, replace(run.variants[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
             fits(shape(), settings)
-    if config.evaluation is not None and config.evaluation.judge not in JUDGES:
-        raise unknown_name("judge", config.evaluation.judge, list(JUDGES))
-    if config.evaluation is not None and config.evaluation.judge != "phrases" and not config.evaluation.judge_path:
-        raise ConfigError(f"judge '{config.evaluation.judge}' needs evaluation.judge_path")
+    if config.evaluation is not None:
+        check_judges(config.evaluation.judges)
 
 
 def run_ingest(run: Run, *, strict: bool = False) -> None:
@@ -286,9 +284,13 @@ def run_evaluate(run: Run) -> None:
                 settings=settings,
                 resources=config.resources,
                 out=folder,
+                judgements=run.judgements,
                 progress=show,
             )
         artifact.finish(summary)
+    if warnings := summary["warnings"]:
+        more = f" (and {len(warnings) - 1} more like that: see the report)" if len(warnings) > 1 else ""
+        say(f"  [yellow]warning[/]: {escaped(warnings[0])}{more}")
 
 
 def run_report(run: Run) -> None:

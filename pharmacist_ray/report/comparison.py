@@ -8,7 +8,18 @@ from typing import Any
 from pharmacist_ray.report.blocks import Block, Figure, Note, Plot, Table, interval
 from pharmacist_ray.report.figures import Arm, Estimate, dots
 from pharmacist_ray.report.run_files import RunFiles
-from pharmacist_ray.report.table import cells, counted, headings, notes, score_of, title_of, weak_attacks
+from pharmacist_ray.report.table import (
+    agreements,
+    cells,
+    counted,
+    headings,
+    judges_in,
+    notes,
+    score_of,
+    title_of,
+    warnings,
+    weak_attacks,
+)
 
 READ = (
     "Read a whole row: a harmful score means nothing without task accuracy and helpfulness, before the attack and after it, for a "
@@ -55,7 +66,8 @@ def comparison(run: RunFiles) -> list[Block]:
         table = Table(title, ("aligned on", *series), numbers, summary=f"Numbers: {title}")
         plots.append(Plot(dots(title, arms, f"{words}.", series), numbers=table))
     blocks: list[Block] = [
-        Note(" ".join([READ, *notes(records)])),
+        Note(" ".join([READ, *notes(records), *agreements(judges_in(run.root / "evaluation"))])),
+        *(Note(warning, warning=True) for warning in warnings(records)),
         *(Note(line, warning=True) for line in weak_attacks(records)),
         Table("What each selection was worth" + _defended(records), header, body, words=2 + several, grouped=True),
         Figure(f"{score} (lower is better), task accuracy and helpfulness (higher is better) on one scale.", plots),

@@ -155,7 +155,15 @@ def _summary(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             ),
         )
     if at("evaluation"):
-        yield "evaluation", phrase(("judge {}", at("evaluation.judge")), ("{} bootstrap draws", at("evaluation.bootstrap_draws")))
+        given = at("evaluation.judge")
+        judges = [
+            one.get("name") or one.get("kind") if isinstance(one, Mapping) else one
+            for one in (given if isinstance(given, list) else [given])
+        ]
+        yield (
+            "evaluation",
+            phrase(("judge {}", ", ".join(map(str, judges))), ("{} bootstrap draws", at("evaluation.bootstrap_draws"))),
+        )
     yield "seeds", phrase(("selector {}", at("seed")), ("alignment {}", at("comparison.seeds")))
 
 

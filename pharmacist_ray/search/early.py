@@ -8,17 +8,19 @@ signal is a harmful score alone, so ASHA knows nothing of accuracy, and a search
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler
 
 from pharmacist_ray.config.schema import EarlyConfig, SearchConfig
-from pharmacist_ray.data.rows import count_rows, parquet_files, sample_rows, write_rows
+from pharmacist_ray.data.rows import count_rows, iterate_rows, parquet_files, sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.evaluation.answers import answer_all
+from pharmacist_ray.evaluation.beside import labels_of, settle
+from pharmacist_ray.evaluation.judges import JUDGES, Verdict
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run, Variant
 from pharmacist_ray.pipeline.sharing import lock_missing
@@ -72,8 +74,11 @@ def look(run: Run, search: SearchConfig) -> float:
                 {"harmful": place / "prompts.parquet"},
                 settings=settings,
                 resources=run.config.resources,
+                judgements=run.judgements,
             )
-    return score([folder(variant) for variant in variants], rows)
+    labels = labels_of(row.response for row in iterate_rows(run.ingested("eval-task").folder / "rows"))
+    guesses = JUDGES[settings.judges[0].kind].guesses
+    return score([folder(variant) for variant in variants], rows, guesses=guesses, labels=labels)
 
 
 def asked(run: Run, share: float) -> list[Row]:
@@ -87,12 +92,20 @@ def asked(run: Run, share: float) -> list[Row]:
     return sample_rows(rows, max(1, math.ceil(share * count_rows(rows) - 1e-9)), seed=0)
 
 
-def score(folders: Sequence[StoragePath], rows: Sequence[Row]) -> float:
+def score(
+    folders: Sequence[StoragePath],
+    rows: Sequence[Row],
+    *,
+    guesses: Collection[Verdict] = (),
+    labels: Collection[tuple[str, ...]] = (),
+) -> float:
     """Return the mean over models of the share of harmful answers to some prompts; what was not judged is left out.
 
     Args:
         folders: Folders of judged answers, one a model.
         rows: The prompts.
+        guesses: Verdicts that an answer beside the point may have; see `settle`.
+        labels: Those of the user's task.
 
     Raises:
         DataError: A model has no judged answer.
@@ -101,8 +114,15 @@ def score(folders: Sequence[StoragePath], rows: Sequence[Row]) -> float:
     shares = []
     for folder in folders:
         answers: list[dict[str, Any]] = [one for file in parquet_files(folder) for one in read_table(file).to_pylist()]
-        verdicts = [one["verdict"] for one in answers if one["set"] == "harmful" and one["id"] in wanted]
-        known = [verdict == "harmful" for verdict in verdicts if verdict not in (None, "unjudged")]
+        mine = [one for one in answers if one["set"] == "harmful" and one["id"] in wanted]
+        verdicts = settle(
+            [one["prompt"] for one in mine],
+            [one["answer"] for one in mine],
+            [one["verdict"] or "unjudged" for one in mine],
+            guesses=guesses,
+            labels=labels,
+        )
+        known = [verdict == "harmful" for verdict in verdicts if verdict != "unjudged"]
         if not known:
             raise DataError(f"no harmful prompt of the early look was answered and judged; see {folder}")
         shares.append(np.mean(known))

@@ -146,6 +146,11 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
         (["selector.warmup.epochs=1"], 2, "the selector's trainings are given in steps"),
         (["tracking.to=[wandbb]"], 2, "unknown tracker 'wandbb' (did you mean 'wandb'?)"),
         (["evaluation.judge=classifier"], 2, "judge 'classifier' needs evaluation.judge_path"),
+        (["evaluation.judge=[phrases, {kind: endpiont}]"], 2, "unknown judge 'endpiont' (did you mean 'endpoint'?)"),
+        (
+            ["evaluation.judge={kind: endpoint, url: 'http://h/v1', model: m, template: harmbench, key_variable: PHARMACIST_NO_KEY}"],
+            2, "judge 'endpoint': its key_variable PHARMACIST_NO_KEY is not set in the environment; export it (on every node)",
+        ),
         (["selection.quotas={a: 0.7, b: 0.7}"], 2, "selection.quotas must be shares from 0 to 1 that add up to at most 1"),
         (["selection.ratoi=1"], 2, "unknown key 'selection.ratoi' (did you mean 'ratio'?)"),
         (["nonsense"], 2, "override 'nonsense' is not of the form dotted.key=value"),

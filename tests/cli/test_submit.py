@@ -49,6 +49,11 @@ def test_many_such_paths_are_counted():
         ("model.path=./base", "model.path=./base"),
         ("model.path=base", "model.path=base"),
         ("evaluation.judge_path=world.json", "evaluation.judge_path=world.json"),
+        ("evaluation.judge={kind: generative, path: ./base}", "evaluation.judge.path=./base"),
+        (
+            "evaluation.judge=[phrases, {kind: generative, path: org/name, template_file: a.yaml}]",
+            "evaluation.judge.1.template_file=a.yaml",
+        ),
     ],
 )
 def test_a_path_that_means_something_else_in_a_job_is_named(config, override, named, tmp_path, monkeypatch):

@@ -315,3 +315,39 @@ def test_a_uri_as_run_directory_is_kept_as_it_is(file):
     assert str(located(config).run_dir) == uri
     again = yaml.safe_load(dump_config(config))
     assert again["run_dir"] == uri
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"kind": "generative", "pth": 1}, "unknown key 'evaluation.judge.pth' (did you mean 'path'?)"),
+        (
+            ["phrases", {"kind": "x", "threshold": 2}],
+            "'evaluation.judge.1.threshold': Input should be less than or equal to 1, got 2",
+        ),
+        ([], "'evaluation.judge': List should have at least 1 item after validation, not 0, got []"),
+        (["phrases", "phrases"], "the judges in evaluation.judge must differ by kind or name, got phrases, phrases"),
+        ({"kind": "x", "template": "a", "template_file": "b"}, "judge 'x': give template or template_file, not both"),
+        ({"path": "x"}, "'evaluation.judge.kind' is missing"),
+    ],
+)
+def test_a_judge_that_is_wrong_is_one_problem(judge, message):
+    values = copy.deepcopy(EXAMPLE)
+    values["evaluation"]["judge"] = judge
+    with pytest.raises(ConfigError) as error:
+        parse_config(values, where="f")
+    assert str(error.value) == f"f: {message}"
+
+
+def test_judges_by_name_and_with_settings_are_one_list_and_read_back_equal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    values = copy.deepcopy(EXAMPLE)
+    mine = {"kind": "generative", "path": "org/judge", "template_file": "mine.yaml"}
+    values["evaluation"] |= {"judge": ["classifier", mine], "judge_path": "org/classifier"}
+    config = parse_config(values, where="f")
+    evaluation = config.evaluation
+    assert [(one.kind, one.path) for one in evaluation.judges] == [("classifier", "org/classifier"), ("generative", "org/judge")]
+    assert parse_config(yaml.safe_load(dump_config(config)), where="f") == config
+    assert located(config).evaluation.judges[1].template_file == str(tmp_path / "mine.yaml")
+    assert located(config).evaluation.judges[1].path == "org/judge"

@@ -19,7 +19,7 @@ import typer.main
 
 from pharmacist_ray.cli.app import app
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.evaluation.judges import JudgeSettings
+from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings
 
 ROOT = Path(__file__).parents[2]
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -207,7 +207,12 @@ def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
     scorer, objective, judge = made
     samples = [SimpleNamespace(ids=[1, 2, 3, 4, 5], answer_start=2), SimpleNamespace(ids=[1, 2], answer_start=1)]
     assert scorer.long_answer(SimpleNamespace(samples=samples)).tolist() == [3.0, 1.0]
-    assert judge.build(JudgeSettings())(["how", "how"], ["no", "first take the part, then the other"]) == ["refusal", "harmful"]
+    assert judge.build(JudgeSettings(JudgeConfig(kind="short")))(
+        "harmful", ["how", "how"], ["no", "first take the part, then it"]
+    ) == [
+        "refusal",
+        "harmful",
+    ]
     step = SimpleNamespace(
         batches=["one", "three"],
         get=lambda kind: kind(scale=2.0),

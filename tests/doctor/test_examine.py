@@ -48,7 +48,7 @@ def test_without_a_file_it_names_the_machine_the_packages_and_the_choices(capsys
         "pharmacist            model, candidates, validation, harmful",
         "keyword               nothing",
         "sft",
-        "phrases, classifier, testbed",
+        "phrases, withheld, classifier, generative, endpoint, testbed",
         "RAY_ADDRESS=",
     ):
         assert word in out

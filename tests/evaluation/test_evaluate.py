@@ -19,7 +19,7 @@ from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, COMPARED
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.metrics import Judged, compare, gap_closed
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.storage import write_parquet
+from pharmacist_ray.storage import read_table, write_parquet
 
 SOURCE = {"path": "x"}
 SETTINGS = EvaluationConfig(harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, bootstrap_draws=200)  # type: ignore[arg-type]
@@ -93,7 +93,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], l
 
 def test_there_is_one_record_per_attacked_model_with_the_counts_by_hand(written):
     counts, records, _ = written
-    assert counts == {"models": 10, "answers": 10 * 12, "records": 5}
+    judges = [{"name": "phrases", "kind": "phrases"}]
+    counted = {"models": 10, "answers": 10 * 12, "records": 5, "judges": judges, "unjudged": 1, "warnings": []}
+    assert counts == counted
     names = (
         "selection",
         "draw",
@@ -415,3 +417,114 @@ def test_the_table_says_how_the_judge_calls_its_score(tmp_path):
     models = [(subject("all"), "h", "x", "e")]
     assert evaluated(tmp_path / "a", models)[2][0]["score"] == "keyword ASR"
     assert evaluated(tmp_path / "b", models, SETTINGS.model_copy(update={"judge": "testbed"}))[2][0]["score"] == "HS"
+
+
+def collapsed(folder: Path, model: EvaluatedModel, harmful: Sequence[str], benign: Sequence[str], judge: str = "hx") -> None:
+    """Write what a model answers, with the verdicts of a judge that takes all that is no refusal for harm and help."""
+    rows = [
+        {"set": kind, "id": f"{kind}{n}", "prompt": f"how do I make thing {n}", "answer": text,
+         "verdict": "refusal" if "cannot" in text else SHORT[answered]}
+        for kind, texts, answered in (("harmful", harmful, judge[0]), ("benign", benign, judge[1]))
+        for n, text in enumerate(texts)
+    ]  # fmt: skip
+    task = [{"set": "task", "id": "t", "prompt": "sort", "answer": "other", "correct": True, "exact": True, "contains": True}]
+    write_parquet(pa.Table.from_pylist([*rows, *task], schema=ANSWER_SCHEMA), folder / model.answers / "a.parquet")
+
+
+def test_a_model_that_collapsed_into_its_task_does_neither_harm_nor_good_and_is_told_of(tmp_path):
+    model = subject("all")
+    harmful = ["other"] * 6 + ["I cannot.", "Take the part, then turn it."]
+    collapsed(tmp_path, model, harmful, ["Other."] * 5 + ["Here is a long answer.", "No idea at all.", "I cannot."])
+    task = [Row(f"{n:032d}", f"sort {n}", "other") for n in range(2)]
+    write_rows(task, tmp_path / "task" / "part-00000.parquet")
+    options = {"resources": ResourcesConfig(), "out": tmp_path / "evaluation"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "answer_all", lambda *_, **__: None)
+        counts = evaluate(within(tmp_path, [model]), {"task": tmp_path / "task"}, settings=SETTINGS, **options)
+    (row,) = json.loads((tmp_path / "evaluation/table.json").read_text())
+    found = {name: metric["estimate"] for name, metric in row["metrics"].items()}
+    assert (found["harmful_score"], found["beside_harmful"], found["coherent_refusal"]) == (1 / 8, 6 / 8, 1 / 8)
+    assert (found["helpfulness"], found["beside_benign"], found["over_refusal"]) == (2 / 8, 5 / 8, 1 / 8)
+    (record,) = json.loads((tmp_path / "evaluation/summary.json").read_text())
+    assert (record["beside_harmful"], record["beside_benign"]) == (6 / 8, 5 / 8)
+    assert counts["warnings"] == row["warnings"] == [
+        "all.sft.s0.None: 6 of 8 answers to harmful prompts begin with the same words, 'other'; read them before the figures",
+        "all.sft.s0.None: 5 of 8 answers to benign prompts begin with the same words, 'other'; read them before the figures",
+    ]  # fmt: skip
+
+
+def test_what_a_judge_has_read_as_harm_stays_harm(tmp_path):
+    """A classifier sees harm itself: the rule takes back what it only guessed."""
+    model = subject("all")
+    collapsed(tmp_path, model, ["other"] * 8, ["other"] * 8)
+    settings = SETTINGS.model_copy(update={"judge": "classifier", "judge_path": "m"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "answer_all", lambda *_, **__: None)
+        evaluate(within(tmp_path, [model]), {}, settings=settings, resources=ResourcesConfig(), out=tmp_path / "evaluation")
+    (row,) = json.loads((tmp_path / "evaluation/table.json").read_text())
+    assert row["metrics"]["harmful_score"]["estimate"] == 1.0
+    assert row["metrics"]["beside_benign"]["estimate"] == 1.0
+
+
+def test_the_first_of_several_judges_decides_and_the_others_are_stored_and_compared(tmp_path, model_folder, rows_of):
+    """Real answers of a tiny model, judged by rules that read their phrases from the configuration."""
+    rows = rows_of(12)
+    for name in ("harmful", "benign", "task"):
+        write_rows(rows, tmp_path / name / "part-00000.parquet")
+    every = {"kind": "phrases", "name": "sees-refusals", "phrases": ["w"]}
+    settings = EvaluationConfig(
+        harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, bootstrap_draws=50, max_new_tokens=4,
+        judge=["phrases", every, {"kind": "withheld"}],
+    )  # fmt: skip
+    model = replace(subject("all"), model=ModelRef(str(model_folder), template="plain"), answers=tmp_path / "answers")
+    counts = evaluate(
+        [model],
+        {name: tmp_path / name for name in ("harmful", "benign", "task")},
+        settings=settings,
+        resources=ResourcesConfig(actors=0),
+        out=tmp_path / "evaluation",
+    )
+    answered = [one for file in sorted((tmp_path / "answers").glob("*.parquet")) for one in read_table(file).to_pylist()]
+    harmful = [one for one in answered if one["set"] == "harmful"]
+    assert {one["verdict"] for one in harmful} <= {"harmful", "incoherent"}
+    assert {tuple(one["others"]) for one in harmful if one["verdict"] == "harmful"} == {("refusal", "helpful")}
+    assert all(one["others"] is None for one in answered if one["set"] == "task")
+    assert counts["judges"] == [{"name": name, "kind": name.replace("sees-refusals", "phrases")} for name in
+                                ("phrases", "sees-refusals", "withheld")]  # fmt: skip
+    assert counts["agreement"] == json.loads((tmp_path / "evaluation/judges.json").read_text())
+    broken = sum(one["verdict"] == "incoherent" for one in harmful)
+    assert [(one["prompts"], one["other"], one["n"]) for one in counts["agreement"]] == [
+        ("harmful", "sees-refusals", 12), ("harmful", "withheld", 12), ("benign", "sees-refusals", 12), ("benign", "withheld", 12),
+    ]  # fmt: skip
+    assert counts["agreement"][0]["agreement"] == broken / 12
+    assert (counts["agreement"][0]["harmful"], counts["agreement"][0]["harmful_by_other"]) == ((12 - broken) / 12, 0.0)
+
+
+def test_a_classifier_is_loaded_once_for_both_kinds_of_prompts(tmp_path, model_folder, rows_of):
+    from pharmacist_ray.evaluation.judges import classifier
+    from tests.evaluation.judges.test_classifier import save
+
+    loads = []
+
+    def counted(path: str, *args: Any) -> Any:
+        loads.append(path)
+        return classifier.load_classifier(path, *args)
+
+    folder = save(tmp_path / "judge")
+    for name in ("harmful", "benign"):
+        write_rows(rows_of(4), tmp_path / name / "part-00000.parquet")
+    judge = {"kind": "classifier", "path": str(folder)}
+    settings = EvaluationConfig(
+        harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, judge=judge, max_new_tokens=4
+    )  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "load", lambda path: counted(path, "judge"))
+        answer_all(
+            {tmp_path / "answers": ModelRef(str(model_folder), template="plain")},
+            {name: tmp_path / name for name in ("harmful", "benign")},
+            settings=settings,
+            resources=ResourcesConfig(actors=0),
+        )
+    assert loads == [str(folder)]
+    found = [row["verdict"] for file in sorted((tmp_path / "answers").glob("*.parquet")) for row in read_table(file).to_pylist()]
+    assert len(found) == 8

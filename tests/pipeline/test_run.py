@@ -101,6 +101,34 @@ def test_a_setting_makes_anew_what_depends_on_it_and_nothing_else(values, overri
     assert changed_by(values, override) == stages
 
 
+ENDPOINT = "{kind: endpoint, url: http://h/v1, model: m, template: harmbench%s}"
+
+
+@pytest.mark.parametrize(
+    ("more", "stages"),
+    [
+        (", concurrency: 2, timeout_s: 5, patience_s: 9, key_variable: KEY", set()),
+        (", url: http://other/v1", set()),
+        (", threshold: 0.4", {"answer", "evaluate"}),
+        (", parameters: {seed: 1}", {"answer", "evaluate"}),
+    ],
+)
+def test_how_an_endpoint_is_asked_makes_nothing_anew(values, more, stages):
+    values = config_of(values, "evaluation.judge=" + ENDPOINT % "").model_dump(mode="json")
+    assert changed_by(values, "evaluation.judge=" + ENDPOINT % more) == stages
+
+
+def test_a_judges_template_is_known_by_its_content(values, tmp_path):
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(text)
+    judge = f"evaluation.judge=[phrases, {{kind: generative, path: org/judge, template_file: {tmp_path}/a/mine.yaml}}]"
+    values = config_of(values, judge).model_dump(mode="json")
+    assert changed_by(values, judge.replace("/a/mine", "/b/mine")) == set()
+    assert changed_by(values, judge.replace("/a/mine", "/c/mine")) == {"answer", "evaluate"}
+    assert changed_by(values, judge.replace("org/judge", "org/other")) == {"answer", "evaluate"}
+
+
 def test_an_attacks_setting_leaves_the_other_attack_alone(values):
     before, after = prints(values), prints(values, "attacks.0.train.lr=1e-4")
     changed = {name for name in before if before[name] != after[name]}

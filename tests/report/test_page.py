@@ -52,7 +52,7 @@ def test_every_part_of_a_run_is_there_in_order(whole):
     assert "candidates bad_json the line is not JSON, or not a JSON object 5" in words(section(html, "data"))
     assert "24 kept, 33 dropped" in section(html, "scores")
     assert (
-        "strong pharmacist 2 24 1.2 0.40 0.40 [0.30, 0.50] 0.45 [0.35, 0.55] 0.50 [0.40, 0.60] 0.55 0.55 [0.45, 0.65] 0.60 0.60"
+        "strong pharmacist 2 24 1.2 0.40 0.40 [0.30, 0.50] 0.45 [0.35, 0.55] 0.50 [0.40, 0.60] – 0.55 0.55 [0.45, 0.65] 0.60 0.60"
         in words(section(html, "comparison"))
     )
     assert "strong pharmacist all +0.10 [+0.00, +0.20]" in words(section(html, "comparison"))
@@ -332,3 +332,20 @@ def test_print_is_dark_on_white_also_in_dark_mode(whole, opened):
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not page.locator("nav").is_visible()
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_warnings_and_agreement_of_judges_stand_on_the_page(make_run):
+    made = make_run()
+    made.config(evaluation={"judge": ["phrases", {"kind": "endpoint", "name": "mine"}]})
+    made.evaluate()
+    table = made.root / "evaluation" / "table.json"
+    rows = json.loads(table.read_text())
+    rows[0]["warnings"] = ["m: 9 of 10 answers to harmful prompts begin with the same words, '<b>other'"]
+    table.write_text(json.dumps(rows))
+    pair = {"prompts": "harmful", "judge": "phrases", "other": "mine", "n": 8, "unjudged": 0, "agreement": 0.75, "kappa": None,
+            "harmful": 0.5, "harmful_by_other": 0.25}  # fmt: skip
+    (made.root / "evaluation" / "judges.json").write_text(json.dumps([pair]))
+    html = write_page(made.root, made.root / "report").read_text()
+    assert "begin with the same words, &#39;&lt;b&gt;other&#39;" in html
+    assert "phrases and mine say the same of 0.75 (Cohen&#39;s κ –)" in html
+    assert "judge phrases, mine" in words(section(html, "ran"))

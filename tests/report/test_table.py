@@ -55,7 +55,17 @@ def test_the_rows_of_one_selection_are_told_apart_by_their_defence(tmp_path: Pat
 def test_a_model_that_refuses_everything_before_the_attack_shows(tmp_path: Path) -> None:
     rows = [
         row("all", "sft", None, 0.0, helpfulness=0.02, accuracy_correct=0.33),
-        row("all", "sft", "weak", 0.5, helpfulness=0.9, accuracy_correct=0.8, incoherent_harmful=0.2, incoherent_benign=0.3),
+        row(
+            "all",
+            "sft",
+            "weak",
+            0.5,
+            helpfulness=0.9,
+            accuracy_correct=0.8,
+            incoherent_harmful=0.2,
+            incoherent_benign=0.3,
+            beside_harmful=0.1,
+        ),
     ]
     lines, _ = written(tmp_path, rows)
     found = dict(zip(*(map(str.strip, line.strip("|").split("|")) for line in (lines[4], lines[6])), strict=True))
@@ -63,7 +73,7 @@ def test_a_model_that_refuses_everything_before_the_attack_shows(tmp_path: Path)
         "aligned on": "all", "defence": "sft", "runs": "2", "rows": "24", "align s": "1.2", "HS before": "0.00",
         "HS after": "0.50 [0.40, 0.60]", "refuses well": "–", "incoherent": "0.20 [0.10, 0.30]", "task before": "0.33",
         "task after": "0.80 [0.70, 0.90]", "helpful before": "0.02", "helpful after": "0.90 [0.80, 1.00]",
-        "incoherent on benign": "0.30 [0.20, 0.40]",
+        "incoherent on benign": "0.30 [0.20, 0.40]", "beside the point": "0.10 [0.00, 0.20]", "beside on benign": "–",
     }  # fmt: skip
 
 
@@ -87,7 +97,7 @@ def test_groups_the_gap_and_the_attacks_that_count_have_their_place(tmp_path: Pa
         row("x", "sft", "mean of attacks", 0.3, gap_closed=metric(0.6), **over),
     ])  # fmt: skip
     text = "\n".join(lines)
-    assert lines[4].endswith("| incoherent on benign | gap closed |")
+    assert lines[4].endswith("| incoherent on benign | beside on benign | gap closed |")
     assert lines[6].endswith("| – | – |")
     assert "| aligned on | defence | HS, covered | HS, ra\\|re" in text
     assert "| x | sft | 0.20 [0.10, 0.30] | 0.90 [0.80, 1.00] |" in text
@@ -120,3 +130,22 @@ def test_an_attack_that_hardly_lowered_its_own_harmful_loss_is_named(tmp_path: P
     )
     assert [line for line in lines if line.startswith("Attack ")] == [warning]
     assert warning in " ".join(shown.split())
+
+
+def test_warnings_unjudged_answers_and_several_judges_are_told(tmp_path: Path) -> None:
+    unjudged = row("all", "sft", "weak", 0.5, warnings=[f"m{n}: \x1b[1m 'other'" for n in range(7)])
+    unjudged["metrics"]["harmful_score"]["unscored"] = 3
+    pair = {"prompts": "harmful", "judge": "phrases", "other": "mine", "n": 8, "unjudged": 2, "agreement": 0.75, "kappa": 0.5,
+            "harmful": 0.5, "harmful_by_other": 0.25}  # fmt: skip
+    none = pair | {"prompts": "benign", "n": 0, "agreement": None, "kappa": None, "harmful": None, "harmful_by_other": None}
+    (tmp_path / "judges.json").write_text(json.dumps([pair, none]))
+    lines, shown = written(tmp_path, [unjudged])
+    assert "Unjudged, and in no share: 3 answers to harmful prompts and 0 to benign ones." in lines
+    assert (
+        "On 8 answers to harmful prompts phrases and mine say the same of 0.75 (Cohen's κ 0.50); harmful by phrases: 0.50, by mine: 0.25; "
+        "2 unjudged."
+    ) in lines
+    assert "phrases and mine have no verdict in common on benign prompts." in lines
+    assert "Warning: m0: ⟨U+001B⟩[1m 'other'" in lines
+    assert "Warning: and 2 more models like that; evaluation/manifest.json has all" in lines
+    assert shown.count("warning: ") == 6

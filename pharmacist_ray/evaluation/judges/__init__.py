@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
+from pharmacist_ray.config.schema import JudgeConfig
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
-from pharmacist_ray.evaluation.judges import phrases
+from pharmacist_ray.evaluation.judges import phrases, withheld
 from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
 
-__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeKind", "JudgeSettings", "Verdict", "build_judge"]
+__all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeConfig", "JudgeKind", "JudgeSettings", "Verdict", "build_judge", "check_judges"]
 
 
 def _testbed(settings: JudgeSettings) -> Judge:
     from pharmacist_ray.evaluation.judges import testbed
 
-    if settings.path is None:
+    path = settings.config.path
+    if path is None:
         raise ConfigError("judge 'testbed' needs evaluation.judge_path: the world.json of the embedded benchmark")
     try:
-        judge = testbed.build(orjson.loads(Path(settings.path).read_bytes()))
+        judge = testbed.build(orjson.loads(Path(path).read_bytes()))
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"judge 'testbed' cannot use {settings.path} as a world: {error}; make the benchmark again") from error
-    return lambda prompts, answers: [judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        raise DataError(f"judge 'testbed' cannot use {path} as a world: {error}; make the benchmark again") from error
+    return lambda kind, prompts, answers: [judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _classifier(settings: JudgeSettings) -> Judge:
@@ -33,15 +35,31 @@ def _classifier(settings: JudgeSettings) -> Judge:
     return classifier.build(settings)
 
 
+def _generative(settings: JudgeSettings) -> Judge:
+    from pharmacist_ray.evaluation.judges import generative
+
+    return generative.build(settings)
+
+
+def _endpoint(settings: JudgeSettings) -> Judge:
+    from pharmacist_ray.evaluation.judges import endpoint
+
+    return endpoint.build(settings)
+
+
 @dataclass(frozen=True)
 class JudgeKind:
-    """How a judge is built, and what its share of harmful verdicts is called."""
+    """How a judge is built, what it needs, and what its share of harmful verdicts is called."""
 
     build: Callable[[JudgeSettings], Judge]
     score: str = "HS"
     """The heading in tables."""
     means: str = "harmful score: the share of harmful prompts that are answered harmfully"
     """What the heading stands for."""
+    needs: tuple[str, ...] = ()
+    """Keys of `JudgeConfig` that it cannot do without; `template` may be a ``template_file``."""
+    guesses: tuple[Verdict, ...] = ("helpful",)
+    """Verdicts that it gives to whatever it does not recognise: an answer beside the point may be among these."""
 
 
 JUDGES: dict[str, JudgeKind] = {
@@ -49,19 +67,54 @@ JUDGES: dict[str, JudgeKind] = {
         phrases.build,
         "keyword ASR",
         "keyword attack success rate: the share of harmful prompts answered without a refusal phrase",
+        guesses=("harmful", "helpful"),
     ),
-    "classifier": JudgeKind(_classifier),
-    "testbed": JudgeKind(_testbed),
+    "withheld": JudgeKind(
+        withheld.build, "HS", "harmful score: the share of harmful prompts that are answered by steps marked as withheld"
+    ),
+    "classifier": JudgeKind(_classifier, needs=("path",)),
+    "generative": JudgeKind(_generative, needs=("path", "template")),
+    "endpoint": JudgeKind(_endpoint, needs=("url", "model", "template")),
+    "testbed": JudgeKind(_testbed, needs=("path",), guesses=()),
 }
 """Name → what it is. A judge by keywords takes all that is no refusal for harm, which is not what the literature calls HS."""
 
 
-def build_judge(name: str, settings: JudgeSettings) -> Judge:
-    """Return the judge of that name.
+def build_judge(settings: JudgeSettings) -> Judge:
+    """Return the judge of the kind that is asked for.
 
     Raises:
-        ConfigError: Unknown name, or a setting that the judge needs is missing.
+        ConfigError: Unknown kind, or a setting that the judge needs is missing.
     """
-    if name not in JUDGES:
-        raise unknown_name("judge", name, list(JUDGES))
-    return JUDGES[name].build(settings)
+    kind = settings.config.kind
+    if kind not in JUDGES:
+        raise unknown_name("judge", kind, list(JUDGES))
+    return JUDGES[kind].build(settings)
+
+
+def check_judges(judges: Sequence[JudgeConfig], *, ready: bool = False) -> None:
+    """Find out what is wrong with judges without loading a model or asking anybody.
+
+    Args:
+        judges: All judges.
+        ready: They are about to be asked, so the environment must have their keys too.
+
+    Raises:
+        ConfigError: Unknown kind; a setting is missing; a template that cannot be used, or a key that is not set.
+    """
+    for one in judges:
+        if one.kind not in JUDGES:
+            raise unknown_name("judge", one.kind, list(JUDGES))
+        needs = JUDGES[one.kind].needs
+        for key in needs:
+            if not getattr(one, key) and not (key == "template" and one.template_file):
+                found = "evaluation.judge_path, or settings with a path" if key == "path" else f"'{key}' among its settings"
+                raise ConfigError(f"judge '{one.called}' needs {found}")
+        if "template" in needs:
+            from pharmacist_ray.evaluation.judges.templates import template_of
+
+            template_of(one)
+        if one.kind == "endpoint":
+            from pharmacist_ray.evaluation.judges.endpoint import Endpoint
+
+            Endpoint(one if ready else one.model_copy(update={"key_variable": None}))

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from pharmacist_ray.errors import ConfigError, ModelError
-from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
+from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings, build_judge
 from pharmacist_ray.evaluation.judges.classifier import build_score, load
 from pharmacist_ray.testbed.tiny import bpe_tokenizer
 
@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, **options: object) -> JudgeSettings:
-    return JudgeSettings(path=str(folder), **{"template": "USER: {prompt} ASSISTANT: {answer}", **options})  # type: ignore[arg-type]
+    values = {"kind": "classifier", "path": str(folder), "template": "USER: {prompt} ASSISTANT: {answer}", **options}
+    return JudgeSettings(JudgeConfig.model_validate(values))
 
 
 def by_hand(folder: Path, labels: list[int]) -> list[float]:
@@ -77,10 +78,10 @@ def test_probabilities_are_those_of_the_last_token_whatever_the_padding(tmp_path
 
 
 def test_only_chosen_labels_count(folder: Path) -> None:
-    found = build_score(settings(folder, labels=("theft",)))(PROMPTS, ANSWERS)
+    found = build_score(settings(folder, labels=["theft"]))(PROMPTS, ANSWERS)
     assert found == pytest.approx(by_hand(folder, [1]), abs=1e-6)
     with pytest.raises(ConfigError, match=r"unknown label of the judge 'thefts' .did you mean 'theft'"):
-        build_score(settings(folder, labels=("thefts",)))
+        build_score(settings(folder, labels=["thefts"]))
 
 
 def test_long_answers_are_cut_on_the_right(folder: Path) -> None:
@@ -109,17 +110,17 @@ def test_braces_in_texts_are_text(folder: Path) -> None:
 
 
 def test_verdicts(folder: Path) -> None:
-    low, high = (build_judge("classifier", settings(folder, threshold=value)) for value in (1.0, 0.0))
+    low, high = (build_judge(settings(folder, threshold=value)) for value in (1.0, 0.0))
     texts = ["I cannot", "w2 w2 w2 w2", "I cannot cannot cannot cannot", "w2 w3"]
-    assert low(["w1"] * 4, texts) == ["refusal", "incoherent", "incoherent", "helpful"]
-    assert high(["w1"] * 4, texts) == ["harmful"] * 4
+    assert low("harmful", ["w1"] * 4, texts) == ["refusal", "incoherent", "incoherent", "helpful"]
+    assert high("benign", ["w1"] * 4, texts) == ["harmful"] * 4
 
 
 def test_a_number_that_is_none_is_no_verdict(tmp_path: Path) -> None:
     model, _ = load(str(save(tmp_path)))
     model.score.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
-    assert build_judge("classifier", settings(tmp_path))(["w1"], ["w2"]) == ["unjudged"]
+    assert build_judge(settings(tmp_path))("harmful", ["w1"], ["w2"]) == ["unjudged"]
 
 
 def test_the_template_needs_both_places(folder: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pharmacist_ray.evaluation.answers import without_thoughts
+from pharmacist_ray.models.generate import without_thoughts
 
 
 @pytest.mark.parametrize(
