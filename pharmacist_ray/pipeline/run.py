@@ -169,7 +169,7 @@ class Run:
 
     @cached_property
     def overlap(self) -> Artifact:
-        """Which sets share prompts."""
+        """Which sets share prompts; made where something is evaluated."""
         inputs = {name: self.ingested(name).fingerprint for name in self.sources}
         return self._placed(Artifact(self.root / "overlap", "ingest", {}, inputs), self.base.overlap if self.base else None)
 

@@ -103,6 +103,8 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
 
 def _overlap(run: Run) -> None:
     """Find out which sets share prompts, say so, and refuse an evaluation on prompts that are trained on."""
+    if run.config.evaluation is None:
+        return
     with lock_missing_artifacts(run, run.overlap) as missing:
         if missing:
             sets = {name: run.ingested(name).require() / "rows" for name in run.sources}
@@ -110,7 +112,7 @@ def _overlap(run: Run) -> None:
     pairs = run.overlap.manifest()["summary"]["pairs"]
     if pairs:
         say(f"  prompts that several sets have: {'; '.join(map(in_words, pairs))}")
-    if run.config.evaluation is not None and not run.config.evaluation.allow_trained_prompts:
+    if not run.config.evaluation.allow_trained_prompts:
         refuse_trained(pairs)
 
 
@@ -321,7 +323,7 @@ def made_by(run: Run, name: str) -> list[Artifact]:
     artifacts: dict[str, Callable[[], list[Artifact]]] = {
         "ingest": lambda: [
             *(run.ingested(source) for source in run.sources),
-            run.overlap,
+            *([run.overlap] if run.config.evaluation else []),
             *([run.planted] if run.planted else []),
         ],
         "fit": lambda: [run.fitted] if run.needs_selector else [],

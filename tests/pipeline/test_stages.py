@@ -293,7 +293,8 @@ def test_one_more_seed_is_trained_and_answered_alone(done, files, tmp_path):
     new = {name for name in after if after[name] != before.get(name)}
     assert {name.split("/")[0] for name in new} == {"align", "attack", "answers", "evaluation"}
     assert {name.split("-")[0] for name in new if not name.startswith("evaluation/")} == {
-        "align/all.sft.s4", "attack/all.sft.s4.weak", "attack/weak.s4.parquet", "answers/all.sft.s4", "answers/all.sft.s4.weak",
+        "align/all.sft.s4", "attack/all.sft.s4.weak", "attack/weak.s4.parquet", "attack/weak.s4.harmful.parquet",
+        "answers/all.sft.s4", "answers/all.sft.s4.weak",
     }  # fmt: skip
     assert len([name for name in new if name.startswith("answers/")]) == 2 * 3
     assert {name for name in before if name not in after} <= {name for name in before if name.startswith("evaluation/")}
@@ -315,9 +316,9 @@ def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
     assert outcome.code == 0, outcome
     after = times(root)
     new = {name for name in after if after[name] != before.get(name) and not name.startswith("evaluation/")}
-    rows = "attack/weak.s3.parquet"  # written again, the same
-    assert pq.read_table(root / rows).equals(pq.read_table(done[0] / rows))
-    assert {name.split("-")[0] for name in new - {rows}} == {
+    rows = {"attack/weak.s3.parquet", "attack/weak.s3.harmful.parquet"}  # written again, the same
+    assert all(pq.read_table(root / name).equals(pq.read_table(done[0] / name)) for name in rows)
+    assert {name.split("-")[0] for name in new - rows} == {
         f"{stage}/all.booster.s3{attack}" for stage, attack in (("align", ""), ("attack", ".weak"), ("answers", ""), ("answers", ".weak"))
     }  # fmt: skip
     assert any("run.tracking/" in name for name in new)
