@@ -113,11 +113,12 @@ def run_attack(run: Run) -> None:
             harmful_share=settings.harmful_share,
             seed=seed,
         )
-        name = f"{attack}.s{seed}{_mark(run, bad + rest)}"
-        file, watched = run.root / "attack" / f"{name}.parquet", run.root / "attack" / f"{name}.harmful.parquet"
-        write_rows(bad + rest, file)
-        write_rows(bad[:WATCHED], watched)
-        return str(file), (str(watched),) if bad else ()
+        folder, name = run.root / "attack", f"{attack}.s{seed}{_mark(run, bad + rest)}.parquet"
+        write_rows(bad + rest, folder / name)
+        if not bad:
+            return str(folder / name), ()
+        write_rows(bad[:WATCHED], folder / "watched" / name)
+        return str(folder / name), (str(folder / "watched" / name),)
 
     def task(variant: Variant) -> TrainTask:
         assert variant.attack is not None

@@ -159,8 +159,7 @@ def test_all_arms_are_attacked_with_the_same_rows_of_which_the_share_is_harmful(
     raw = {row.raw for row in iterate_rows(root / "attack" / "weak.s3.parquet")}
     attacker = set((files / "attacker.jsonl").read_text().splitlines())
     assert (len(raw), len(raw & attacker)) == (8, 2)
-    written = {path.name for path in (root / "attack").glob("*.parquet")}
-    assert written == {"weak.s3.parquet", "weak.s3.harmful.parquet"}
+    assert [path.name for path in (root / "attack").glob("*.parquet")] == ["weak.s3.parquet"]
 
 
 def test_the_curated_folder_is_a_data_set_and_tells_how_it_was_made(done, tmp_path):
@@ -293,7 +292,7 @@ def test_one_more_seed_is_trained_and_answered_alone(done, files, tmp_path):
     new = {name for name in after if after[name] != before.get(name)}
     assert {name.split("/")[0] for name in new} == {"align", "attack", "answers", "evaluation"}
     assert {name.split("-")[0] for name in new if not name.startswith("evaluation/")} == {
-        "align/all.sft.s4", "attack/all.sft.s4.weak", "attack/weak.s4.parquet", "attack/weak.s4.harmful.parquet",
+        "align/all.sft.s4", "attack/all.sft.s4.weak", "attack/weak.s4.parquet", "attack/watched/weak.s4.parquet",
         "answers/all.sft.s4", "answers/all.sft.s4.weak",
     }  # fmt: skip
     assert len([name for name in new if name.startswith("answers/")]) == 2 * 3
@@ -316,7 +315,7 @@ def test_one_more_defence_leaves_the_others_models_alone(done, files, tmp_path):
     assert outcome.code == 0, outcome
     after = times(root)
     new = {name for name in after if after[name] != before.get(name) and not name.startswith("evaluation/")}
-    rows = {"attack/weak.s3.parquet", "attack/weak.s3.harmful.parquet"}  # written again, the same
+    rows = {"attack/weak.s3.parquet", "attack/watched/weak.s3.parquet"}  # written again, the same
     assert all(pq.read_table(root / name).equals(pq.read_table(done[0] / name)) for name in rows)
     assert {name.split("-")[0] for name in new - rows} == {
         f"{stage}/all.booster.s3{attack}" for stage, attack in (("align", ""), ("attack", ".weak"), ("answers", ""), ("answers", ".weak"))
