@@ -36,6 +36,15 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def without_places(values: Any) -> Any:
+    """Return what a configuration says without where files lie."""
+    if isinstance(values, list):
+        return [without_places(value) for value in values]
+    if isinstance(values, dict):
+        return {key: without_places(value) for key, value in values.items() if key not in PLACES}
+    return values
+
+
 @dataclass
 class Artifact:
     """One stage's output for one set of inputs."""

@@ -11,15 +11,17 @@ from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
-from pharmacist_ray.config.scoring import arm_of
+from pharmacist_ray.config.scoring import arm_of, folder_of
 from pharmacist_ray.curation.planted import KINDS
-from pharmacist_ray.curation.scorers import needs_model, parts_of
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import part_files
+from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest
+from pharmacist_ray.pipeline.artifacts import Artifact, digest, without_places
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
@@ -40,7 +42,8 @@ class Variant:
     @property
     def name(self) -> str:
         """For people and folders, for example ``pharmacist.sft.s0.weak``."""
-        return f"{self.selection}.{self.defence}.s{self.seed}" + (f".{self.attack.name}" if self.attack else "")
+        aligned = folder_of(f"{self.selection}.{self.defence}.s{self.seed}")
+        return aligned + (f".{self.attack.name}" if self.attack else "")
 
     @property
     def aligned(self) -> Variant:
@@ -91,7 +94,7 @@ class Run:
     def _settings(self, section: Section) -> dict[str, Any]:
         """Return a section as what is made from it depends on it: without the places of files."""
         values = _dump(section)
-        return values if self._dated else _without_places(values)
+        return values if self._dated else without_places(values)
 
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
@@ -221,7 +224,8 @@ class Run:
         inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
         if self.config.scoring.guard is not None:
             inputs["guard"] = self._file(self.config.scoring.guard.path)
-        artifact = Artifact(self.root / "scores", "score", self._settings(self.config.scoring), inputs)
+        config = self._settings(self.config.scoring) | SCORERS.plugged(self.config.scoring.scorers)
+        artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
     @cached_property
@@ -253,15 +257,23 @@ class Run:
         """Return the curated subset of an arm."""
         # Everything is everything, whatever the rule.
         config: dict[str, Any] = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
-        config.pop("combinations", None)
+        for name in ("combinations", "export"):
+            config.pop(name, None)
         if arm in self.config.selection.sums:
             config["weights"] = self.config.selection.sums[arm]
-        return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
+        folder = self.root / "selections" / folder_of(arm)
+        return self._placed(Artifact(folder, "select", config, {"scores": self.scored.fingerprint}))
 
     @property
     def main_selection(self) -> Artifact:
         """The product's main output: the curated subset by the configured scorer."""
         return self.selected(self.main_arm)
+
+    def exported(self, name: str) -> Artifact:
+        """Return the main selection in a trainer's layout, beside its rows; it can be added later and changes no selection."""
+        model, selection = self.config.model, self.main_selection
+        config = {"export": name, "system": model.system, "plain": model.template == "plain"} | EXPORTS.plugged([name])
+        return Artifact(selection.folder / "exports" / folder_of(name), "select", config, {"selection": selection.fingerprint})
 
     @property
     def main_arm(self) -> str:
@@ -290,7 +302,8 @@ class Run:
         """Return what of the alignment section concerns a defence; the settings of others do not change its models."""
         found = settings_of(defence, self.config.alignment.parameters)
         mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[defence].settings.items()}
-        return _dump(self.config.alignment) | {"objective": defence, "parameters": mine, "harmful": None}
+        described = {"objective": defence, "parameters": mine, "harmful": None} | OBJECTIVES.plugged([defence])
+        return _dump(self.config.alignment) | described
 
     def trained(self, variant: Variant) -> Artifact:
         """Return a variant's adapter (or model); the folder's name carries the fingerprint, so those of other settings stay."""
@@ -361,7 +374,8 @@ class Run:
             asked.pop(name, None)
         model = self.config.model
         chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
-        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat])
+        plugged = JUDGES.plugged([self.config.evaluation.judge])
+        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat, *plugged.values()])
 
     def answers(self, variant: Variant) -> StoragePath:
         """Return the folder of a model's judged answers, which no other model's change."""
@@ -376,11 +390,3 @@ def _after(start: ModelRef, folder: StoragePath, weights: str) -> ModelRef:
 
 def _dump(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
-
-
-def _without_places(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_without_places(value) for value in values]
-    if isinstance(values, dict):
-        return {key: _without_places(value) for key, value in values.items() if key not in PLACES}
-    return values

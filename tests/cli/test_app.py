@@ -147,6 +147,8 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
         (["tracking.to=[wandbb]"], 2, "unknown tracker 'wandbb' (did you mean 'wandb'?)"),
         (["evaluation.judge=classifier"], 2, "judge 'classifier' needs evaluation.judge_path"),
         (["selection.quotas={a: 0.7, b: 0.7}"], 2, "selection.quotas must be shares from 0 to 1 that add up to at most 1"),
+        (["selection.export=[trk]"], 2, "unknown export 'trk' (did you mean 'trl'?); known: alpaca, axolotl, llamafactory"),
+        (["alignment.objective=nowhere_mod:mine"], 2, "objective 'nowhere_mod:mine': there is no module 'nowhere_mod'; install"),
         (["selection.ratoi=1"], 2, "unknown key 'selection.ratoi' (did you mean 'ratio'?)"),
         (["nonsense"], 2, "override 'nonsense' is not of the form dotted.key=value"),
         (["run_dir=/dev/null/run"], 2, "cannot write to run_dir=/dev/null/run: Not a directory; choose another folder"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
 
-from pharmacist_ray.errors import ConfigError, DataError, unknown_name
+from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.evaluation.judges import phrases
 from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
+from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
 
 __all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeKind", "JudgeSettings", "Verdict", "build_judge"]
 
@@ -41,10 +42,29 @@ class JudgeKind:
     score: str = "HS"
     """The heading in tables."""
     means: str = "harmful score: the share of harmful prompts that are answered harmfully"
-    """What the heading stands for."""
+    """What the heading stands for, in words that follow "is the"."""
 
 
-JUDGES: dict[str, JudgeKind] = {
+def _watched(kind: JudgeKind, plugin: Plugin) -> JudgeKind:
+    def build(settings: JudgeSettings) -> Judge:
+        with blaming(plugin):
+            judge = kind.build(settings)
+
+        def judged(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+            with blaming(plugin):
+                verdicts = list(judge(prompts, answers))
+            if len(verdicts) != len(answers):
+                raise misfit(plugin, f"returned {len(verdicts)} verdicts for {len(answers)} answers")
+            if odd := next((one for one in verdicts if one not in VERDICTS), None):
+                raise misfit(plugin, f"returned the verdict {odd!r:.60}; there are {', '.join(VERDICTS)}")
+            return verdicts
+
+        return judged
+
+    return replace(kind, build=build)
+
+
+_OWN = {
     "phrases": JudgeKind(
         phrases.build,
         "keyword ASR",
@@ -53,6 +73,8 @@ JUDGES: dict[str, JudgeKind] = {
     "classifier": JudgeKind(_classifier),
     "testbed": JudgeKind(_testbed),
 }
+
+JUDGES = Table("judge", JudgeKind, _OWN, watched=_watched)
 """Name → what it is. A judge by keywords takes all that is no refusal for harm, which is not what the literature calls HS."""
 
 
@@ -61,7 +83,6 @@ def build_judge(name: str, settings: JudgeSettings) -> Judge:
 
     Raises:
         ConfigError: Unknown name, or a setting that the judge needs is missing.
+        PluginError: It is a plug-in's, and fails.
     """
-    if name not in JUDGES:
-        raise unknown_name("judge", name, list(JUDGES))
     return JUDGES[name].build(settings)
