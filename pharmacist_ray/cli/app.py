@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -88,16 +89,26 @@ def init(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
-    """Write a commented configuration to start from."""
-    from pharmacist_ray.config.template import template
+    """Write a commented configuration to start from, and beside it the JSON Schema by which editors complete and check it."""
+    from pharmacist_ray.config.template import schema, template
 
     if path.exists() and not force:
         raise ArtifactError(f"{path} is there already; choose another name or pass --force")
     try:
-        path.write_text(template(every=every), encoding="utf-8")
+        described = path.with_suffix(".schema.json")
+        path.write_text(template(every=every, schema_file=described.name), encoding="utf-8")
+        described.write_text(json.dumps(schema(), indent=1), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another name") from error
     typer.echo(f"wrote {path}: fill in model.path and data.*, then `pharmacist doctor --config {path}`")
+
+
+@app.command("schema", rich_help_panel=START)
+def show_schema() -> None:
+    """Print the JSON Schema of a configuration, by which editors complete and check one."""
+    from pharmacist_ray.config.template import schema
+
+    typer.echo(json.dumps(schema(), indent=1))
 
 
 @app.command(rich_help_panel=START)

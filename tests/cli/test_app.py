@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -111,6 +112,9 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
     assert code == 0
     assert f"wrote {target}" in out
     assert load_config(target).attacks[0].name == "p10"
+    first = target.read_text().partition("\n")[0]
+    assert first == "# yaml-language-server: $schema=new.schema.json"
+    assert json.loads((tmp_path / "new.schema.json").read_text()) == json.loads(pharmacist("schema")[1])
     long = tmp_path / "long.yaml"
     assert pharmacist("init", "--all", long)[0] == 0
     assert load_config(long) == load_config(target)
