@@ -135,7 +135,9 @@ class Table(dict[str, T]):
         found = plugin.load()
         if not isinstance(found, self.line):
             if not callable(found) or isinstance(found, type):
-                raise ConfigError(f"{plugin} is a {type(found).__name__}; it has to be a {self.line.__name__} or a function")
+                raise ConfigError(
+                    f"{plugin} is of type {type(found).__name__}; it has to be a {self.line.__name__} or a function"
+                )
             found = cast(Any, self.line)(found)
         return self.watched(cast(T, found), plugin)
 
@@ -164,7 +166,8 @@ class Table(dict[str, T]):
 def blaming(plugin: Plugin | None) -> Iterator[None]:
     """Turn what a plug-in's own code raises into one line that names it, with its traceback in the notes.
 
-    Errors of ours pass as they are, and so do those that a function of ours raised which it called: they may be a row's or the model's.
+    Errors of ours pass as they are. So do those that came from a function of ours which it called, for they may be a row's or the model's;
+    a note says whose code it was.
 
     Args:
         plugin: Whose code runs in the block; None for our own.
@@ -177,7 +180,10 @@ def blaming(plugin: Plugin | None) -> Iterator[None]:
     except PharmacistError:
         raise
     except Exception as error:
-        if plugin is None or _came_from_us(error):
+        if plugin is None:
+            raise
+        if _came_from_us(error):
+            error.add_note(f"while {plugin} ran")
             raise
         raise failure(plugin, error) from None
 

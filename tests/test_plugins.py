@@ -101,7 +101,7 @@ def test_a_name_is_the_packages_own_then_an_entry_point_then_a_place(here):
             "the folder that has it on PYTHONPATH",
         ),
         ("second_mod:novelty", ConfigError, "scorer 'second_mod:novelty': module 'second_mod' has no 'novelty'; it has number, fine"),
-        ("number", ConfigError, "scorer 'number' of second-pkg 3 (second_mod:number) is a int; it has to be a Line or a function"),
+        ("number", ConfigError, "scorer 'number' of second-pkg 3 (second_mod:number) is of type int; it has to be a Line or a function"),
         (
             "twice", ConfigError,
             "scorer 'twice' is given by second-pkg 3 (second_mod:fine) and third-pkg 4 (second_mod:fine); name the place that is meant "
@@ -162,6 +162,7 @@ def test_what_a_plugin_raises_on_purpose_and_what_ours_raises_below_it_passes_as
     with pytest.raises(Exception) as raised:  # whatever our own code raises where no model is loaded
         SCORERS["calls_mod:below"].score(SIGNALS)
     assert not isinstance(raised.value, PluginError)
+    assert raised.value.__notes__ == ["while scorer 'calls_mod:below' ran"]
     with pytest.raises(ZeroDivisionError), blaming(None):
         raise ZeroDivisionError
 
@@ -269,7 +270,9 @@ def test_the_list_of_plugins_has_kind_name_place_and_version_and_says_what_canno
     for kind, names in (("scorer", [*SCORERS, "random"]), ("objective", OBJECTIVES), ("judge", JUDGES)):
         for name in names:
             assert any(line[:4] == [kind, name, "built", "in"] for line in lines)
-    assert "not usable  scorer 'number' of list-pkg 7.1 (list_mod:number) is a int; it has to be a Scorer or a function" in out
+    assert (
+        "not usable  scorer 'number' of list-pkg 7.1 (list_mod:number) is of type int; it has to be a Scorer or a function" in out
+    )
     assert "not usable  judge 'phrases' of another package: the name is taken by a built-in" in out
 
 

@@ -28,7 +28,7 @@ class EvaluationConfig(Section):
     """Ordinary prompts, for over-refusal."""
     task: TaskEvaluation
     judge: str = "phrases"
-    """Which judge; `pharmacist doctor` lists all."""
+    """Which judge; `pharmacist plugins` lists all. One of your own is `module:attribute`."""
     judge_path: Location | None = None
     """The judge's model folder (classifier) or world file (testbed)."""
     max_new_tokens: Count = 128

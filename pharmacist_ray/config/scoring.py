@@ -49,7 +49,7 @@ class ScoringConfig(Section):
     """Per-sample scores, computed by Ray Data actors."""
 
     scorers: Annotated[list[str], Field(min_length=1)] = ["pharmacist", "loss_gap", "random"]
-    """Which scores to compute; `pharmacist doctor` lists all."""
+    """Which scores to compute; `pharmacist plugins` lists all. One of your own is `module:attribute`."""
     method: Literal["hooks", "ghost", "difference"] = "hooks"
     """How influences are computed: per-sample gradients by hooks (exact), ghost products (exact), or a central difference."""
     tokens_per_batch: Count = 4096
