@@ -206,7 +206,7 @@ def command_line() -> str:
     codes = {
         kind.exit_code: _first(kind) for kind in (ConfigError, DataError, ModelError, ArtifactError, ResourceError, TrainingError)
     }
-    lines = ["| code | what |", "| ---: | --- |", "| 0 | Done. |", "| 1 | A bug, with its traceback. |"]
+    lines = ["| code | what |", "| ---: | --- |", "| 0 | Done. |", "| 1 | A bug, of ours or of a plug-in, with its traceback. |"]
     return "\n".join([made, "## Exit codes", "", *lines, *(f"| {code} | {what} |" for code, what in codes.items()), ""])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 
 from pharmacist_ray.benchmarks.objectives import Load, measure, show
-from pharmacist_ray.cli.app import plain_failures
+from pharmacist_ray.cli.process import plain_failures
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.pipeline.session import connected

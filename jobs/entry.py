@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from pharmacist_ray.cli.app import plain_failures
+from pharmacist_ray.cli.process import plain_failures
 from pharmacist_ray.cli.submit import check_paths
 from pharmacist_ray.config import Config, load_config
 from pharmacist_ray.pipeline.run import Run

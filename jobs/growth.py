@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pharmacist_ray.benchmarks.growth import STAGES, growth
-from pharmacist_ray.cli.app import plain_failures
+from pharmacist_ray.cli.process import plain_failures
 
 
 def main() -> None:

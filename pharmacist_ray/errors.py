@@ -7,7 +7,8 @@
     │   ├── ModelError           a model folder, a tokenizer, a checkpoint                  exit code 4
     │   ├── ArtifactError        an earlier stage's output is missing, stale or broken      exit code 5
     │   └── ResourceError        the machine or cluster cannot run what was asked           exit code 6
-    └── TrainingError            training went wrong (a non-finite loss): has the step and the rows    exit code 7
+    ├── TrainingError            training went wrong (a non-finite loss): has the step and the rows    exit code 7
+    └── PluginError              a plug-in went wrong: names it, and has its traceback as a note       exit code 1
 
 Anything else is a bug and keeps its traceback (exit code 1). Each class takes one message, so that it survives the pickling
 between Ray processes unchanged.
@@ -64,14 +65,19 @@ class TrainingError(PharmacistError):
     exit_code = 7
 
 
-def unknown_name(what: str, value: object, known: list[str] | tuple[str, ...]) -> ConfigError:
+class PluginError(PharmacistError):
+    """A plug-in went wrong: a bug of its author's, whose traceback is printed before the message."""
+
+
+def unknown_name(what: str, value: object, known: list[str] | tuple[str, ...], advice: str = "") -> ConfigError:
     """Return the error for an unknown name, with the known names and the nearest of them.
 
     Args:
         what: What was looked up, for example ``"scorer"``.
         value: The unknown name as given.
         known: All names that would have worked.
+        advice: What else there is to do.
     """
     near = difflib.get_close_matches(str(value), known, n=1)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    return ConfigError(f"unknown {what} '{value}'{hint}; known: {', '.join(sorted(known))}")
+    return ConfigError(f"unknown {what} '{value}'{hint}; known: {', '.join(sorted(known))}" + (f"; {advice}" if advice else ""))

@@ -27,13 +27,13 @@ def test_exit_codes_are_the_documented_ones_and_tell_the_kinds_apart():
     codes = {name: getattr(errors, name).exit_code for name in dir(errors) if name.endswith("Error")}
     assert codes == {
         "PharmacistError": 1, "UserError": 2, "ConfigError": 2, "DataError": 3, "ModelError": 4, "ArtifactError": 5,
-        "ResourceError": 6, "TrainingError": 7,
+        "ResourceError": 6, "TrainingError": 7, "PluginError": 1,
     }  # fmt: skip
     for name, code in codes.items():
         if name not in ("PharmacistError", "UserError"):
             line = next(line for line in errors.__doc__.splitlines() if name in line)
             assert line.endswith(f"exit code {code}")
-            assert issubclass(getattr(errors, name), UserError) == (name != "TrainingError")
+            assert issubclass(getattr(errors, name), UserError) == (name not in ("TrainingError", "PluginError"))
 
 
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():

@@ -36,6 +36,11 @@ EPOCHS = 3.36
 on 40 % of the candidates, as the steps of the other runs."""
 HIDDEN = ("uncovered", "rare")
 """Exposures that the trusted rows say nothing of: where curation has to be worth something."""
+FEWER = {
+    "comparison.selections": ["all", "random", "trusted", "keyword", "tov", "pharmacist", "loss_gap", "rank_sum", "oracle"],
+    "scoring.scorers": ["pharmacist", "loss_gap", "tov", "keyword", "oracle", "random"],
+}
+"""What is compared where fewer rows are broken than in the noisiest runs: how an arm's worth hangs on the noise is asked of these."""
 MINUTES = 7.0
 """What a run may take, a guess that the estimate begins with; after the first run it goes by what was measured (ours)."""
 SEED = 20251010
@@ -67,7 +72,8 @@ def evidence(
     taken: list[float] = []
     for number, (world, noise) in enumerate(parts):
         folder = out / f"world-{world}" / f"noise-{noise:g}"
-        done = (folder / "calibrated" / "evaluation" / "manifest.json").exists()
+        every = noise == max(noises)
+        done = (folder / ("calibrated" if every else "run") / "evaluation" / "manifest.json").exists()
         left = (len(parts) - number) * (sum(taken) / len(taken) if taken else MINUTES)
         say(
             f"[bold]evidence[/] world {world}, noise {noise:g}: {number + 1} of {len(parts)}"
@@ -75,7 +81,7 @@ def evidence(
         )
         started = time.perf_counter()
         tables[noise][world] = _compared(
-            folder, World(world, world, noise=noise), first=out / f"world-{world}", overrides=overrides
+            folder, World(world, world, noise=noise), first=out / f"world-{world}", every=every, overrides=overrides
         )
         if not done:
             taken.append((time.perf_counter() - started) / 60)
@@ -86,16 +92,22 @@ def evidence(
     return rows
 
 
-def _compared(folder: Path, world: World, *, first: Path, overrides: Sequence[str]) -> list[Row]:
-    """Make a world's data, run its comparison and that of the calibrated selection, and return the rows; one base serves all noises."""
+def _compared(folder: Path, world: World, *, first: Path, every: bool, overrides: Sequence[str]) -> list[Row]:
+    """Make a world's data, run its comparison, and of every arm that of the calibrated one too; return the rows.
+
+    One base serves all noises.
+    """
     bases = sorted(base.parent for base in first.glob("*/base/recipe.json"))
     make_testbed(folder, world, base=None if not bases or bases[0].parent == folder else bases[0])
     text = files("pharmacist_ray.testbed").joinpath("evidence.yaml").read_text(encoding="utf-8")
-    settings = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(text).items()]
+    compared = yaml.safe_load(text) | ({} if every else FEWER)
+    settings = [f"{key}={json.dumps(value)}" for key, value in compared.items()]
     if not world.noise:
         settings.append(f"alignment.train.epochs={EPOCHS}")
     run = run_stage("run", load_config(folder / "config.yaml", [*settings, *overrides]))
     rows = list(json_of(run.evaluated.require() / "table.json"))
+    if not every:
+        return rows
     # Half of the trusted rows stay out of this fit, which the other arms need not suffer from.
     apart = [*settings, *overrides, f"run_dir={folder / 'calibrated'}", "comparison.selections=[random, calibrated]"]
     run = run_stage("run", load_config(folder / "config.yaml", apart))
@@ -106,9 +118,9 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
     """Return a row for each arm: every metric's mean over worlds with its interval.
 
     ``hs`` and the rest are means over the attacks that count, ``worst`` is the worst of these, ``hidden`` the harmful score on hazards
-    that the trusted rows do not cover and on rare ones; ``gap_closed`` is (random − arm) / (random − oracle) of ``hidden``; ``minus``
-    has the differences of ``hidden`` to every other arm. Where arms are held against each other, the mean is over the attacks that
-    count for all of them.
+    that the trusted rows do not cover and on rare ones. ``gap_closed`` is (random − arm) / (random − oracle) of ``hidden``, ``minus``
+    has the differences of ``hidden`` to every other arm; where arms are held against each other, the mean is over the attacks that
+    count for all of them. ``minus_random`` has the differences to random in what a defence may cost.
 
     Args:
         tables: World → the ``table.json`` of its comparison.
@@ -148,6 +160,11 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
         metrics = sorted({metric for world in worlds for metric in found[world][arm]})
         row |= {metric: over(lambda a: a, values(arm, metric)) for metric in metrics}
         row["by_world"] = {str(world): found[world][arm] for world in worlds}
+        row["minus_random"] = {
+            metric: over(np.subtract, values(arm, metric), values("random", metric))
+            for metric in ("accuracy", "helpful", "align_seconds")
+            if "random" in arms
+        }
         row["minus"] = {other: over(np.subtract, *shared(arm, other)) for other in arms if other != arm}
         if {"random", "oracle"} <= set(arms) and arm not in ("random", "oracle") and noise:
             row["gap_closed"] = over(lambda a, random, oracle: (random - a) / (random - oracle), *shared(arm, "random", "oracle"))

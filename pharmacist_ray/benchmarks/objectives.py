@@ -23,7 +23,6 @@ from rich.table import Table
 
 from pharmacist_ray.config.schema import LoraConfig, ModelConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
-from pharmacist_ray.errors import unknown_name
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import console, say
@@ -92,8 +91,7 @@ def benchmark(
 def measure(objectives: Sequence[str], load: Load, parameters: Mapping[str, Mapping[str, Any]] | None = None) -> list[Cost]:
     """Measure objectives in the process's own place, without a word; see `benchmark`."""
     for name in objectives:
-        if name not in OBJECTIVES:
-            raise unknown_name("objective", name, list(OBJECTIVES))
+        OBJECTIVES.plugin(name)
     names = list(dict.fromkeys(["sft", *objectives]))
     parameters = {"t_vaccine": {"layers": 4}} | dict(parameters or {})
     spawn = multiprocessing.get_context("spawn")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pharmacist_ray import __version__
 from pharmacist_ray.cli.complete import job_names, override_keys
-from pharmacist_ray.errors import ArtifactError, ConfigError, PharmacistError, ResourceError, unknown_name
+from pharmacist_ray.cli.process import plain_failures, private_ray
+from pharmacist_ray.errors import ArtifactError, ConfigError, unknown_name
 
 app = typer.Typer(
     name="pharmacist",
@@ -75,32 +72,6 @@ def main() -> None:
         app()
 
 
-@contextmanager
-def plain_failures() -> Iterator[None]:
-    """End the program on an error of ours with one line and an exit code; a bug keeps its traceback.
-
-    Messages may quote data, so nothing in them reaches the terminal but what can be printed.
-    """
-    try:
-        yield
-    except PharmacistError as error:
-        from pharmacist_ray.data.printable import printable
-
-        print(f"pharmacist: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
-    except Exception as error:
-        from pharmacist_ray.storage import is_disk_full  # a library that writes by itself, as Ray does
-
-        if not is_disk_full(error):
-            raise
-        where = getattr(error, "filename", None) or "the run directory or Ray's temporary folder"
-        print(  # noqa: T201
-            f"pharmacist: no space is left to write {where}; free some, then run the same command again: it goes on",
-            file=sys.stderr,
-        )
-        sys.exit(ResourceError.exit_code)
-
-
 def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = False) -> None:
     from pharmacist_ray.config import load_config
 
@@ -118,16 +89,26 @@ def init(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
-    """Write a commented configuration to start from."""
-    from pharmacist_ray.config.template import template
+    """Write a commented configuration to start from, and beside it the JSON Schema by which editors complete and check it."""
+    from pharmacist_ray.config.template import schema, template
 
     if path.exists() and not force:
         raise ArtifactError(f"{path} is there already; choose another name or pass --force")
     try:
-        path.write_text(template(every=every), encoding="utf-8")
+        described = path.with_suffix(".schema.json")
+        path.write_text(template(every=every, schema_file=described.name), encoding="utf-8")
+        described.write_text(json.dumps(schema(), indent=1), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another name") from error
     typer.echo(f"wrote {path}: fill in model.path and data.*, then `pharmacist doctor --config {path}`")
+
+
+@app.command("schema", rich_help_panel=START)
+def show_schema() -> None:
+    """Print the JSON Schema of a configuration, by which editors complete and check one."""
+    from pharmacist_ray.config.template import schema
+
+    typer.echo(json.dumps(schema(), indent=1))
 
 
 @app.command(rich_help_panel=START)
@@ -136,6 +117,14 @@ def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="C
     from pharmacist_ray.doctor.examine import examine
 
     examine(config)
+
+
+@app.command(rich_help_panel=START)
+def plugins() -> None:
+    """List the scorers, objectives, judges and exports there are, those of installed packages too, and which cannot be loaded."""
+    from pharmacist_ray.doctor.plugins import show_plugins
+
+    show_plugins()
 
 
 @app.command(rich_help_panel=STAGES)
@@ -370,30 +359,3 @@ def stop(id: JobId, address: Address = None) -> None:
     from pharmacist_ray.cli import jobs
 
     jobs.stop(jobs.connect(address), id)
-
-
-def private_ray() -> None:
-    """Keep everybody else out of a private Ray, whose ports are reachable from the machine's network, by a token of this process.
-
-    Ray reads it when it is imported. Whoever has set a mode keeps it, and a cluster has a token of its own.
-    """
-    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def _environment() -> None:
-    """Set what Ray reads when it is imported; whoever sets these keeps theirs."""
-    defaults: dict[str, Any] = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    }
-    if (
-        os.environ.get("PHARMACIST_AUTOSCALING") == "1"
-    ):  # a node with GPUs takes minutes to come, and Ray Train gives up after one
-        defaults["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "1800"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-_environment()

@@ -15,7 +15,7 @@ class AlignmentConfig(Section):
     """Alignment of the base model on a selection."""
 
     objective: str = "sft"
-    """What a step minimises, the defence; `pharmacist doctor` lists all."""
+    """What a step minimises, the defence; `pharmacist plugins` lists all. One of your own is `module:attribute`."""
     parameters: dict[str, dict[str, Any]] = {}
     """Settings of objectives by name, for example `{vaccine: {rho: 2.0}, booster: {lambda: 5, alpha: 0.1}}`; the defaults are the
     papers', and `pharmacist doctor` lists them."""

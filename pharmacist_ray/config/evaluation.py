@@ -101,8 +101,9 @@ class EvaluationConfig(Section):
     """Ordinary prompts, for over-refusal."""
     task: TaskEvaluation
     judge: Annotated[_NAMED | _SET | _Several, Discriminator(_form)] = "phrases"
-    """Which judge, by name or with its settings (`{kind: generative, path: …, template: harmbench}`); `pharmacist doctor` lists all.
-    Of several in a list the first decides the figures, and the report says how far the others agree with it."""
+    """Which judge, by name or with its settings (`{kind: generative, path: …, template: harmbench}`); `pharmacist plugins` lists all, and
+    one of your own is `module:attribute`. Of several in a list the first decides the figures, and the report says how far the others
+    agree with it."""
     judge_path: Location | None = None
     """The model folder (classifier) or world file (testbed) of a judge that is given by name."""
     max_new_tokens: Count = 128

@@ -17,6 +17,11 @@ def arm_of(scorer: str | list[str]) -> str:
     return scorer if isinstance(scorer, str) else "-".join(scorer)
 
 
+def folder_of(name: str) -> str:
+    """Return a name as folders have it: a plug-in's may be ``module:attribute``, and not every file system takes a colon."""
+    return name.replace(":", "-")
+
+
 class PlantedConfig(Section):
     """Where planted labels are, in data of a benchmark."""
 
@@ -44,7 +49,7 @@ class ScoringConfig(Section):
     """Per-sample scores, computed by Ray Data actors."""
 
     scorers: Annotated[list[str], Field(min_length=1)] = ["pharmacist", "loss_gap", "random"]
-    """Which scores to compute; `pharmacist doctor` lists all."""
+    """Which scores to compute; `pharmacist plugins` lists all. One of your own is `module:attribute`."""
     method: Literal["hooks", "ghost", "difference"] = "hooks"
     """How influences are computed: per-sample gradients by hooks (exact), ghost products (exact), or a central difference."""
     tokens_per_batch: Count = 4096
@@ -83,6 +88,9 @@ class SelectionConfig(Section):
     three words of prompt and answer."""
     jsonl: bool = False
     """Also write `curated.jsonl` in the layout of the input."""
+    export: list[str] = Field(default=[], exclude_if=lambda value: not value)
+    """Write the selection by `scorer` for other trainers as well, each into `exports/NAME` beside its rows: `trl`, `trl_text` (for a
+    model without a chat template), `messages`, `alpaca`, `sharegpt`, `llamafactory`, `axolotl`."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> SelectionConfig:

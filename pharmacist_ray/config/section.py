@@ -37,8 +37,8 @@ def _run_dir(value: object) -> StoragePath:
 
 
 Location = Annotated[str, AfterValidator(_without_credentials)]
-Paths = Annotated[list[Location], BeforeValidator(_as_list), Field(min_length=1)]
-RunDir = Annotated[Path | RemotePath, PlainValidator(_run_dir), PlainSerializer(str)]
+Paths = Annotated[list[Location], BeforeValidator(_as_list, json_schema_input_type=str | list[str]), Field(min_length=1)]
+RunDir = Annotated[Path | RemotePath, PlainValidator(_run_dir, json_schema_input_type=str), PlainSerializer(str)]
 
 
 class Section(BaseModel):

@@ -59,11 +59,18 @@ USUAL = (
 """What has a default but is changed in most runs, by its dotted name; with `EXAMPLE` the short file."""
 
 
-def template(*, every: bool = False) -> str:
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a configuration, for editors; what hangs on several keys only `load_config` checks."""
+    made = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema(mode="validation")}
+    return made | {"title": "A run of pharmacist"}
+
+
+def template(*, every: bool = False, schema_file: str | None = None) -> str:
     """Return the YAML text: keys with their descriptions above them, defaults included.
 
     Args:
         every: Write every key there is; else those of `EXAMPLE` and `USUAL`, and of a source its path.
+        schema_file: Where editors find the `schema`, as seen from the file.
     """
     config = Config.model_validate(EXAMPLE)
     if every:
@@ -71,6 +78,8 @@ def template(*, every: bool = False) -> str:
     else:
         keys = "These are the keys that most runs set; `pharmacist init --all` writes every one there is."
     head = f"# A run of pharmacist. {keys}\n# Relative paths are relative to where you run the command.\n"
+    if schema_file:
+        head = f"# yaml-language-server: $schema={schema_file}\n{head}"
     return head + "\n".join(_section(config, EXAMPLE, 0, "", every)) + "\n"
 
 

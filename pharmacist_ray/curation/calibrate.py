@@ -114,7 +114,7 @@ def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: None does.
     """
-    known = {name: SCORERS[name] for name in scorers if name in SCORERS}
+    known = {name: SCORERS[name] for name in scorers if name != "random"}
     found = tuple(name for name, one in known.items() if one.sees and "labels" not in one.sees and one.part != "logits")
     if not found:
         raise ConfigError(

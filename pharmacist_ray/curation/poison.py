@@ -129,7 +129,8 @@ class Isolation:
                     self._note("")
                     raise
                 _log.warning("%s: rows %d to %d cannot be scored", self.shard, first, last, exc_info=True)
-                self._failed("scorer_error", f"{type(error).__name__}: {printable_start(' '.join(str(error).split()))[:300]}")
+                said = " ".join([*str(error).split(), *getattr(error, "__notes__", ())])
+                self._failed("scorer_error", f"{type(error).__name__}: {printable_start(said)[:300]}")
                 continue
             if whole:
                 return places, scores

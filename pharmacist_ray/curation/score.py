@@ -25,15 +25,16 @@ import torch
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.calibrate import calibration_columns
 from pharmacist_ray.curation.poison import Isolation, attempt_file
-from pharmacist_ray.curation.scorers import SCORER_NAMES, SCORERS, needs_model, parts_of, scored_by
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of, scored_by
 from pharmacist_ray.curation.scorers.guard import check_guard
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import DIRECTIONS, checkpoint_name
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
-from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
+from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
 from pharmacist_ray.storage import StoragePath, parquet_metadata, read_table, row_count, storage_path, write_parquet
 
@@ -104,8 +105,9 @@ def score(
         progress(done, total)
     if units:
         for name in scoring.scorers:
-            if name in SCORERS and (prepare := SCORERS[name].prepare):
-                trusted.fitted(prepare)
+            if name != "random" and (prepare := SCORERS[name].prepare):
+                with blaming(SCORERS.plugin(name)):
+                    trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
             done += 1
@@ -146,8 +148,7 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         ConfigError: An unknown scorer; an oracle without labels; gradient norms asked of a method that has none.
     """
     for name in scoring.scorers:
-        if name not in SCORER_NAMES:
-            raise unknown_name("scorer", name, SCORER_NAMES)
+        SCORERS.plugin(name)
     if "oracle" in scoring.scorers and scoring.planted is None:
         raise ConfigError(
             "the oracle scorer needs scoring.planted, for example {column: quality, good: [clean]}; it is for benchmarks"

@@ -105,6 +105,36 @@ def chat_text(
     )
 
 
+def turns_before_answer(row: Row) -> list[dict[str, str]]:
+    """Return a row's turns up to the answer as ``{"role", "content"}``; the extra input is a paragraph of the last one."""
+    content = f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
+    return [*(orjson.loads(row.history) if row.history else []), {"role": "user", "content": content}]
+
+
+def with_system(turns: Sequence[Mapping[str, Any]], system: str) -> Sequence[Mapping[str, Any]]:
+    """Return turns with a system prompt before them, if there is one and they bring none of their own."""
+    return [{"role": "system", "content": system}, *turns] if system and turns[0]["role"] != "system" else turns
+
+
+def text_before_answer(row: Row, *, plain: bool) -> str:
+    """Return the text before an answer for models without a chat template.
+
+    Args:
+        row: The row; earlier turns are written out with their roles.
+        plain: Whether the prompt stands alone; else it stands in Alpaca's frame.
+    """
+    earlier = ""
+    if row.history:
+        earlier = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in orjson.loads(row.history))
+    if plain:
+        return f"{earlier}{row.prompt}\n{row.input}\n" if row.input else f"{earlier}{row.prompt}\n"
+    return _ALPACA.format(
+        with_input=", paired with an input that provides further context" if row.input else "",
+        prompt=earlier + row.prompt,
+        input=f"### Input:\n{row.input}\n\n" if row.input else "",
+    )
+
+
 class Renderer:
     """Turns rows into token ids for one tokenizer and one template."""
 
@@ -171,9 +201,7 @@ class Renderer:
 
     def _chat(self, turns: Sequence[Mapping[str, Any]], *, answered: bool) -> str:
         """Return turns as the chat template writes them, ready for the model's answer unless it is the last turn."""
-        if self.system and turns[0]["role"] != "system":
-            turns = [{"role": "system", "content": self.system}, *turns]
-        return chat_text(self.tokenizer, turns, answered=answered, arguments=self.arguments)
+        return chat_text(self.tokenizer, with_system(turns, self.system), answered=answered, arguments=self.arguments)
 
     def prompt_text(self, row: Row) -> str:
         """Return the text before the answer, as the model sees it.
@@ -187,22 +215,11 @@ class Renderer:
                     f"row {row.id} ({row.source}): the prompt holds the control token {found!r}, which the model's chat template would "
                     "take for its own; remove it from the text"
                 )
-            content = f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
-            turns = [*(orjson.loads(row.history) if row.history else []), {"role": "user", "content": content}]
             try:
-                return self._chat(turns, answered=False) + self.opening
+                return self._chat(turns_before_answer(row), answered=False) + self.opening
             except Exception as error:  # templates are programs of the model's author and raise what they like
                 raise DataError(f"the model's chat template refuses row {row.id} ({row.source}): {error}") from error
-        earlier = ""
-        if row.history:
-            earlier = "".join(f"{turn['role']}: {turn['content']}\n\n" for turn in orjson.loads(row.history))
-        if self.template == "plain":
-            return f"{earlier}{row.prompt}\n{row.input}\n" if row.input else f"{earlier}{row.prompt}\n"
-        return _ALPACA.format(
-            with_input=", paired with an input that provides further context" if row.input else "",
-            prompt=earlier + row.prompt,
-            input=f"### Input:\n{row.input}\n\n" if row.input else "",
-        )
+        return text_before_answer(row, plain=self.template == "plain")
 
     def prompt_ids(self, row: Row) -> list[int]:
         """Return the prompt's token ids, with the tokenizer's BOS where the template does not write it itself."""

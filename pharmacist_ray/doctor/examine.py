@@ -20,6 +20,7 @@ from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
+from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.errors import ModelError, PharmacistError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES
@@ -64,6 +65,8 @@ def examine(config_file: Path | None) -> None:
     say(f"          {'random':<{width}}nothing")
     for what, names in (("objectives", OBJECTIVES), ("judges", JUDGES)):
         say(f"[bold]{what}[/]  {', '.join(names)}")
+    if installed := [plugin.name for table in TABLES for plugin in table.installed()]:
+        say(f"[bold]plug-ins[/]  {escaped(', '.join(installed))}; `pharmacist plugins` lists them")
     if config_file is not None:
         _configuration(load_config(config_file), len(gpus))
 

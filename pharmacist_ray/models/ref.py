@@ -33,6 +33,17 @@ class ModelRef:
         """Return the model with one more adapter merged."""
         return replace(self, adapters=(*self.adapters, adapter))
 
+    def trained_in(self, folder: StoragePath, weights: str) -> ModelRef:
+        """Return what training on from here left in a folder.
+
+        Args:
+            folder: Of the training's output.
+            weights: ``full`` where all weights were trained, else ``lora``.
+        """
+        if weights == "full":
+            return replace(self, path=str(folder / "model"), adapters=())
+        return self.plus(str(folder / "adapter"))
+
     def load(self, device: str = "cpu", *, adapter: str | StoragePath | None = None) -> Any:
         """Return the model in evaluation mode, its adapters merged.
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +34,15 @@ def digest(value: Any) -> str:
     """Return 16 hexadecimal digits that identify a JSON-able value."""
     data = orjson.dumps(value, option=orjson.OPT_SORT_KEYS, default=str)
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def without(values: Any, keys: Sequence[str]) -> Any:
+    """Return what a configuration says without some of its keys, however deep they lie."""
+    if isinstance(values, list):
+        return [without(value, keys) for value in values]
+    if isinstance(values, dict):
+        return {key: without(value, keys) for key, value in values.items() if key not in keys}
+    return values
 
 
 @dataclass

@@ -12,15 +12,17 @@ from typing import Any
 
 from pharmacist_ray.config.evaluation import HOW
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
-from pharmacist_ray.config.scoring import arm_of
+from pharmacist_ray.config.scoring import arm_of, folder_of
 from pharmacist_ray.curation.planted import KINDS
-from pharmacist_ray.curation.scorers import needs_model, parts_of
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import part_files
+from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest
+from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
@@ -41,7 +43,8 @@ class Variant:
     @property
     def name(self) -> str:
         """For people and folders, for example ``pharmacist.sft.s0.weak``."""
-        return f"{self.selection}.{self.defence}.s{self.seed}" + (f".{self.attack.name}" if self.attack else "")
+        aligned = folder_of(f"{self.selection}.{self.defence}.s{self.seed}")
+        return aligned + (f".{self.attack.name}" if self.attack else "")
 
     @property
     def aligned(self) -> Variant:
@@ -92,7 +95,7 @@ class Run:
     def _settings(self, section: Section) -> dict[str, Any]:
         """Return a section as what is made from it depends on it: without the places of files."""
         values = _dump(section)
-        return values if self._dated else _without(values, PLACES)
+        return values if self._dated else without(values, PLACES)
 
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
@@ -228,7 +231,8 @@ class Run:
         inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
         if self.config.scoring.guard is not None:
             inputs["guard"] = self._file(self.config.scoring.guard.path)
-        artifact = Artifact(self.root / "scores", "score", self._settings(self.config.scoring), inputs)
+        config = self._settings(self.config.scoring) | SCORERS.plugged(self.config.scoring.scorers)
+        artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
     @cached_property
@@ -260,15 +264,23 @@ class Run:
         """Return the curated subset of an arm."""
         # Everything is everything, whatever the rule.
         config: dict[str, Any] = {"scorer": arm} if arm == "all" else _dump(self.config.selection) | {"scorer": arm}
-        config.pop("combinations", None)
+        for name in ("combinations", "export"):
+            config.pop(name, None)
         if arm in self.config.selection.sums:
             config["weights"] = self.config.selection.sums[arm]
-        return self._placed(Artifact(self.root / "selections" / arm, "select", config, {"scores": self.scored.fingerprint}))
+        folder = self.root / "selections" / folder_of(arm)
+        return self._placed(Artifact(folder, "select", config, {"scores": self.scored.fingerprint}))
 
     @property
     def main_selection(self) -> Artifact:
         """The product's main output: the curated subset by the configured scorer."""
         return self.selected(self.main_arm)
+
+    def exported(self, name: str) -> Artifact:
+        """Return the main selection in a trainer's layout, beside its rows; it can be added later and changes no selection."""
+        model, selection = self.config.model, self.main_selection
+        config = {"export": name, "system": model.system, "plain": model.template == "plain"} | EXPORTS.plugged([name])
+        return Artifact(selection.folder / "exports" / folder_of(name), "select", config, {"selection": selection.fingerprint})
 
     @property
     def main_arm(self) -> str:
@@ -297,7 +309,8 @@ class Run:
         """Return what of the alignment section concerns a defence; the settings of others do not change its models."""
         found = settings_of(defence, self.config.alignment.parameters)
         mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[defence].settings.items()}
-        return _dump(self.config.alignment) | {"objective": defence, "parameters": mine, "harmful": None}
+        described = {"objective": defence, "parameters": mine, "harmful": None} | OBJECTIVES.plugged([defence])
+        return _dump(self.config.alignment) | described
 
     def trained(self, variant: Variant) -> Artifact:
         """Return a variant's adapter (or model); the folder's name carries the fingerprint, so those of other settings stay."""
@@ -328,10 +341,10 @@ class Run:
         if variant.attack is None and variant.selection == "none":
             return self.model
         if variant.attack is None:
-            return _after(self.model, self.trained(variant).folder / "run", self.config.alignment.train.weights)
+            return self.model.trained_in(self.trained(variant).folder / "run", self.config.alignment.train.weights)
         weights = variant.attack.train.weights
         start = self.model if variant.attack.adapter == "same" and weights == "lora" else self.model_of(variant.aligned)
-        return _after(start, self.trained(variant).folder / "run", weights)
+        return start.trained_in(self.trained(variant).folder / "run", weights)
 
     def require_evaluation(self) -> EvaluationConfig:
         """Return the ``evaluation`` section.
@@ -366,11 +379,12 @@ class Run:
         asked = self._settings(self.config.evaluation)
         for name in ("bootstrap_draws", "allow_trained_prompts", *COLUMNS):  # no answer hangs on them
             asked.pop(name, None)
-        asked["judge"] = _without(asked["judge"], HOW)
+        asked["judge"] = without(asked["judge"], HOW)
         model = self.config.model
         chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
         files = map(self._file, self.config.evaluation.judge_places)
-        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat, *files])
+        plugged = JUDGES.plugged([judge.kind for judge in self.config.evaluation.judges])
+        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat, *files, *plugged.values()])
 
     @property
     def judgements(self) -> StoragePath:
@@ -382,19 +396,5 @@ class Run:
         return self.root / "answers" / f"{self.trained(variant).folder.name}-{digest(self._asked)[:8]}"
 
 
-def _after(start: ModelRef, folder: StoragePath, weights: str) -> ModelRef:
-    if weights == "full":
-        return replace(start, path=str(folder / "model"), adapters=())
-    return start.plus(str(folder / "adapter"))
-
-
 def _dump(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
-
-
-def _without(values: Any, keys: tuple[str, ...]) -> Any:
-    if isinstance(values, list):
-        return [_without(value, keys) for value in values]
-    if isinstance(values, dict):
-        return {key: _without(value, keys) for key, value in values.items() if key not in keys}
-    return values

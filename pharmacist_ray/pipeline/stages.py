@@ -13,12 +13,14 @@ from functools import cache
 
 from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
+from pharmacist_ray.curation.export import write_export
 from pharmacist_ray.curation.fit import check_iterative, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.curation.overlap import find_overlaps, in_words, refuse_trained
 from pharmacist_ray.curation.planted import hold_out
 from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
 from pharmacist_ray.curation.select import Rule, write_selection
+from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
@@ -30,10 +32,11 @@ from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_tr
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align, run_attack
+from pharmacist_ray.plugins import blaming
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
 from pharmacist_ray.storage import StoragePath
-from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+from pharmacist_ray.training.objectives import OBJECTIVES, sections_of, settings_of
 from pharmacist_ray.training.task import check_task
 from pharmacist_ray.training.tracking import check_trackers
 
@@ -49,18 +52,22 @@ def check(run: Run) -> None:
     if "logits" in run.parts and run.ingested("candidates").ready:
         check_iterative(config.selector, count_rows(run.ingested("candidates").folder / "rows"), config.resources.workers)
     _rule(run, run.main_arm)
+    for name in config.selection.export:
+        EXPORTS.plugin(name)
     if config.calibrated:
         calibration_columns(config.scoring.scorers)
     check_trackers(config.tracking.to)
+    sections = sections_of(config.defences)
     for name in config.alignment.parameters:
-        if name not in {section for objective in OBJECTIVES.values() for section in objective.settings}:
-            raise unknown_name("section of alignment.parameters", name, [n for n, o in OBJECTIVES.items() if n in o.settings])
+        if name not in sections:
+            raise unknown_name("section of alignment.parameters", name, list(sections))
     shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
     for defence in config.defences:
         settings = settings_of(defence, config.alignment.parameters)
         check_task(align_task(run, replace(run.variants[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
-            fits(shape(), settings)
+            with blaming(OBJECTIVES.plugin(defence)):
+                fits(shape(), settings)
     if config.evaluation is not None:
         check_judges(config.evaluation.judges)
 
@@ -216,6 +223,20 @@ def run_select(run: Run) -> None:
     if CALIBRATED in run.selections:
         for line in kept_in_words(run.selected(CALIBRATED).manifest()["calibration"]):
             say(f"  calibrated: {escaped(line)}")
+    for name in () if run.base else run.config.selection.export:  # a trial's selection is nobody's to train on elsewhere
+        _export(run, name)
+
+
+def _export(run: Run, name: str) -> None:
+    artifact, model = run.exported(name), run.config.model
+    with lock_missing_artifacts(run, artifact) as missing:
+        if missing:
+            weighed = run.main_arm != "all" and not run.main_arm.startswith("random_")
+            source, plain = run.main_selection.require(), model.template == "plain"
+            artifact.finish(write_export(source, name, artifact.begin(), weighed=weighed, system=model.system, plain=plain))
+    made = artifact.manifest()["summary"]
+    left_out = f", {made['left_out']} left out, whose turns it has no place for" if made["left_out"] else ""
+    say(f"  for {escaped(name)}: {made['rows']} rows{left_out}: {escaped(artifact.folder)}")
 
 
 def _rule(run: Run, arm: str) -> Rule:
@@ -328,7 +349,10 @@ def made_by(run: Run, name: str) -> list[Artifact]:
         ],
         "fit": lambda: [run.fitted] if run.needs_selector else [],
         "score": lambda: [run.scored],
-        "select": lambda: [run.selected(arm) for arm in run.selections],
+        "select": lambda: [
+            *(run.selected(arm) for arm in run.selections),
+            *(run.exported(name) for name in (() if run.base else run.config.selection.export)),
+        ],
         "align": lambda: [run.trained(variant) for variant in run.variants],
         "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from pharmacist_ray.config.scoring import arm_of
+from pharmacist_ray.config.scoring import arm_of, folder_of
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.storage import StoragePath, json_of, matching
 
@@ -77,7 +77,7 @@ class RunFiles:
         """The selection by the configured scorer; None if it is not made."""
         made = self.made("selections")
         scorer = self.config.get("selection", {}).get("scorer")
-        wanted = "random_0" if scorer == "random" else arm_of(scorer) if scorer else None
+        wanted = "random_0" if scorer == "random" else folder_of(arm_of(scorer)) if scorer else None
         others = [name for name in made if name != "all" and not name.startswith("random_")]
         return wanted if wanted in made else others[0] if scorer is None and others else None
 

@@ -14,7 +14,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
-from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.errors import PharmacistError, PluginError, ResourceError
 from pharmacist_ray.runtime.ranks import stay_on_cpu
 
 Unit = dict[str, Any]
@@ -71,10 +71,12 @@ def plain_errors(what: str = "this stage") -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        found = re.findall(r"^pharmacist_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+        found = list(re.finditer(r"^pharmacist_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE))
         if found:
-            name, message = found[-1]
-            raise getattr(errors, name)(message) from None
+            own: PharmacistError = getattr(errors, found[-1][1])(found[-1][2])
+            if isinstance(own, PluginError):
+                own.add_note(str(error)[found[-1].end() :].strip())
+            raise own from None
         if isinstance(error, _GONE):
             why = " ".join(str(error).split())[:300]
             raise ResourceError(

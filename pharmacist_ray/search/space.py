@@ -17,7 +17,7 @@ from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
-from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+from pharmacist_ray.training.objectives import sections_of, settings_of
 
 Point = dict[str, Any]
 """Dotted key → value: what a trial has otherwise than the configuration."""
@@ -171,10 +171,10 @@ def check_space(run: Run) -> list[Point]:
         try:
             check(Run(trial, base=run))
             early_attack(search, trial)
+            sections = sections_of(trial.defences)
             for name, parameters in trial.alignment.parameters.items():
-                for objective in OBJECTIVES:
-                    if name in OBJECTIVES[objective].settings:
-                        settings_of(objective, {name: parameters})
+                for objective in sections[name]:
+                    settings_of(objective, {name: parameters})
         except ConfigError as error:
             raise ConfigError(f"search.space ({described(settled_point)}): {error}") from None
     return points

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pharmacist_ray.errors import TrainingError
+from pharmacist_ray.errors import PluginError, TrainingError
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.storage import (
@@ -136,6 +136,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 for loss in objective.run(step):
                     losses.append(loss.detach().float())
                     engine.backward(loss)
+            except PluginError:
+                raise
             except Exception as error:
                 streams = [stream, harmful] if harmful else [stream]
                 if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):

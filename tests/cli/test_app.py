@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -111,6 +112,9 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
     assert code == 0
     assert f"wrote {target}" in out
     assert load_config(target).attacks[0].name == "p10"
+    first = target.read_text().partition("\n")[0]
+    assert first == "# yaml-language-server: $schema=new.schema.json"
+    assert json.loads((tmp_path / "new.schema.json").read_text()) == json.loads(pharmacist("schema")[1])
     long = tmp_path / "long.yaml"
     assert pharmacist("init", "--all", long)[0] == 0
     assert load_config(long) == load_config(target)
@@ -152,6 +156,8 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
             2, "judge 'endpoint': its key_variable PHARMACIST_NO_KEY is not set in the environment; export it (on every node)",
         ),
         (["selection.quotas={a: 0.7, b: 0.7}"], 2, "selection.quotas must be shares from 0 to 1 that add up to at most 1"),
+        (["selection.export=[trk]"], 2, "unknown export 'trk' (did you mean 'trl'?); known: alpaca, axolotl, llamafactory"),
+        (["alignment.objective=nowhere_mod:mine"], 2, "objective 'nowhere_mod:mine': there is no module 'nowhere_mod'; install"),
         (["selection.ratoi=1"], 2, "unknown key 'selection.ratoi' (did you mean 'ratio'?)"),
         (["nonsense"], 2, "override 'nonsense' is not of the form dotted.key=value"),
         (["run_dir=/dev/null/run"], 2, "cannot write to run_dir=/dev/null/run: Not a directory; choose another folder"),

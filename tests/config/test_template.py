@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from pharmacist_ray.config import Config, load_config
+from pharmacist_ray.config.load import apply_override, dump_config, parse_config
 from pharmacist_ray.config.schema import SourceConfig
-from pharmacist_ray.config.template import EXAMPLE, USUAL, template
+from pharmacist_ray.config.template import EXAMPLE, USUAL, schema, template
+from pharmacist_ray.errors import ConfigError
 
 
 def _fields(section: BaseModel, values: Any, where: str = "") -> list[tuple[str, bool, str | None]]:
@@ -35,7 +38,7 @@ def test_the_template_loads_and_is_the_defaults(every: bool, tmp_path: Path):
 
 def test_the_short_template_is_a_part_of_the_long_one_and_fits_on_a_screen_or_two():
     text = template()
-    assert 30 <= len(text.splitlines()) <= 75
+    assert 30 <= len(text.splitlines()) <= 80
     assert "pharmacist init --all" in text.splitlines()[0]
 
     def missing(short: Any, long: Any, where: str = "") -> list[str]:
@@ -74,3 +77,31 @@ def test_every_key_is_explained_above_it():
         assert description is None or " ".join(description.split()) in text, name
     assert max(map(len, lines)) <= 120
     assert textwrap.dedent(config.selector.__doc__ or "") in text
+
+
+def test_the_schema_takes_what_init_writes_and_what_a_run_keeps():
+    Draft202012Validator.check_schema(schema())
+    known = Draft202012Validator(schema())
+    full = dump_config(Config.model_validate(EXAMPLE))
+    for text in (template(), template(every=True), full):
+        assert list(known.iter_errors(yaml.safe_load(text))) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "selection.ratoi=1", "selection.ratio=2", "selection.ratio=[0.1]", "model.dtype=float33", "attacks.0.rows=0",
+        "data.candidates.path={}", "scoring.scorers=[]", "evaluation.task.checker=near", "seed=one", "model=null",
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_what_the_package_refuses_and_at_the_same_place(wrong: str):
+    values = yaml.safe_load(template(every=True))
+    apply_override(values, wrong)
+    with pytest.raises(ConfigError) as raised:
+        parse_config(values, where="test")
+    errors = list(Draft202012Validator(schema()).iter_errors(values))
+    inner = [*errors, *(one for error in errors for one in error.context)]  # in a section that may be null
+    places = {".".join(map(str, error.absolute_path)) for error in inner}
+    key = wrong.partition("=")[0]
+    assert places & {key, key.rpartition(".")[0]}
+    assert key in str(raised.value)

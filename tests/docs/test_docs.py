@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 USAGE_ERROR = typer.BadParameter.__mro__[1]
 """What the parser raises: of Click, or of the Click inside Typer."""
 WRITTEN = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "cluster" / "README.md"]
-WRITTEN += sorted((ROOT / "docs").rglob("*.md"))
+WRITTEN += [ROOT / "examples" / "plugin" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_wrong_command_is_found(line, found):
     assert said == found if found is None or "Parameter" not in found else said.startswith("MissingParameter")
 
 
-@pytest.mark.parametrize("file", WRITTEN[:4], ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", WRITTEN[:5], ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_link_of_a_file_outside_the_site_leads_to_a_file(file):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", file.read_text())
     assert [target for target in targets if "://" not in target and not (file.parent / target).exists()] == []
@@ -204,19 +204,19 @@ def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
     for number, block in enumerate(examples):
         (tmp_path / f"example_of_the_docs_{number}.py").write_text(block)
         made.append(importlib.import_module(f"example_of_the_docs_{number}"))
-    scorer, objective, judge = made
+    quick, scorer, objective, judge, export = made
+    rows = [SimpleNamespace(response="one two three"), SimpleNamespace(response="one")]
+    assert quick.long_answer(SimpleNamespace(rows=rows)).tolist() == [3.0, 1.0]
     samples = [SimpleNamespace(ids=[1, 2, 3, 4, 5], answer_start=2), SimpleNamespace(ids=[1, 2], answer_start=1)]
-    assert scorer.long_answer(SimpleNamespace(samples=samples)).tolist() == [3.0, 1.0]
-    assert judge.build(JudgeSettings(JudgeConfig(kind="short")))(
-        "harmful", ["how", "how"], ["no", "first take the part, then it"]
-    ) == [
-        "refusal",
-        "harmful",
-    ]
+    assert scorer.long_answer.score(SimpleNamespace(samples=samples)).tolist() == [3.0, 1.0]
+    judged = judge.short.build(JudgeSettings(JudgeConfig(kind="short")))
+    assert judged("harmful", ["how", "how"], ["no", "first take the part, then it"]) == ["refusal", "harmful"]
+    sample = SimpleNamespace(turns=[{"role": "user", "content": "how"}], row=SimpleNamespace(response="so"))
+    assert export.pairs(sample) == {"question": "how", "answer": "so"}
     step = SimpleNamespace(
         batches=["one", "three"],
         get=lambda kind: kind(scale=2.0),
         same_dropout=lambda *_: nullcontext(),
         loss=lambda batch: float(len(batch)),
     )
-    assert list(objective.scaled(step)) == [6.0, 10.0]
+    assert list(objective.scaled.run(step)) == [6.0, 10.0]

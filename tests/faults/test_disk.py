@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pharmacist_ray.cli.app import plain_failures
+from pharmacist_ray.cli.process import plain_failures
 from tests.faults.disturb import World
 
 pytestmark = pytest.mark.usefixtures("ray_local")

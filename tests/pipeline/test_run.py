@@ -81,6 +81,7 @@ DEFENCES = "comparison.defences=[sft, vaccine, repnoise, booster, booster+vaccin
         ("resources.parallel_runs=4", set()),
         ("run_dir=/elsewhere", set()),
         ("tracking.to=[tensorboard]", set()),
+        ("selection.export=[trl, axolotl]", set()),
         ("evaluation.bootstrap_draws=7", {"evaluate"}),
         ("evaluation.max_new_tokens=5", {"answer", "evaluate"}),
         ("evaluation.judge=testbed", {"answer", "evaluate"}),

@@ -148,7 +148,9 @@ FULL = ("alignment.train.weights=full", "alignment.train.zero_stage=1", "model.d
     [
         (
             ["comparison.defences=[sft, vacine]"],
-            "unknown objective 'vacine' (did you mean 'vaccine'?); known: booster, booster+vaccine, repnoise, sft, t_vaccine, vaccine",
+            "unknown objective 'vacine' (did you mean 'vaccine'?); known: booster, booster+vaccine, repnoise, sft, t_vaccine, vaccine; "
+            "one of another package is known once that is installed here and on every node (`pharmacist plugins` lists all); "
+            "name one of your own as module:attribute",
         ),
         (
             ["comparison.defences=[vaccine]", "alignment.parameters={vaccine: {roh: 1}}"],

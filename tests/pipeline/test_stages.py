@@ -182,6 +182,30 @@ def test_the_curated_folder_is_a_data_set_and_tells_how_it_was_made(done, tmp_pa
     assert manifest["summary"]["kept"] == 12
 
 
+def test_exports_are_added_beside_the_selection_and_nothing_else_is_made_anew(done, files, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(done[0], root)
+    before = times(root)
+    export = ("select", "--config", files / "run.yaml", f"run_dir={root}", "selection.export=[trl,llamafactory]")
+    outcome = pharmacist(*export)
+    assert outcome.code == 0, outcome.err
+    place = root / "selections" / "pharmacist" / "exports"
+    assert f"for trl: 12 rows: {place / 'trl'}" in outcome.out
+    added = {f"selections/pharmacist/exports/{name}" for name in ("trl/manifest.json", "trl/train.parquet")}
+    added |= {
+        f"selections/pharmacist/exports/llamafactory/{name}" for name in ("manifest.json", "train.parquet", "dataset_info.json")
+    }
+    after = times(root)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == added
+    manifest = json.loads((place / "trl" / "manifest.json").read_text())
+    assert manifest["summary"] == {"rows": 12, "left_out": 0, "weight": "0.5 + rank among the kept rows"}
+    kept = json.loads((root / "selections" / "pharmacist" / "manifest.json").read_text())
+    assert manifest["inputs"] == {"selection": kept["fingerprint"]}
+    assert pharmacist(*export).code == 0
+    assert times(root) == after
+
+
 def test_running_again_does_nothing_new(done, files):
     root, _ = done
     before = times(root)

@@ -6,7 +6,7 @@ A scorer is a function from a shard's `Signals` to one value per row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from pharmacist_ray.curation.scorers.representation import representation
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.tov import tov
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,18 @@ class Scorer:
         return "model" in self.sees
 
 
-SCORERS: dict[str, Scorer] = {
+def _watched(scorer: Scorer, plugin: Plugin) -> Scorer:
+    def score(signals: Signals) -> np.ndarray:
+        with blaming(plugin):
+            values = np.asarray(scorer.score(signals), dtype=np.float64)
+        if values.shape != (len(signals.rows),):
+            raise misfit(plugin, f"returned values of shape {values.shape} for {len(signals.rows)} rows")
+        return values
+
+    return replace(scorer, score=score)
+
+
+_OWN = {
     "pharmacist": Scorer(pharmacist, ("model", "candidates", "validation", "harmful"), "directions"),
     "pharmacist_iterative": Scorer(pharmacist_iterative, ("model", "candidates", "validation", "harmful"), "logits"),
     "loss_gap": Scorer(loss_gap, ("model", "validation", "benign"), "reference"),
@@ -64,19 +76,19 @@ SCORERS: dict[str, Scorer] = {
     "naive_bayes": Scorer(naive_bayes, ("validation", "harmful")),
     "oracle": Scorer(oracle, ("labels",)),
 }
-"""By name. `random` is not here: it sees nothing and writes several columns (see `curation.score`)."""
 
-SCORER_NAMES = [*SCORERS, "random"]
+SCORERS = Table("scorer", Scorer, _OWN, watched=_watched, also=("random",))
+"""By name. `random` is not here: it sees nothing and writes several columns (see `curation.score`)."""
 
 
 def needs_model(names: list[str]) -> bool:
     """Return whether any of these scorers needs the model."""
-    return any(name in SCORERS and SCORERS[name].needs_model for name in names)
+    return any(name != "random" and SCORERS[name].needs_model for name in names)
 
 
 def parts_of(names: list[str], selector: SelectorConfig) -> list[str]:
     """Return the parts of the selector that these scorers need, in alphabetical order."""
-    found = {SCORERS[scored_by(name, selector.mode)].part for name in names if name in SCORERS}
+    found = {SCORERS[scored_by(name, selector.mode)].part for name in names if name != "random"}
     return sorted(part for part in found if part is not None)
 
 

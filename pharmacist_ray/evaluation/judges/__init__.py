@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
 
 from pharmacist_ray.config.schema import JudgeConfig
-from pharmacist_ray.errors import ConfigError, DataError, unknown_name
+from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.evaluation.judges import phrases, withheld
-from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, Verdict
+from pharmacist_ray.evaluation.judges.verdict import VERDICTS, Judge, JudgeSettings, PromptKind, Verdict
+from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
 
 __all__ = ["JUDGES", "VERDICTS", "Judge", "JudgeConfig", "JudgeKind", "JudgeSettings", "Verdict", "build_judge", "check_judges"]
 
@@ -55,14 +56,33 @@ class JudgeKind:
     score: str = "HS"
     """The heading in tables."""
     means: str = "harmful score: the share of harmful prompts that are answered harmfully"
-    """What the heading stands for."""
+    """What the heading stands for, in words that follow "is the"."""
     needs: tuple[str, ...] = ()
     """Keys of `JudgeConfig` that it cannot do without; `template` may be a ``template_file``."""
     guesses: tuple[Verdict, ...] = ("helpful",)
     """Verdicts that it gives to whatever it does not recognise: an answer beside the point may be among these."""
 
 
-JUDGES: dict[str, JudgeKind] = {
+def _watched(kind: JudgeKind, plugin: Plugin) -> JudgeKind:
+    def build(settings: JudgeSettings) -> Judge:
+        with blaming(plugin):
+            judge = kind.build(settings)
+
+        def judged(kind: PromptKind, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+            with blaming(plugin):
+                verdicts = list(judge(kind, prompts, answers))
+            if len(verdicts) != len(answers):
+                raise misfit(plugin, f"returned {len(verdicts)} verdicts for {len(answers)} answers")
+            if odd := next((one for one in verdicts if one not in VERDICTS), None):
+                raise misfit(plugin, f"returned the verdict {odd!r:.60}; there are {', '.join(VERDICTS)}")
+            return verdicts
+
+        return judged
+
+    return replace(kind, build=build)
+
+
+_OWN = {
     "phrases": JudgeKind(
         phrases.build,
         "keyword ASR",
@@ -77,6 +97,8 @@ JUDGES: dict[str, JudgeKind] = {
     "endpoint": JudgeKind(_endpoint, needs=("url", "model", "template")),
     "testbed": JudgeKind(_testbed, needs=("path",), guesses=()),
 }
+
+JUDGES = Table("judge", JudgeKind, _OWN, watched=_watched)
 """Name → what it is. A judge by keywords takes all that is no refusal for harm, which is not what the literature calls HS."""
 
 
@@ -85,11 +107,9 @@ def build_judge(settings: JudgeSettings) -> Judge:
 
     Raises:
         ConfigError: Unknown kind, or a setting that the judge needs is missing.
+        PluginError: It is a plug-in's, and fails.
     """
-    kind = settings.config.kind
-    if kind not in JUDGES:
-        raise unknown_name("judge", kind, list(JUDGES))
-    return JUDGES[kind].build(settings)
+    return JUDGES[settings.config.kind].build(settings)
 
 
 def check_judges(judges: Sequence[JudgeConfig], *, ready: bool = False) -> None:
@@ -101,10 +121,9 @@ def check_judges(judges: Sequence[JudgeConfig], *, ready: bool = False) -> None:
 
     Raises:
         ConfigError: Unknown kind; a setting is missing; a template that cannot be used, or a key that is not set.
+        PluginError: It is a plug-in's, and cannot be imported.
     """
     for one in judges:
-        if one.kind not in JUDGES:
-            raise unknown_name("judge", one.kind, list(JUDGES))
         needs = JUDGES[one.kind].needs
         for key in needs:
             if not getattr(one, key) and not (key == "template" and one.template_file):

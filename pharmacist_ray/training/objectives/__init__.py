@@ -6,13 +6,16 @@ before it asks for the next. The loop owns everything else: accumulation, clippi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from pharmacist_ray.config.section import Section
-from pharmacist_ray.errors import ConfigError, unknown_name
+from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits
 from pharmacist_ray.training.objectives.sft import sft
@@ -20,7 +23,21 @@ from pharmacist_ray.training.objectives.step import Objective, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings, group_of, t_vaccine, t_vaccine_fits
 from pharmacist_ray.training.objectives.vaccine import VaccineSettings, vaccine, vaccine_fits
 
-OBJECTIVES: dict[str, Objective] = {
+
+def _watched(objective: Objective, plugin: Plugin) -> Objective:
+    def run(step: Step) -> Iterator[torch.Tensor]:
+        losses = 0
+        with blaming(plugin):
+            for loss in objective.run(step):
+                losses += 1
+                yield loss
+        if losses != len(step.batches):
+            raise misfit(plugin, f"yielded {losses} losses for {len(step.batches)} micro-batches")
+
+    return replace(objective, run=run)
+
+
+_OWN = {
     "sft": Objective(sft),
     "vaccine": Objective(vaccine, {"vaccine": VaccineSettings}, fits=vaccine_fits),
     "t_vaccine": Objective(t_vaccine, {"t_vaccine": TVaccineSettings}, "rows", fits=t_vaccine_fits, group=group_of),
@@ -35,19 +52,33 @@ OBJECTIVES: dict[str, Objective] = {
     ),
 }
 
+OBJECTIVES = Table("objective", Objective, _OWN, watched=_watched)
+"""By name."""
+
+
+def sections_of(objectives: Iterable[str]) -> dict[str, list[str]]:
+    """Return the sections that ``alignment.parameters`` may have: section → the objectives it is for.
+
+    Args:
+        objectives: Those that the run has, for the plug-ins among them; the package's own count anyhow.
+    """
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*OBJECTIVES, *objectives]):
+        for section in OBJECTIVES[name].settings:
+            found.setdefault(section, []).append(name)
+    return found
+
 
 def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[type[Section], Section]:
     """Return an objective's settings, with defaults for what is not given.
 
     Args:
-        objective: A key of `OBJECTIVES`.
+        objective: A key of `OBJECTIVES`, or a plug-in's name.
         parameters: Section → key → value, as in ``alignment.parameters``; sections of other objectives are ignored.
 
     Raises:
         ConfigError: The objective is unknown, or one of its settings is unknown or out of range.
     """
-    if objective not in OBJECTIVES:
-        raise unknown_name("objective", objective, list(OBJECTIVES))
     found: dict[type[Section], Section] = {}
     for name, kind in OBJECTIVES[objective].settings.items():
         try:
@@ -60,4 +91,4 @@ def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> 
     return found
 
 
-__all__ = ["OBJECTIVES", "Objective", "Step", "settings_of"]
+__all__ = ["OBJECTIVES", "Objective", "Step", "sections_of", "settings_of"]

@@ -1,0 +1,1 @@
+"""A scorer, an objective and a judge of my own."""
