@@ -154,7 +154,7 @@ class Table(dict[str, T]):
                     self.kind,
                     name,
                     [*self, *self.also, *(one.name for one in installed)],
-                    f"one of another package is known once that is installed here and on every node (`pharmacist plugins` lists all); "
+                    "one of another package is known once that is installed here and on every node (`pharmacist plugins` lists all); "
                     "name one of your own as module:attribute",
                 )
             plugin = named[0] if named else Plugin(self.kind, name, name)

@@ -91,8 +91,8 @@ def test_a_name_is_the_packages_own_then_an_entry_point_then_a_place(here):
         (
             "owm", ConfigError,
             "unknown scorer 'owm' (did you mean 'own'?); known: broken, number, own, random, twice, twice, worse; one of another "
-            "package is known once that is installed here and on every node (`pharmacist plugins` lists all); a scorer of your own is "
-            "named module:attribute",
+            "package is known once that is installed here and on every node (`pharmacist plugins` lists all); name one of your own "
+            "as module:attribute",
         ),
         ("a b:c", ConfigError, "unknown scorer 'a b:c'"),
         (
