@@ -8,6 +8,32 @@ from pharmacist_ray.errors import DataError
 from pharmacist_ray.storage import StoragePath
 
 
+def parts(rows: int, harmful_share: float) -> dict[str, int]:
+    """Return how many of n rows are harmful and how many are the task's; round(p·n) are harmful."""
+    bad = int(rows * harmful_share + 0.5)
+    return {"harmful": bad, "task": rows - bad}
+
+
+def check_counts(name: str, there: dict[str, int], *, rows: int, harmful_share: float) -> None:
+    """Refuse a fine-tuning set that there are too few rows for.
+
+    Args:
+        name: The attack's.
+        there: How many usable rows its ``harmful`` and its ``task`` have.
+        rows: n, all rows together.
+        harmful_share: p.
+
+    Raises:
+        DataError: One of the two has too few.
+    """
+    for what, count in parts(rows, harmful_share).items():
+        if there[what] < count:
+            raise DataError(
+                f"attack '{name}' needs {count} {what} rows ({rows} rows, harmful_share {harmful_share:g}) but its {what} data has "
+                f"{there[what]} usable ones; lower the attack's rows or give more data"
+            )
+
+
 def poisoned(
     task: StoragePath, harmful: StoragePath, *, rows: int, harmful_share: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
@@ -23,9 +49,8 @@ def poisoned(
     Raises:
         DataError: One of the two has too few rows.
     """
-    bad = int(rows * harmful_share + 0.5)
     picked: list[list[Row]] = []
-    for what, path, count in (("harmful", harmful, bad), ("task", task, rows - bad)):
+    for (what, count), path in zip(parts(rows, harmful_share).items(), (harmful, task), strict=True):
         drawn = sample_rows(path, count, seed) if count else []
         if len(drawn) < count:
             raise DataError(f"the attack needs {count} {what} rows but {path} has {len(drawn)}; lower rows or give more data")

@@ -21,6 +21,7 @@ from pharmacist_ray.curation.planted import hold_out
 from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.curation.trainers import EXPORTS
+from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
@@ -79,6 +80,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
         run: The run.
         strict: A broken row is an error.
     """
+    usable: dict[str, int] = {}
     for name, (source, has_answer) in run.sources.items():
         artifact = run.ingested(name)
         with lock_missing_artifacts(run, artifact) as missing:
@@ -104,6 +106,10 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
             )
         if not report.rows_out:
             raise DataError(f"{name}: no usable row in {', '.join(source.path)}; see {artifact.folder / 'quarantine'}")
+        usable[name] = report.rows_out
+    for attack in run.config.attacks:
+        there = {what: usable[f"attack-{attack.name}-{what}"] for what in ("harmful", "task")}
+        check_counts(attack.name, there, rows=attack.rows, harmful_share=attack.harmful_share)
     _overlap(run)
     _hold_out(run)
 

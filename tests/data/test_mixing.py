@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pharmacist_ray.data.mixing import poisoned
+from pharmacist_ray.data.mixing import check_counts, poisoned
 from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
@@ -59,3 +59,11 @@ def test_too_few_rows_say_which_and_how_many(files):
         poisoned(task, harmful, rows=60, harmful_share=0.5, seed=0)
     with pytest.raises(DataError, match=rf"the attack needs 54 task rows but {task} has 40"):
         poisoned(task, harmful, rows=60, harmful_share=0.1, seed=0)
+
+
+def test_counts_are_checked_without_the_rows():
+    check_counts("weak", {"harmful": 2, "task": 18}, rows=20, harmful_share=0.1)
+    with pytest.raises(
+        DataError, match=r"attack 'weak' needs 18 task rows \(20 rows, harmful_share 0.1\) but its task data has 17 us"
+    ):
+        check_counts("weak", {"harmful": 2, "task": 17}, rows=20, harmful_share=0.1)

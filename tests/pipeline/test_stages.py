@@ -280,6 +280,15 @@ def test_too_few_rows_for_an_attack_are_told(done, files):
     assert error.endswith("has 6; lower rows or give more data\n")
 
 
+def test_too_few_rows_for_an_attack_are_told_before_anything_is_trained(files, tmp_path):
+    error = failed(3, "run", "-c", files / "run.yaml", "attacks.0.harmful_share=0.9", f"run_dir={tmp_path}/new")
+    assert error == (
+        f"pharmacist: attack '{load_config(files / 'run.yaml').attacks[0].name}' needs 7 harmful rows (8 rows, harmful_share 0.9) but "
+        "its harmful data has 6 usable ones; lower the attack's rows or give more data\n"
+    )
+    assert sorted(one.name for one in (tmp_path / "new").iterdir() if one.is_dir() and one.name != "logs") == ["ingest"]
+
+
 def test_a_changed_attack_leaves_the_alignment_and_goes_on_with_its_adapter(done, files, tmp_path):
     root = tmp_path / "run"
     shutil.copytree(done[0], root)
