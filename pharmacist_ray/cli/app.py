@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pharmacist_ray import __version__
 from pharmacist_ray.cli.complete import job_names, override_keys
 from pharmacist_ray.cli.process import plain_failures, private_ray
 from pharmacist_ray.errors import ArtifactError, ConfigError, unknown_name
 
+
+class _Commands(TyperGroup):
+    """Commands that end as `plain_failures` says, before Typer can make an interruption a failure like others."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with plain_failures():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="pharmacist",
+    cls=_Commands,
     help="Rank safety-alignment data against harmful fine-tuning, align on the best of it, and measure what that is worth.",
     epilog="Start with `pharmacist init`, look at what it wrote, then `pharmacist run --config pharmacist.yaml`.",
     no_args_is_help=True,
@@ -67,9 +78,8 @@ def _start(
 
 
 def main() -> None:
-    """Run the command line; see `plain_failures`."""
-    with plain_failures():
-        app()
+    """Run the command line."""
+    app()
 
 
 def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = False) -> None:

@@ -16,6 +16,8 @@ from pharmacist_ray.errors import PharmacistError, ResourceError
 def plain_failures() -> Iterator[None]:
     """End the program on an error of ours with one line and an exit code; a bug keeps its traceback, a plug-in's before that line.
 
+    An interruption is one line too, and ends with 130 as shells have it.
+
     Messages may quote data, so nothing in them reaches the terminal but what can be printed.
     """
     try:
@@ -27,6 +29,9 @@ def plain_failures() -> Iterator[None]:
             print(printable(line), file=sys.stderr)  # noqa: T201
         print(f"pharmacist: {printable(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\npharmacist: interrupted; the same command goes on", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
     except Exception as error:
         from pharmacist_ray.storage import is_disk_full  # a library that writes by itself, as Ray does
 

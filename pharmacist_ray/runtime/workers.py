@@ -19,6 +19,7 @@ from pharmacist_ray.errors import PharmacistError, ResourceError, TrainingError
 from pharmacist_ray.runtime.actors import check_room, per_worker
 from pharmacist_ray.runtime.group_store import GroupStore
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks, stay_on_cpu
+from pharmacist_ray.runtime.threads import side_by_side
 from pharmacist_ray.storage import RemotePath, StoragePath, disk_full_errors
 
 MAX_PREEMPTIONS = 1000
@@ -85,7 +86,8 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: StoragePath,
     )
     try:
         with disk_full_errors(storage):
-            value, error = trainer.fit().return_value  # the return value: metrics without a checkpoint are not kept
+            [ended] = side_by_side(lambda one: one.fit(), [trainer])
+            value, error = ended.return_value  # the return value: metrics without a checkpoint are not kept
     except TrainingFailedError as failure:
         error = store.error() or _why(failure, name, store, resources)
         if error is failure:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.threads import side_by_side
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import StoragePath
 from pharmacist_ray.training.loop import run_task
@@ -32,14 +32,16 @@ def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, re
     at_a_time = min(resources.parallel_runs, len(tasks))
     sharded = any(task.train.zero_stage == 3 for task in tasks)
     groups = [[task] for task in tasks] if sharded else [list(tasks[first::at_a_time]) for first in range(at_a_time)]
-    with ThreadPoolExecutor(max_workers=max(1, at_a_time)) as pool:
-        outcomes = pool.map(
-            lambda numbered: run_on_workers(
-                run_tasks, numbered[1], name=f"{name}-{numbered[0]}", storage=storage, resources=resources
-            ),
-            enumerate(groups),
+
+    def run_group(numbered: tuple[int, list[TrainTask]]) -> list[dict[str, Any]]:
+        number, group = numbered
+        done: list[dict[str, Any]] = run_on_workers(
+            run_tasks, group, name=f"{name}-{number}", storage=storage, resources=resources
         )
-        by_name = {result["name"]: result for outcome in outcomes for result in outcome}
+        return done
+
+    outcomes = side_by_side(run_group, enumerate(groups), at_a_time=max(1, at_a_time))
+    by_name = {result["name"]: result for outcome in outcomes for result in outcome}
     return [by_name[task.name] for task in tasks]
 
 

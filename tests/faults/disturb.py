@@ -171,6 +171,7 @@ def command(world: World, stage: str, **environment: str) -> Iterator[subprocess
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which tests in a shell's background do not have
     )
     workers: list[psutil.Process] = []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,22 @@ def test_the_driver_killed_while_scoring(calm: World, tmp_path: Path) -> None:
     world.stage("score")
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert world.scores() == calm.scores()
+    assert world.litter() == []
+
+
+def test_the_driver_interrupted_while_a_group_trains(aligned_alone: World, tmp_path: Path) -> None:
+    world = aligned_alone.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
+    world.values["resources"] = {**world.values["resources"], "workers": 1}
+    with command(world, "align") as process:
+        wait_for(lambda: world.step() >= 20, process)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, out
+    assert out.endswith("\npharmacist: interrupted; the same command goes on\n")
+    assert "Traceback" not in out
+    assert not (world.aligned / "run").exists()
+    world.stage("align")
+    assert world.adapter() == aligned_alone.adapter()
     assert world.litter() == []
 
 
