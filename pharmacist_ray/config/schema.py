@@ -18,7 +18,7 @@ from pharmacist_ray.config.resources import ResourcesConfig
 from pharmacist_ray.config.scoring import CALIBRATED, ScoringConfig, SelectionConfig, arm_of
 from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.section import RunDir, Section
-from pharmacist_ray.config.selector import SelectorConfig
+from pharmacist_ray.config.selector import SealConfig, SelectorConfig
 from pharmacist_ray.config.training import TrackingConfig, TrainConfig
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RangeConfig",
     "ResourcesConfig",
     "ScoringConfig",
+    "SealConfig",
     "SearchConfig",
     "Section",
     "SelectionConfig",

@@ -12,6 +12,27 @@ from pharmacist_ray.config.training import TrainConfig
 _TOV = TrainConfig(steps=20, lr=1e-3, batch_size=16)
 
 
+class SealConfig(Section):
+    """SEAL's bilevel selection (arXiv 2410.07471), which the `seal` scorer asks for."""
+
+    steps: Count = 200
+    """Steps; all together must meet every candidate once: steps × batch_size ≥ candidates (paper: 3 epochs)."""
+    batch_size: Count = 32
+    """Candidates and trusted rows per step each (paper: 64)."""
+    lr: Positive = 1e-3
+    """Learning rate of both adapters (ours, as the warm-up's; paper: 1e-5 at all weights of larger models)."""
+    logits_lr: Positive = 5e-3
+    """Learning rate of the logits (paper's code: 5e-3)."""
+    safe_weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """Weight s of the trusted loss; the rest is the candidates' (ours: the paper's code begins at 1 and takes .03 off an epoch)."""
+    faithful_to: Literal["paper", "code"] = "paper"
+    """`paper`: a row is judged by how much higher its loss is than at the optimum without trusted rows. `code`: by its loss alone, as
+    the released code does, with one pass less."""
+
+
+_SEAL = SealConfig()
+
+
 class SelectorConfig(Section):
     """The Pharmacist selector (arXiv 2510.10085, Eq. 1–6 and Algorithm 1)."""
 
@@ -48,6 +69,8 @@ class SelectorConfig(Section):
     tov: TrainConfig = Field(default=_TOV, exclude_if=lambda value: value == _TOV)
     """Tuning of the `tov` scorer's reference on validation rows alone (ours: 20 steps; with many, what it measures is how well it
     remembers those rows)."""
+    seal: SealConfig = Field(default=_SEAL, exclude_if=lambda value: value == _SEAL)
+    """SEAL's bilevel selection; only the `seal` scorer needs it."""
 
     @model_validator(mode="after")
     def _checkpoints_lie_in_the_warmup(self) -> SelectorConfig:

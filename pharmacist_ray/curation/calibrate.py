@@ -27,6 +27,7 @@ from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.combine import Ranks, rank_among, sample_scores
 from pharmacist_ray.curation.planted import FEWEST, FILE, GOOD, KINDS, unit_of
 from pharmacist_ray.curation.scorers import SCORERS
+from pharmacist_ray.curation.selector import LEARNT
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.storage import StoragePath, read_table
 
@@ -115,7 +116,7 @@ def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
         ConfigError: None does.
     """
     known = {name: SCORERS[name] for name in scorers if name != "random"}
-    found = tuple(name for name, one in known.items() if one.sees and "labels" not in one.sees and one.part != "logits")
+    found = tuple(name for name, one in known.items() if one.sees and "labels" not in one.sees and one.part not in LEARNT)
     if not found:
         raise ConfigError(
             "a calibrated selection weighs scores that see the model or trusted rows, and scoring.scorers has none: "

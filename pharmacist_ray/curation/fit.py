@@ -1,17 +1,17 @@
 """Fit the selector: warm-up, checkpoints, directions, learnt logits and reference models, on Ray Train workers.
 
 Output folder: ``warmup/step-000020/`` (adapters θ_k), ``directions/step-000020.safetensors`` (v by parameter name, one row per
-direction), ``reference/adapter``, ``tov/adapter``, ``logits.parquet``, and ``selector.json`` last. Only the parts that scorers ask
-for are made (`PARTS`), and whatever is there already is not computed again.
+direction), ``reference/adapter``, ``tov/adapter``, ``logits.parquet``, ``seal.parquet``, and ``selector.json`` last. Only the parts
+that scorers ask for are made (`PARTS`), and whatever is there already is not computed again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
+from pharmacist_ray.curation.seal import BilevelSelector
 from pharmacist_ray.curation.selector import (
     DIRECTIONS,
+    LEARNT,
     PARTS,
     IterativeSelector,
     Point,
@@ -32,6 +34,7 @@ from pharmacist_ray.curation.selector import (
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.workers import run_on_workers
@@ -39,8 +42,8 @@ from pharmacist_ray.storage import StoragePath, disk_full_errors, local_copy, re
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.task import TrainTask, progress_file
 
-MAX_ITERATIVE = 5_000_000
-"""More candidates than this do not fit the iterative mode, which holds a logit for each on every worker."""
+MAX_LEARNT = 5_000_000
+"""More candidates than this do not fit what learns a logit for each, on every worker."""
 
 SAVE_EVERY = 20
 """Iterations between two saved states."""
@@ -89,8 +92,7 @@ def fit(
         ConfigError: Logits without an inner learning rate, over too many candidates, or in less than an epoch.
         DataError: A set is empty.
     """
-    if "logits" in parts:
-        check_iterative(selector, count_rows(sets["candidates"]), resources.workers)
+    check_learnt(parts, selector, lambda: count_rows(sets["candidates"]), resources.workers)
     out.mkdir(parents=True, exist_ok=True)
     trainings = trainings_of(selector, parts)
     used = {name for name, (_, names) in trainings.items() for name in names} | {"validation"}
@@ -150,31 +152,37 @@ def trainings_of(selector: SelectorConfig, parts: Collection[str]) -> dict[str, 
     return found
 
 
-def check_iterative(selector: SelectorConfig, candidates: int, workers: int) -> None:
-    """Find out whether the iterative selector can meet every candidate.
+def check_learnt(parts: Collection[str], selector: SelectorConfig, candidates: Callable[[], int], workers: int) -> None:
+    """Find out whether the parts that learn a logit for each candidate can meet every one.
 
     Args:
+        parts: Which of `PARTS` are to be made.
         selector: The selector's section.
-        candidates: Their number.
+        candidates: Returns their number; asked only where it matters.
         workers: Workers, which share a batch evenly.
 
     Raises:
         ConfigError: There is no inner learning rate, there are too many candidates, or they take more iterations: a row that is
             never met keeps the logit 0 and would rank in the middle, whatever it is worth.
     """
-    if not selector.inner_lr:
+    if "logits" in parts and not selector.inner_lr:
         raise ConfigError("the iterative selector needs selector.inner_lr above 0: with no inner step no logit ever moves")
-    if candidates > MAX_ITERATIVE:
-        raise ConfigError(
-            f"the iterative selector holds one logit per candidate on every worker and is limited to {MAX_ITERATIVE:,} rows; "
-            "use the one-shot score"
-        )
-    size = batch_rows(candidates, selector.batch_size, max(1, workers))
-    if candidates and selector.iterations * size < candidates:
-        raise ConfigError(
-            f"selector.iterations={selector.iterations} with {size} rows each meet {selector.iterations * size:,} of the {candidates:,} "
-            f"candidates, and the others would keep a logit of 0; one epoch takes selector.iterations={math.ceil(candidates / size)}"
-        )
+    learners = {
+        "logits": ("the iterative selector", "selector.iterations", selector.iterations, selector.batch_size),
+        "seal": ("seal", "selector.seal.steps", selector.seal.steps, selector.seal.batch_size),
+    }
+    for name, key, steps, batch_size in (learners[part] for part in LEARNT if part in parts):
+        count = candidates()
+        if count > MAX_LEARNT:
+            raise ConfigError(
+                f"{name} holds one logit per candidate on every worker and is limited to {MAX_LEARNT:,} rows; use the one-shot score"
+            )
+        size = batch_rows(count, batch_size, max(1, workers))
+        if count and steps * size < count:
+            raise ConfigError(
+                f"{key}={steps} with {size} rows each meet {steps * size:,} of the {count:,} candidates, and the others would keep a "
+                f"logit of 0; one epoch takes {key}={math.ceil(count / size)}"
+            )
 
 
 def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
@@ -184,16 +192,20 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     with disk_full_errors(storage_path(job.out)):
         for step in job.selector.checkpoints if "directions" in job.parts else ():
             _directions(job, step, ranks)
-        if "logits" in job.parts:
-            _learn_logits(job, ranks)
+        for part in LEARNT:
+            if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
+                _learn(job, part, ranks)
 
 
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:
     renderer = job.model.renderer()
     model = job.model.load(str(ranks.device), adapter=storage_path(job.out) / "warmup" / checkpoint_name(step))
     point = Point.at(model, renderer.collate, job.selector.batch_size, ranks)
-    sets = [[renderer.render(row) for row in iterate_rows(path)] for path in (job.validation, job.harmful)]
-    return point, renderer, sets[0], sets[1]
+    return point, renderer, _rendered(renderer, job.validation), _rendered(renderer, job.harmful)
+
+
+def _rendered(renderer: Renderer, path: str) -> list[Rendered]:
+    return [renderer.render(row) for row in iterate_rows(path)]
 
 
 def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
@@ -223,31 +235,41 @@ def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
     ranks.barrier()
 
 
-def _learn_logits(job: FitJob, ranks: Ranks) -> None:
-    out = storage_path(job.out)
-    if (out / "logits.parquet").exists():
-        return
-    point, renderer, validation, harmful = _open(job, job.selector.checkpoints[0], ranks)
+def _learn(job: FitJob, part: str, ranks: Ranks) -> None:
+    """Learn a logit for each candidate, going on from the last saved state."""
+    out, config = storage_path(job.out), job.selector
     table = read_rows([job.candidates])
+    selector: IterativeSelector | BilevelSelector
+    iterate: Callable[[], dict[str, float]]
+    if part == "logits":
+        point, renderer, validation, harmful = _open(job, config.checkpoints[0], ranks)
+        selector, total = IterativeSelector(table.num_rows, config, job.seed), config.iterations
+        iterate = partial(selector.iterate, point, lambda index: candidate(index), validation, harmful)
+    else:
+        renderer = job.model.renderer()
+        model = add_lora(job.model.load(str(ranks.device)), job.lora, seed=job.seed)
+        point = Point.at(model, renderer.collate, config.batch_size, ranks)
+        selector, total = BilevelSelector(point, table.num_rows, config.seal, job.seed), config.seal.steps
+        iterate = partial(selector.iterate, point, lambda index: candidate(index), _rendered(renderer, job.validation))
 
     @lru_cache(maxsize=65536)
     def candidate(index: int) -> Rendered:
         return renderer.render(row_at(table, index))
 
-    selector = IterativeSelector(table.num_rows, job.selector, job.seed)
-    if (out / "logits.safetensors").exists():
-        selector.load(load_file(local_copy(out / "logits.safetensors")))
+    saved = out / f"{part}.safetensors"
+    if saved.exists():
+        selector.load(load_file(local_copy(saved)))
     ranks.barrier()
-    while selector.iteration < job.selector.iterations:
-        values = selector.iterate(point, candidate, validation, harmful)
-        if ranks.first and (selector.iteration % SAVE_EVERY == 0 or selector.iteration == job.selector.iterations):
-            _save(selector.state(), out / "logits.safetensors")
-            told = {"name": "selector", "step": selector.iteration, "total": job.selector.iterations, **values}
-            write_text(json.dumps(told), progress_file(out / "logits"))
+    while selector.iteration < total:
+        values = iterate()
+        if ranks.first and (selector.iteration % SAVE_EVERY == 0 or selector.iteration == total):
+            _save(selector.state(), saved)
+            told = {"name": "selector", "step": selector.iteration, "total": total, **values}
+            write_text(json.dumps(told), progress_file(out / part))
     if ranks.first:
         columns = {"id": table.column("id"), "logit": pa.array(selector.logits.numpy())}
-        write_parquet(pa.table(columns), out / "logits.parquet")
-        progress_file(out / "logits").unlink(missing_ok=True)
+        write_parquet(pa.table(columns), out / f"{part}.parquet")
+        progress_file(out / part).unlink(missing_ok=True)
     ranks.barrier()
 
 

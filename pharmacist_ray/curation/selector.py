@@ -37,10 +37,14 @@ TINY = 1e-30
 DIRECTIONS = ("pharmacist", "no_attack")
 """What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
 
-PARTS = ("directions", "logits", "reference", "tov")
-"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's."""
+PARTS = ("directions", "logits", "reference", "tov", "seal")
+"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's, and
+SEAL's logits."""
 
-_SCALE_DECAY = 0.999
+LEARNT = ("logits", "seal")
+"""Those that hold a logit for each candidate."""
+
+SCALE_DECAY = 0.999
 """Decay of the mean square by which a step on the logits is scaled (Adam's second moment's)."""
 
 
@@ -53,7 +57,7 @@ def part_files(selector: SelectorConfig, part: str) -> list[str]:
     """Return the files of one of `PARTS`, without which it is not complete."""
     if part == "directions":
         return [f"directions/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
-    return ["logits.parquet"] if part == "logits" else [f"{part}/adapter/adapter_model.safetensors"]
+    return [f"{part}.parquet"] if part in LEARNT else [f"{part}/adapter/adapter_model.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,13 @@ class Point:
         return cls(model, {n: p for n, p in model.named_parameters() if p.requires_grad}, collate, batch_size, ranks)
 
     def gradient(self, samples: Sequence[Rendered], weights: Sequence[float] | None = None) -> list[torch.Tensor]:
-        """Return ∇ Σ_i c_i ℓ_i over all workers, one tensor per parameter; every worker gets the same.
+        """Return ∇ Σ_i c_i ℓ_i over all workers, one tensor per parameter; see `losses_and_gradient`."""
+        return self.losses_and_gradient(samples, weights)[1]
+
+    def losses_and_gradient(
+        self, samples: Sequence[Rendered], weights: Sequence[float] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return ℓ_i (N,) and ∇ Σ_i c_i ℓ_i, one tensor per parameter, over all workers; every worker gets the same.
 
         Args:
             samples: All samples, the same list on every worker; each takes its share.
@@ -84,6 +94,7 @@ class Point:
         values = list(weights) if weights is not None else [1.0 / len(samples)] * len(samples)
         parameters = list(self.parameters.values())
         total = [torch.zeros_like(parameter) for parameter in parameters]
+        found = torch.zeros(len(samples), device=self.ranks.device)
         mine = range(self.ranks.rank, len(samples), self.ranks.workers)
         # Rows of like length share a pass, so that little is padding; the sum does not depend on it.
         by_length = sorted(mine, key=lambda index: (len(samples[index].ids), index))
@@ -93,7 +104,9 @@ class Point:
             loss = (losses * torch.tensor([values[i] for i in chunk], device=losses.device)).sum()
             for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
                 sum_ += gradient
-        return [mean * self.ranks.workers for mean in self.ranks.mean(total)]
+            found[chunk] = losses.detach().float()
+        *total, found = (mean * self.ranks.workers for mean in self.ranks.mean([*total, found]))
+        return found, total
 
     def influences(self, samples: Sequence[Rendered], v: Sequence[torch.Tensor], *, cosine: bool = False) -> torch.Tensor:
         """Return s_i = ⟨∇ℓ_i(θ₀), v⟩ for each sample (N,), on every worker; N must be a multiple of the number of workers.
@@ -204,8 +217,8 @@ class IterativeSelector:
         config, n = self.config, len(self.logits)
         size = batch_rows(n, config.batch_size, point.ranks.workers)
         rows = BatchOrder(n, size, self.seed).batch(self.iteration)
-        val = _draw(validation, config.batch_size, self.seed + 1, self.iteration)
-        harm = _draw(harmful, config.batch_size, self.seed + 2, self.iteration)
+        val = draw(validation, config.batch_size, self.seed + 1, self.iteration)
+        harm = draw(harmful, config.batch_size, self.seed + 2, self.iteration)
         batch = [candidates(row) for row in rows]
         index = torch.tensor(rows)
         gamma = torch.softmax(self.logits[index], dim=0)
@@ -226,8 +239,8 @@ class IterativeSelector:
         )
         # Rescaled by the batch size, so that the step does not shrink with it.
         ascent = logit_gradient(influences, gamma, config.inner_lr, self.baseline) * len(rows)
-        self.mean_square = _SCALE_DECAY * self.mean_square + (1 - _SCALE_DECAY) * float(ascent.double().square().mean())
-        unbiased = self.mean_square / (1 - _SCALE_DECAY ** (self.iteration + 1))
+        self.mean_square = SCALE_DECAY * self.mean_square + (1 - SCALE_DECAY) * float(ascent.double().square().mean())
+        unbiased = self.mean_square / (1 - SCALE_DECAY ** (self.iteration + 1))
         self.logits.index_add_(0, index, ascent, alpha=config.logits_lr / max(math.sqrt(unbiased), TINY))
         self.iteration += 1
         return {"iteration": self.iteration, "mean_influence": mean, "direction_norm": float(global_norm(v))}
@@ -249,6 +262,7 @@ class IterativeSelector:
         self.baseline = None if state["baseline"].isnan() else float(state["baseline"])
 
 
-def _draw(samples: Sequence[Rendered], size: int, seed: int, iteration: int) -> list[Rendered]:
+def draw(samples: Sequence[Rendered], size: int, seed: int, iteration: int) -> list[Rendered]:
+    """Return the rows of a set that an iteration takes: so many of them, or all if there are fewer."""
     count = min(size, len(samples))
     return [samples[i] for i in np.random.default_rng([seed, iteration]).choice(len(samples), count, replace=False)]

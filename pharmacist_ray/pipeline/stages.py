@@ -14,7 +14,7 @@ from functools import cache
 from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
 from pharmacist_ray.curation.export import write_export
-from pharmacist_ray.curation.fit import check_iterative, fit, trainings_of
+from pharmacist_ray.curation.fit import check_learnt, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.curation.overlap import find_overlaps, in_words, refuse_trained
 from pharmacist_ray.curation.planted import hold_out
@@ -50,8 +50,9 @@ def check(run: Run) -> None:
     """
     config = run.config
     check_scorers(config.scoring, config.selector)
-    if "logits" in run.parts and run.ingested("candidates").ready:
-        check_iterative(config.selector, count_rows(run.ingested("candidates").folder / "rows"), config.resources.workers)
+    if run.ingested("candidates").ready:
+        candidates = run.ingested("candidates").folder / "rows"
+        check_learnt(run.parts, config.selector, lambda: count_rows(candidates), config.resources.workers)
     _rule(run, run.main_arm)
     for name in config.selection.export:
         EXPORTS.plugin(name)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation import fit as fit_module
-from pharmacist_ray.curation.fit import check_iterative, fit
+from pharmacist_ray.curation.fit import check_learnt, fit
 from pharmacist_ray.curation.score import ShardScorer, columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
@@ -319,10 +319,10 @@ def test_what_the_iterative_mode_cannot_do_is_refused_before_anything_runs(
     ):
         run_fit(tmp_path / "fit", SELECTOR.model_copy(update={"iterations": 5}))
     # Three workers share fifteen of the sixteen rows, so that an epoch takes one more.
-    check_iterative(SELECTOR.model_copy(update={"iterations": 7}), 96, 3)
+    check_learnt(["logits"], SELECTOR.model_copy(update={"iterations": 7}), lambda: 96, 3)
     with pytest.raises(ConfigError, match=r"with 15 rows each meet 90 of the 96 .* one epoch takes selector\.iterations=7$"):
-        check_iterative(SELECTOR, 96, 3)
-    monkeypatch.setattr(fit_module, "MAX_ITERATIVE", 95)
+        check_learnt(["logits"], SELECTOR, lambda: 96, 3)
+    monkeypatch.setattr(fit_module, "MAX_LEARNT", 95)
     with pytest.raises(ConfigError, match=r"^the iterative selector holds one .* limited to 95 rows; use the one-shot score$"):
         run_fit(tmp_path / "fit")
     assert not (tmp_path / "fit").exists()

@@ -131,7 +131,7 @@ def test_trials_that_vary_the_attack_share_one_alignment_and_a_failure_is_one_of
     rows = table_of(root)
     assert [float(row["param.attacks.0.harmful_share"]) for row in rows] == [*shares, 0.9]
     assert [row["status"] for row in rows] == ["finished"] * count + ["failed"]
-    assert "the attack needs 14 harmful rows but" in rows[-1]["error"]
+    assert "attack 'weak' needs 14 harmful rows (16 rows, harmful_share 0.9)" in rows[-1]["error"]
     assert f"trial {rows[-1]['trial']} failed" in out
     assert len({row["fingerprint"] for row in rows}) == count + 1
 

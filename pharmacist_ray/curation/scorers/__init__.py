@@ -24,6 +24,7 @@ from pharmacist_ray.curation.scorers.oracle import oracle
 from pharmacist_ray.curation.scorers.pharmacist import pharmacist
 from pharmacist_ray.curation.scorers.pharmacist_iterative import pharmacist_iterative
 from pharmacist_ray.curation.scorers.representation import representation
+from pharmacist_ray.curation.scorers.seal import seal
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.tov import tov
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
@@ -64,6 +65,7 @@ _OWN = {
     "pharmacist_iterative": Scorer(pharmacist_iterative, ("model", "candidates", "validation", "harmful"), "logits"),
     "loss_gap": Scorer(loss_gap, ("model", "validation", "benign"), "reference"),
     "tov": Scorer(tov, ("model", "validation"), "tov"),
+    "seal": Scorer(seal, ("model", "candidates", "validation"), "seal"),
     "less": Scorer(less, ("model", "candidates", "validation"), "directions"),
     "low_loss": Scorer(low_loss, ("model",)),
     "high_loss": Scorer(high_loss, ("model",)),

@@ -16,4 +16,4 @@ def pharmacist_iterative(signals: Signals) -> np.ndarray:
     Args:
         signals: The shard's signals.
     """
-    return signals.logits
+    return signals.learnt("logits")

@@ -60,6 +60,7 @@ class Probe:
             ArtifactError: A file of the selector is missing.
         """
         self.spec = spec
+        self._learnt: dict[str, dict[str, float]] = {}
         self.fit = local_copy(spec.fit) if spec.fit else Path()
         self.directions = [self._read(self.fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
         folders = {name: self.fit / "warmup" / name for name in spec.checkpoints}
@@ -84,14 +85,15 @@ class Probe:
         with self.model.disable_adapter() if self.adapters else nullcontext():
             yield self.model
 
-    @cached_property
-    def logits(self) -> dict[str, float]:
-        """The learnt logit of each candidate."""
-        file = self.fit / "logits.parquet"
-        if not file.exists():
-            raise ArtifactError(f"the selector is incomplete: {file} is missing; run `pharmacist fit` for this scorer")
-        table = read_table(file)
-        return dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
+    def learnt(self, part: str) -> dict[str, float]:
+        """Return the logit of each candidate that a part of the selector has learnt; read once."""
+        if part not in self._learnt:
+            file = self.fit / f"{part}.parquet"
+            if not file.exists():
+                raise ArtifactError(f"the selector is incomplete: {file} is missing; run `pharmacist fit` for this scorer")
+            table = read_table(file)
+            self._learnt[part] = dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
+        return self._learnt[part]
 
     @staticmethod
     def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
@@ -188,17 +190,16 @@ class Signals:
         """Return ℓ_i of one of `REFERENCES`, the base tuned on trusted sets."""
         return self._losses(self.probe.set_adapter(reference), self.samples)
 
-    @property
-    def logits(self) -> np.ndarray:
-        """w_i, the logits that the iterative selector has learnt.
+    def learnt(self, part: str) -> np.ndarray:
+        """Return the logits that a part of the selector has learnt: ``logits`` (the iterative selector's) or ``seal``.
 
         Raises:
             ArtifactError: There are none, or a row has none.
         """
-        known = self.probe.logits
+        known = self.probe.learnt(part)
         if strange := next((row.id for row in self.rows if row.id not in known), None):
             raise ArtifactError(
-                f"{self.probe.spec.fit}/logits.parquet has no logit for row {strange}: it was fitted on other candidates; fit again"
+                f"{self.probe.spec.fit}/{part}.parquet has no logit for row {strange}: it was fitted on other candidates; fit again"
             )
         return np.array([known[row.id] for row in self.rows])
 
