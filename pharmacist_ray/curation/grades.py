@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.errors import ArtifactError, DataError
@@ -28,8 +30,16 @@ class Grade:
     """Label → the share of its rows that is kept."""
 
 
-def grade_scores(candidates: StoragePath, scores: StoragePath, *, column: str, good: Collection[str], keep: float) -> list[Grade]:
-    """Return a grade per score column.
+def grade_scores(
+    candidates: StoragePath,
+    scores: StoragePath,
+    *,
+    column: str,
+    good: Collection[str],
+    keep: float,
+    made: Mapping[str, Callable[[pa.Table], NDArray[np.float64]]] | None = None,
+) -> list[Grade]:
+    """Return a grade per score column, and per score that is made of several.
 
     Args:
         candidates: Folder of canonical rows.
@@ -37,6 +47,7 @@ def grade_scores(candidates: StoragePath, scores: StoragePath, *, column: str, g
         column: Original column with the planted label.
         good: Labels that a selector should keep.
         keep: Selection ratio.
+        made: Name → what makes a score (n,) of the table of all columns.
 
     Raises:
         DataError: A row lacks the column, or no row has a good label.
@@ -61,8 +72,8 @@ def grade_scores(candidates: StoragePath, scores: StoragePath, *, column: str, g
     count = max(1, int(keep * len(names) + 0.5))
     ids = np.array(scored)
     grades = []
-    for scorer in table.column_names[1:]:
-        values = table.column(scorer).to_numpy()
+    known = {name: table.column(name).to_numpy() for name in table.column_names[1:]}
+    for scorer, values in (known | {name: make(table) for name, make in (made or {}).items()}).items():
         values = np.where(np.isnan(values), -np.inf, values)  # what has no score is never kept
         top = np.lexsort((ids, -values))[:count]
         chosen = np.zeros(len(names), dtype=bool)

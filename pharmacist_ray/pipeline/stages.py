@@ -219,7 +219,7 @@ def run_select(run: Run) -> None:
                 artifact.folder,
                 provenance=artifact.record(),
                 jsonl=jsonl,
-                planted=_planted_scores(run) if arm == CALIBRATED else None,
+                planted=calibrated_on(run) if arm == CALIBRATED else None,
             )
             made = asdict(report)
             artifact.finish({name: made[name] for name in ("kept", "candidates", "cut", "categories", "left_out")})
@@ -263,7 +263,8 @@ def _rule(run: Run, arm: str) -> Rule:
     )
 
 
-def _planted_scores(run: Run) -> PlantedScores | None:
+def calibrated_on(run: Run) -> PlantedScores | None:
+    """Return the scores of the planted rows, which a calibrated selection weighs scores by; None where there is none."""
     if run.planted is None:
         return None
     scores = planted_scores(run.scored.folder / "rows")

@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
+import pyarrow as pa
 from rich.table import Table
 
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config
+from pharmacist_ray.config.scoring import CALIBRATED
+from pharmacist_ray.curation.calibrate import calibrate
+from pharmacist_ray.curation.combine import rank_sum
 from pharmacist_ray.curation.grades import grade_scores
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.stages import calibrated_on
 from pharmacist_ray.storage import write_text
 
 
 def grade(config: Config, column: str, good: Sequence[str]) -> None:
-    """Print a table of AUROC and precision and write it to ``grades.json`` in the run directory.
+    """Print a table of AUROC and precision, of sums of ranks and the calibrated score too, and write it to ``grades.json``.
 
     Args:
         config: The run's configuration.
@@ -27,7 +34,11 @@ def grade(config: Config, column: str, good: Sequence[str]) -> None:
     run = Run(located(config))
     rows = run.ingested("candidates").require() / "rows"
     keep = config.selection.ratio if config.selection.ratio is not None else 0.4
-    grades = grade_scores(rows, run.scored.require() / "rows", column=column, good=set(good), keep=keep)
+    scores = run.scored.require() / "rows"
+    made: dict[str, Any] = {name: partial(_rank_sum, weights=weights) for name, weights in config.selection.sums.items()}
+    if (planted := calibrated_on(run)) is not None:
+        made[CALIBRATED] = lambda table: calibrate([table], planted).of(table)
+    grades = grade_scores(rows, scores, column=column, good=set(good), keep=keep, made=made)
     labels = list(grades[0].kept)
     table = Table(
         title=f"good: {escaped(', '.join(good))} (base rate {grades[0].base_rate:.2f}); kept: {keep:.0%}", title_justify="left"
@@ -41,3 +52,7 @@ def grade(config: Config, column: str, good: Sequence[str]) -> None:
     console.print(table)
     write_text(json.dumps([asdict(one) for one in grades], indent=1), run.root / "grades.json")
     say(f"  written to {escaped(run.root / 'grades.json')}")
+
+
+def _rank_sum(table: pa.Table, weights: dict[str, float]) -> Any:
+    return rank_sum([table], weights).of(table)

@@ -74,6 +74,13 @@ def test_grades_count_the_good_rows_among_the_kept_ones(folders: tuple[Path, Pat
     assert same.kept == {"benign": pytest.approx(1 / 3), "clean": 0.5, "swapped": pytest.approx(1 / 3)}
 
 
+def test_a_score_made_of_several_is_graded_as_well(folders: tuple[Path, Path]) -> None:
+    made = {"down": lambda table: -table.column("up").to_numpy()}
+    up, _, down = grade_scores(*folders, column="quality", good=["clean"], keep=0.4, made=made)
+    assert down.scorer == "down"
+    assert down.auroc == pytest.approx(1 - up.auroc)
+
+
 def test_several_labels_can_be_good_and_at_least_one_row_is_kept(folders: tuple[Path, Path]) -> None:
     up, _ = grade_scores(*folders, column="quality", good=["clean", "benign"], keep=1.0)
     assert up.precision == up.base_rate == 0.7
