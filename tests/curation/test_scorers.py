@@ -54,7 +54,8 @@ def fitted(model_folder: Path, rows: list[Row], tmp_path_factory: pytest.TempPat
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     save_adapter(model, out / "tov" / "adapter")
     ids = [row.id for row in rows]
-    write_parquet(pa.table({"id": ids, "logit": pa.array(np.linspace(-1, 1, len(ids)))}), out / "logits.parquet")
+    for part, last in (("logits", 1), ("seal", 2)):
+        write_parquet(pa.table({"id": ids, "logit": pa.array(np.linspace(-1, last, len(ids)))}), out / f"{part}.parquet")
     return out
 
 
@@ -126,7 +127,7 @@ def test_scores_from_signals_by_hand() -> None:
         SimpleNamespace(
             base_loss=np.array([2.0, 0.5]),
             reference_loss={"reference": np.array([0.5, 0.75]), "tov": np.array([2.5, 0.25])}.__getitem__,
-            logits=np.array([-1.0, 9.0]),
+            learnt={"logits": np.array([-1.0, 9.0]), "seal": np.array([2.0, -3.0])}.__getitem__,
             unprompted_loss=np.array([4.0, 0.25]),
             gradient_norm=np.array([7.0, 8.0]),
             influence=influences.__getitem__,
@@ -138,6 +139,7 @@ def test_scores_from_signals_by_hand() -> None:
         "pharmacist_iterative": [-1.0, 9.0],
         "loss_gap": [1.5, -0.25],
         "tov": [-0.5, 0.25],
+        "seal": [2.0, -3.0],
         "low_loss": [-2.0, -0.5],
         "high_loss": [2.0, 0.5],
         "ifd": [0.5, 2.0],
