@@ -24,7 +24,6 @@ from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.errors import ModelError, PharmacistError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES
-from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.pipeline.artifacts import PACKAGES
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
@@ -74,7 +73,7 @@ def examine(config_file: Path | None) -> None:
 def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
     problems: list[PharmacistError] = []
-    probes = [partial(check, run), partial(_model, config)]
+    probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
     for probe in [*probes, *(partial(_readable, path) for source, _ in run.sources.values() for path in source.path)]:
         try:
             probe()
@@ -170,12 +169,6 @@ def _room(config: Config, held: float) -> tuple[float, str, str]:
 def _size(amount: float) -> str:
     unit, size = next(((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if amount >= size / 2), ("KiB", 2**10))
     return f"{amount / size:.1f} {unit}"
-
-
-def _model(config: Config) -> None:
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.model.path} has no end-of-sequence token")
 
 
 def _readable(path: str) -> None:
