@@ -39,7 +39,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
-from tests.families import FAMILIES, like
+from tests.families import FAMILIES
 from tests.two_workers import TwoWorkers
 
 torch.set_num_threads(1)
@@ -130,8 +130,8 @@ def model_folder(
 
 
 @pytest.fixture(scope="session")
-def family_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a maker of folders with a family's tiny model and a tokenizer like its own: family_folder('Qwen3')."""
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a maker of folders with a family's tiny model: family_folder('Qwen3')."""
     folders: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -141,7 +141,6 @@ def family_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.T
                 torch.manual_seed(0)
                 config = getattr(transformers, family.config)(**family.settings)
                 transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
-            like(tokenizer, family.template).save_pretrained(folders[name])
         return folders[name]
 
     return make

@@ -91,7 +91,8 @@ TEMPLATES = {
     "Phi-4": Template(
         "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
-        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), "<|im_end|>", "<|im_start|>user<|im_sep|>w0 w1<|im_end|><|im_start|>assistant<|im_sep|>",
+        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), "<|im_end|>",
+        "<|im_start|>user<|im_sep|>w0 w1<|im_end|><|im_start|>assistant<|im_sep|>",
         "<|im_start|>system<|im_sep|>w7<|im_end|>",
     ),
     "Mistral": Template("{% set first = '' %}" + _INST, (), "<eos>", "<bos>[INST] w0 w1 [/INST]"),
@@ -115,10 +116,10 @@ def like(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokeniz
     from tokenizers import AddedToken
 
     other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<think>", "</think>"])  # which are plain words to a tokenizer that has them
     if template:
         control = [AddedToken(token, special=True) for token in TEMPLATES[template].control]
         other.add_special_tokens({"additional_special_tokens": control})
-        other.add_tokens(["<think>", "</think>"])  # which are plain words to a tokenizer that has them
         other.chat_template = TEMPLATES[template].text
     return other
 

@@ -15,14 +15,14 @@ import torch
 
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.load import located
-from pharmacist_ray.config.schema import Config
+from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
 from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
-from pharmacist_ray.errors import ModelError, PharmacistError, ResourceError
+from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.pipeline.artifacts import PACKAGES
 from pharmacist_ray.pipeline.console import escaped, say
@@ -74,7 +74,7 @@ def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
     problems: list[PharmacistError] = []
     probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
-    for probe in [*probes, *(partial(_readable, path) for source, _ in run.sources.values() for path in source.path)]:
+    for probe in [*probes, *(partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path)]:
         try:
             probe()
         except PharmacistError as error:
@@ -171,8 +171,11 @@ def _size(amount: float) -> str:
     return f"{amount / size:.1f} {unit}"
 
 
-def _readable(path: str) -> None:
-    if not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
+def _readable(source: SourceConfig, path: str) -> None:
+    if isinstance(source, PromptsConfig) and source.name:
+        if not path.startswith("hf:") and not Path(path).expanduser().exists():
+            raise DataError(f"prompt set '{source.name}': no such folder: {path}")
+    elif not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
         plan([path])
 
 
