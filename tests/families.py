@@ -194,20 +194,21 @@ def table() -> str:
         "a turn ends with",
         "system prompt",
         "`all-linear` adapts",
-        "aligned by",
-        "scored, generated, judged",
+        "trained by",
+        "scored, asked, judged",
     )
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
     for name, family in FAMILIES.items():
         template = TEMPLATES.get(family.template)
-        can = [objective for objective in OBJECTIVES if objective not in family.cannot]
+        can = [f"`{objective}`" for objective in OBJECTIVES if objective not in family.cannot]
+        end = "its EOS" if not template or template.end == "<eos>" else f"`{template.end}`".replace("|", "\\|")
         cells = (
             name,
             f"`{family.config}`",
-            f"`{template.end.replace('|', chr(92) + '|')}`" if template else "`<eos>`, in Alpaca's frame",
+            end if template else f"{end}, in Alpaca's frame",
             "yes" if template and template.system else "refused",
             "attention" if family.adapted == _ATTENTION else "attention, MLP",
-            "all" if len(can) == len(OBJECTIVES) else ", ".join(f"`{one}`" for one in can),
+            "every objective" if len(can) == len(OBJECTIVES) else ", ".join(can),
             "yes",
         )
         lines.append(f"| {' | '.join(cells)} |")

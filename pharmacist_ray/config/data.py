@@ -47,7 +47,7 @@ class PromptsConfig(SourceConfig):
             if "path" not in values:
                 raise ValueError(f"prompts need a path, or the name of a public set: {', '.join(sorted(PROMPT_SETS))}")
             return values
-        if name not in PROMPT_SETS:
+        if not isinstance(name, str) or name not in PROMPT_SETS:
             raise ValueError(str(unknown_name("prompt set", name, list(PROMPT_SETS), "of your own prompts give the path alone")))
         if named := [key for key in ("layout", "columns") if values.get(key, "auto") not in ("auto", {})]:
             raise ValueError(f"the columns of prompt set '{name}' are known; leave {', '.join(named)} out")
