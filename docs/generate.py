@@ -291,9 +291,9 @@ def all_results() -> str:
 
 def families() -> str:
     """Return the table of model families, from what the tests hold each of them to."""
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
-    return str(importlib.import_module("tests.families").table())
+    if (folder := str(ROOT / "tests")) not in sys.path:
+        sys.path.append(folder)
+    return str(importlib.import_module("families").table())
 
 
 def prompt_sets() -> str:
