@@ -10,6 +10,7 @@ import gc
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -110,6 +111,7 @@ def measure(trial: Trial) -> list[Measured]:
     if trial.device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("no GPU that PyTorch can use is here; --tiny --device cpu runs the same program small")
     torch.set_float32_matmul_precision("high")  # of the adapter, which is float32
+    warnings.simplefilter("ignore", FutureWarning)  # among the libraries
     end = time.monotonic() + trial.budget_s
     found: list[Measured] = []
     for name in trial.shapes:
@@ -241,7 +243,7 @@ def _training(model: Any, batch: Batch, recompute: bool) -> Callable[[], object]
         model.gradient_checkpointing_disable()
 
     def step() -> None:
-        per_sample_nll(model, batch).mean().backward()
+        torch.autograd.backward(per_sample_nll(model, batch).mean())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -74,7 +74,8 @@ def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
     problems: list[PharmacistError] = []
     probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
-    for probe in [*probes, *(partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path)]:
+    probes += [partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path]
+    for probe in probes:
         try:
             probe()
         except PharmacistError as error:

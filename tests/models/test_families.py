@@ -53,7 +53,7 @@ def test_a_family_has_the_places_that_objectives_tap_and_is_counted_right(
     assert [len(modules_at(model, place)) for place in ("layer", "attention", "mlp", "norm")] == [2, 2, 2, 1]
     shape = shape_of(ModelConfig(path=str(family_folder(family)), lora=LoraConfig(r=2)))
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 32, 48)
+    assert (shape.layers, shape.hidden, shape.vocabulary) == (2, 32, 64)
     with_lora = add_lora(model, LoraConfig(r=2), seed=0)
     assert shape.adapter == sum(parameter.numel() for parameter in with_lora.parameters() if parameter.requires_grad)
 
