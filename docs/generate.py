@@ -27,6 +27,7 @@ from plan import plan
 from pydantic import BaseModel
 from results import provenance, results, table
 
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, ModelError, ResourceError, TrainingError
@@ -70,10 +71,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put what is made into a written page: ``<!-- results: NAME -->``, ``<!-- layers -->``, ``<!-- plan -->``."""
+    """Put what is made into a written page: ``<!-- results: NAME -->``, ``<!-- families -->``, ``<!-- layers -->``, ``<!-- plan -->``."""
     for name, result in results().items():
         markdown = markdown.replace(f"<!-- results: {name} -->", f"{table(result)}\n\n{provenance(result)}")
-    return markdown.replace("<!-- layers -->", layers()).replace("<!-- plan -->", plan())
+    made = {"families": families, "prompt sets": prompt_sets, "layers": layers, "plan": plan}
+    for name, make in made.items():
+        if (marker := f"<!-- {name} -->") in markdown:
+            markdown = markdown.replace(marker, make())
+    return markdown
 
 
 def moved(text: str, file: str, page: str) -> str:
@@ -257,6 +262,8 @@ def _listed(rows: dict[str, tuple[str, ...]], *headings: str) -> str:
 ABOUT = {
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
+    "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
+    "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",
     "growth": "What each stage of curation takes, by the number of rows. See [Growth](../growth.md).",
 }
 """Kind of a result → what its table shows."""
@@ -280,6 +287,22 @@ def all_results() -> str:
             parts.append(f"![Harmful score, task accuracy and helpfulness after each attack](../pictures/{name}.svg)")
         parts.append(table(result))
     return "\n\n".join(parts) + "\n"
+
+
+def families() -> str:
+    """Return the table of model families, from what the tests hold each of them to."""
+    if (folder := str(ROOT / "tests")) not in sys.path:
+        sys.path.append(folder)
+    return str(importlib.import_module("families").table())
+
+
+def prompt_sets() -> str:
+    """Return the table of the prompt sets that go by name."""
+    lines = ["| `name` | prompts | how many | on the hub | licence |", "| --- | --- | ---: | --- | --- |"]
+    for name, one in PROMPT_SETS.items():
+        where = f"`{one.path.removeprefix('hf:')}`" + (", gated" if one.gated else "")
+        lines.append(f"| `{name}` | {one.kind} | {one.prompts:,} | {where} | {one.licence} |")
+    return "\n".join(lines)
 
 
 def layers() -> str:

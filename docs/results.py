@@ -2,8 +2,9 @@
 
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
-takes a finished run, or what a measuring job wrote: the ``benchmark.json`` of `jobs.benchmark`, the ``growth.json`` of `jobs.growth`,
-the ``evidence.json`` of `jobs.evidence`. Run it on the machine that measured, from the commit that was measured: both go into the file.
+takes a finished run, or what a measuring job wrote: the ``benchmark.json`` or ``gpu.json`` of `jobs.benchmark`, the ``growth.json`` of
+`jobs.growth`, the ``evidence.json`` of `jobs.evidence`. Run it on the machine that measured, from the commit that was measured: both go
+into the file.
 `python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
 
@@ -87,6 +88,9 @@ def measured(source: Path) -> dict[str, Any]:
         return {"kind": "growth", "date": date, "rows": found}
     if "worlds" in found:
         return {"kind": "evidence", "date": date, **{name: found[name] for name in ("worlds", "noises", "rows")}}
+    if "gpu" in found:
+        load = {name: found["trial"][name] for name in ("dtype", "length", "rank")}
+        return {"kind": "gpu", "date": date, "machine": found["machine"], "load": load, "rows": found["gpu"]}
     return {"kind": "objectives", "date": date, "load": found["load"], "rows": found["costs"]}
 
 
@@ -150,7 +154,10 @@ def table(result: dict[str, Any]) -> str:
     if result["kind"] == "comparison":  # the arms of an attack stand together
         attacks = [one["name"] for one in result["attacks"]]
         body.sort(key=lambda cells: attacks.index(cells[0]))
-    rules = ["---" if heading in ("attack", "defence", "aligned on", "stage", "objective") else "---:" for heading in headings]
+    rules = [
+        "---" if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work") else "---:"
+        for heading in headings
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *body))
 
 
@@ -314,6 +321,15 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "over SFT": lambda row: f"{row['ratio']:.2f}",
         "forwards a step": lambda row: f"{row['forwards']:g}",
         "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
+    },
+    "gpu": {
+        "model": lambda row: row["shape"],
+        "work": lambda row: row["work"],
+        "rows": lambda row: str(row["rows"]),
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if row["seconds"] else row["why"],
+        "MFU": lambda row: "–" if row["mfu"] is None else f"{row['mfu']:.0%}",
+        "peak GiB": lambda row: "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
+        "estimate GiB": lambda row: f"{row['estimate_gib']:.1f}",
     },
     "growth": {
         "rows": lambda row: f"{row['rows']:,}",

@@ -1,23 +1,32 @@
-"""Measure what each objective costs on one worker of this cluster: `python -m jobs.benchmark --device cuda --model …`."""
+"""Measure what each objective costs on one worker of this cluster, or what this machine's GPU does with models of real size.
+
+`python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import ray
-
-from pharmacist_ray.benchmarks.objectives import Load, measure, show
 from pharmacist_ray.cli.process import plain_failures
-from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.pipeline.session import connected
-from pharmacist_ray.runtime.actors import check_room, per_worker, plain_errors
-from pharmacist_ray.training.objectives import OBJECTIVES
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and measure."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["gpu"]:
+        gpu(given[1:])
+    else:
+        objectives(given)
+
+
+def objectives(arguments: list[str]) -> None:
+    """Measure objectives on a worker."""
+    from pharmacist_ray.benchmarks.objectives import Load, measure, show
+    from pharmacist_ray.training.objectives import OBJECTIVES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="what to measure")
     parser.add_argument("--model", help="folder or hub id; default: a random Llama of 21 M parameters")
@@ -28,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--out", type=Path, help="folder for benchmark.json, an absolute path")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     load = Load(
         model=given.model,
         dtype=given.dtype,
@@ -38,16 +47,55 @@ def main() -> None:
         device=given.device,
         checkpointing=given.checkpointing,
     )
-    resources = ResourcesConfig(gpus_per_worker=1 if given.device == "cuda" else 0)
     with plain_failures():
         if given.out is not None and not given.out.is_absolute():
             raise ConfigError(f"--out {given.out} is relative, but a job starts in a temporary folder; give an absolute path")
+        import ray
+
+        from pharmacist_ray.config.schema import ResourcesConfig
+        from pharmacist_ray.pipeline.session import connected
+        from pharmacist_ray.runtime.actors import check_room, per_worker, plain_errors
+
+        resources = ResourcesConfig(gpus_per_worker=1 if given.device == "cuda" else 0)
         with connected(resources), plain_errors():
             check_room(per_worker(resources), 1)
             # On a worker: a job's own process runs on the head, which may have neither the GPUs nor the cores.
             on_worker = ray.remote(num_cpus=1, num_gpus=resources.gpus_per_worker, max_retries=0)(measure)
             costs = ray.get(on_worker.remote(given.objectives, load))
         show(costs, load, given.out)
+
+
+def gpu(arguments: list[str]) -> None:
+    """Measure the GPU of this machine in this process."""
+    from pharmacist_ray.benchmarks.gpu import SHAPES, Trial, measure, show
+
+    usual = Trial()
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark gpu",
+        description="Measure scoring and a LoRA step on Llamas with random weights, on this machine's GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(usual.shapes), choices=list(SHAPES), help="what to measure on")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape and short rows: whether the program runs")
+    parser.add_argument("--device", default=usual.device, choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default=usual.dtype, choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, default=usual.rows, help="rows of a pass at most; fewer where they would not fit")
+    parser.add_argument("--length", type=int, default=usual.length, help="tokens of a row")
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="timed passes")
+    parser.add_argument("--minutes", type=float, default=usual.budget_s / 60, help="after these nothing more is begun")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for gpu.json")
+    given = parser.parse_args(arguments)
+    trial = Trial(
+        shapes=("tiny",) if given.tiny else tuple(given.shapes),
+        device=given.device,
+        dtype=given.dtype,
+        length=min(given.length, 32) if given.tiny else given.length,
+        rows=min(given.rows, 4) if given.tiny else given.rows,
+        rounds=given.rounds,
+        budget_s=60 * given.minutes,
+    )
+    with plain_failures():
+        show(measure(trial), trial, given.out)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
+from tests.families import FAMILIES
 from tests.two_workers import TwoWorkers
 
 torch.set_num_threads(1)
@@ -125,6 +127,23 @@ def model_folder(
     tiny().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a maker of folders with a family's tiny model: family_folder('Qwen3')."""
+    folders: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in folders:
+            family, folders[name] = FAMILIES[name], tmp_path_factory.mktemp("family")
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = getattr(transformers, family.config)(**family.settings)
+                transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        return folders[name]
+
+    return make
 
 
 @pytest.fixture(scope="session")

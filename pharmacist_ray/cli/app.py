@@ -222,13 +222,17 @@ def search(
 def benchmark(
     objectives: Annotated[list[str] | None, typer.Argument(help="What to measure besides SFT; default: all.")] = None,
     rounds: Annotated[int, typer.Option(help="Steps of each objective, which take turns.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for benchmark.json.")] = Path("runs/benchmark"),
 ) -> None:
-    """Measure what each objective costs here: seconds a step over SFT's, and peak memory. `jobs.benchmark` has more options."""
+    """Measure what each objective costs here: seconds a step over SFT's, and peak memory.
+
+    `python -m jobs.benchmark` has more options, and `python -m jobs.benchmark gpu` measures a GPU with models of real size.
+    """
     from pharmacist_ray.benchmarks.objectives import Load
     from pharmacist_ray.benchmarks.objectives import benchmark as measure
     from pharmacist_ray.training.objectives import OBJECTIVES
 
-    measure(objectives or list(OBJECTIVES), Load(rounds=rounds))
+    measure(objectives or list(OBJECTIVES), Load(rounds=rounds), out)
 
 
 @app.command(rich_help_panel=TESTBED)

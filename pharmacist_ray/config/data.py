@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import Field, model_validator
+
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.section import Count, Paths, Section
+from pharmacist_ray.errors import unknown_name
 
 
 class SourceConfig(Section):
@@ -20,6 +24,34 @@ class SourceConfig(Section):
     """The column with a row's category, for per-category quotas; may be absent from the data."""
     split: str = "train"
     """The split of a Hugging Face data set."""
+
+
+class PromptsConfig(SourceConfig):
+    """Prompts to ask: a source, or a public set by name."""
+
+    name: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """A public set in the place of a path, for example harmbench or xstest-safe; its columns are known. With `path` beside it the set is
+    read from that folder or file."""
+    path: Paths = []
+    """File, glob, folder, URI or Hugging Face data set; one or a list. With `name`, where the set lies; default: the hub."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_name(cls, values: Any) -> Any:
+        if isinstance(values, SourceConfig):
+            return values.model_dump()
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name")
+        if name is None:
+            if "path" not in values:
+                raise ValueError(f"prompts need a path, or the name of a public set: {', '.join(sorted(PROMPT_SETS))}")
+            return values
+        if not isinstance(name, str) or name not in PROMPT_SETS:
+            raise ValueError(str(unknown_name("prompt set", name, list(PROMPT_SETS), "of your own prompts give the path alone")))
+        if named := [key for key in ("layout", "columns") if values.get(key, "auto") not in ("auto", {})]:
+            raise ValueError(f"the columns of prompt set '{name}' are known; leave {', '.join(named)} out")
+        return {"path": PROMPT_SETS[name].path, "split": PROMPT_SETS[name].split} | values
 
 
 class DataConfig(Section):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pharmacist_ray.config.data import SourceConfig
+from pharmacist_ray.config.data import PromptsConfig, SourceConfig
 from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
 
 
@@ -95,10 +95,10 @@ HOW = ("url", "key_variable", "concurrency", "timeout_s", "patience_s", "batch_s
 class EvaluationConfig(Section):
     """What is asked and how answers are judged."""
 
-    harmful_prompts: SourceConfig
-    """Harmful prompts never trained on."""
-    benign_prompts: SourceConfig
-    """Ordinary prompts, for over-refusal."""
+    harmful_prompts: PromptsConfig
+    """Harmful prompts never trained on, for example `{name: harmbench}`."""
+    benign_prompts: PromptsConfig
+    """Ordinary prompts, for over-refusal, for example `{name: xstest-safe}`."""
     task: TaskEvaluation
     judge: Annotated[_NAMED | _SET | _Several, Discriminator(_form)] = "phrases"
     """Which judge, by name or with its settings (`{kind: generative, path: …, template: harmbench}`); `pharmacist plugins` lists all, and

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pydantic import model_validator
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, ComparisonConfig
-from pharmacist_ray.config.data import DataConfig, SourceConfig
+from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.resources import ResourcesConfig
@@ -32,6 +32,7 @@ __all__ = [
     "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
+    "PromptsConfig",
     "RangeConfig",
     "ResourcesConfig",
     "ScoringConfig",

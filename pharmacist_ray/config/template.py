@@ -89,7 +89,7 @@ def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{where}{name}"
         shown = given.get(name) if isinstance(given, dict) else None
-        if shown is None and isinstance(section, _BRIEF) and field.default == value:
+        if shown is None and isinstance(section, _BRIEF) and name in SourceConfig.model_fields and field.default == value:
             continue
         if not every and shown is None and not any(f"{usual}.".startswith(f"{key}.") for usual in USUAL):
             continue

@@ -27,6 +27,7 @@ import ray
 from ray.data.context import ShuffleStrategy
 
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
+from pharmacist_ray.data.prompt_sets import stage_prompt_set
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
@@ -84,6 +85,8 @@ class Source:
     category_column: str = "category"
     split: str = "train"
     """For Hugging Face data sets only."""
+    prompt_set: str | None = None
+    """The public set that the path holds."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,11 @@ def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]
         raise DataError("the source has no path")
     paths, names = [], {}
     for index, path in enumerate(source.path):
-        staged = stage_huggingface(path, source.split, staging / f"{index}.parquet")
+        target = staging / f"{index}.parquet"
+        if source.prompt_set:
+            staged: StoragePath | None = stage_prompt_set(source.prompt_set, path, source.split, target)
+        else:
+            staged = stage_huggingface(path, source.split, target)
         paths.append(str(staged) if staged else path)
         if staged:
             names[staged.inner if isinstance(staged, RemotePath) else str(staged)] = f"{path}[{source.split}]"

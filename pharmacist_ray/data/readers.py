@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import pyarrow as pa
@@ -23,6 +23,9 @@ from pyarrow import fs
 from pharmacist_ray.data.layouts import BadRow
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.storage import StoragePath, replacing
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is not one sample but a broken file; ours."""
@@ -129,10 +132,28 @@ def stage_huggingface(path: str, split: str, target: StoragePath) -> StoragePath
     """Write a Hugging Face data set as a Parquet file, so that it is read like any other; return the file.
 
     Args:
+        path: As for `load_huggingface`.
+        split: Which split, for example ``train`` or ``train[:100]``.
+        target: The file to write.
+
+    Raises:
+        DataError: There is no such data set or split; offline, none in the cache.
+    """
+    found = load_huggingface(path, split)
+    if found is None:
+        return None
+    with replacing(target) as temporary:
+        found.to_parquet(str(temporary))
+    return target
+
+
+def load_huggingface(path: str, split: str) -> datasets.Dataset | None:
+    """Return a split of a Hugging Face data set.
+
+    Args:
         path: ``hf:NAME`` or ``hf:NAME:CONFIGURATION`` for `datasets.load_dataset` (a hub id or a local folder), or a folder made
             by ``save_to_disk``. Anything else is none of ours: the result is None.
         split: Which split, for example ``train`` or ``train[:100]``.
-        target: The file to write.
 
     Raises:
         DataError: There is no such data set or split; offline, none in the cache.
@@ -158,9 +179,7 @@ def stage_huggingface(path: str, split: str, target: StoragePath) -> StoragePath
             f"cannot load the Hugging Face data set '{path}' (split '{split}'): {_one_line(error)}; "
             "give an existing folder or hub id, and without a network one that is in the cache"
         ) from error
-    with replacing(target) as temporary:
-        found.to_parquet(str(temporary))
-    return target
+    return found
 
 
 def public_name(path: str) -> str:

@@ -157,8 +157,8 @@ class Renderer:
             arguments: What the chat template is given besides the turns.
 
         Raises:
-            ModelError: The tokenizer has no EOS token, ``chat`` was asked for and it has no chat template, or the chat template takes
-                no system prompt.
+            ModelError: The tokenizer has no EOS token, ``chat`` was asked for and it has no chat template, or the chat template
+                refuses or drops a system prompt.
         """
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if template == "chat" and not has_chat:
@@ -192,6 +192,10 @@ class Renderer:
         except Exception as error:  # templates are programs of the model's author and raise what they like
             hint = "; it may take no system prompt: leave model.system out" if self.system else ""
             raise ModelError(f"the model's chat template refuses a question with its answer: {error}{hint}") from error
+        if self.system.strip() not in prompt:
+            raise ModelError(
+                "the model's chat template drops a system prompt; leave model.system out, or write it into the prompts"
+            )
         if not found:
             raise ModelError("the model's chat template leaves answers out; set model.template to alpaca or plain")
         opening = before.removeprefix(prompt) if before.startswith(prompt) else ""

@@ -13,8 +13,6 @@ from typing import Any, Literal
 from pharmacist_ray.config.schema import Config, TrainConfig
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.training.objectives import settings_of
-from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings
 
 BYTES = {"float32": 4, "bfloat16": 2}
 RESERVE = 2 * 2**30
@@ -116,6 +114,10 @@ def setup_of(config: Config, train: TrainConfig, objective: str = "sft") -> Setu
         train: One of its training sections.
         objective: What a step minimises.
     """
+    # Needs DeepSpeed, which the rest of the arithmetic does not.
+    from pharmacist_ray.training.objectives import settings_of
+    from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings
+
     workers, dtype = max(1, config.resources.workers), config.model.dtype
     try:
         probed = settings_of(objective, config.alignment.parameters).get(TVaccineSettings, TVaccineSettings())

@@ -15,16 +15,15 @@ import torch
 
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.load import located
-from pharmacist_ray.config.schema import Config
+from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
 from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
-from pharmacist_ray.errors import ModelError, PharmacistError, ResourceError
+from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES
-from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.pipeline.artifacts import PACKAGES
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
@@ -74,8 +73,9 @@ def examine(config_file: Path | None) -> None:
 def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
     problems: list[PharmacistError] = []
-    probes = [partial(check, run), partial(_model, config)]
-    for probe in [*probes, *(partial(_readable, path) for source, _ in run.sources.values() for path in source.path)]:
+    probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
+    probes += [partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path]
+    for probe in probes:
         try:
             probe()
         except PharmacistError as error:
@@ -172,14 +172,11 @@ def _size(amount: float) -> str:
     return f"{amount / size:.1f} {unit}"
 
 
-def _model(config: Config) -> None:
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {config.model.path} has no end-of-sequence token")
-
-
-def _readable(path: str) -> None:
-    if not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
+def _readable(source: SourceConfig, path: str) -> None:
+    if isinstance(source, PromptsConfig) and source.name:
+        if not path.startswith("hf:") and not Path(path).expanduser().exists():
+            raise DataError(f"prompt set '{source.name}': no such folder: {path}")
+    elif not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
         plan([path])
 
 

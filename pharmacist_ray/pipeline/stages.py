@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 
+from pharmacist_ray.config.data import PromptsConfig
 from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
 from pharmacist_ray.curation.export import write_export
@@ -86,8 +87,9 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
         artifact = run.ingested(name)
         with lock_missing_artifacts(run, artifact) as missing:
             if missing:
+                named = source.name if isinstance(source, PromptsConfig) else None
                 made = ingest(
-                    Source(source.path, source.layout, source.columns, source.category_column, source.split),
+                    Source(source.path, source.layout, source.columns, source.category_column, source.split, named),
                     artifact.begin(),
                     shards=run.config.data.shards if name == "candidates" else 1,
                     model=run.model,

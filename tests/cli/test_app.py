@@ -207,3 +207,12 @@ def test_the_installed_command_ends_with_the_errors_code(tmp_path):
     assert done.stderr == (
         "pharmacist: cannot read the configuration none.yaml: No such file or directory; `pharmacist init` writes one\n"
     )
+
+
+@pytest.mark.slow
+def test_a_benchmark_prints_its_figures_and_writes_them(pharmacist, tmp_path):
+    code, out, err = pharmacist("benchmark", "sft", "--rounds", "1", "--out", tmp_path / "figures")
+    assert (code, err) == (0, "")
+    found = json.loads((tmp_path / "figures" / "benchmark.json").read_text())
+    assert [(cost["objective"], cost["ratio"]) for cost in found["costs"]] == [("sft", 1.0)]
+    assert str(tmp_path / "figures" / "benchmark.json") in out.replace("\n", "")

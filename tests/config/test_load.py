@@ -351,3 +351,34 @@ def test_judges_by_name_and_with_settings_are_one_list_and_read_back_equal(tmp_p
     assert parse_config(yaml.safe_load(dump_config(config)), where="f") == config
     assert located(config).evaluation.judges[1].template_file == str(tmp_path / "mine.yaml")
     assert located(config).evaluation.judges[1].path == "org/judge"
+
+
+def test_prompts_go_by_the_name_of_a_public_set_and_read_back_equal(file):
+    sets = ("evaluation.harmful_prompts={name: beavertails}", "evaluation.benign_prompts={name: or-bench-hard, path: data/or}")
+    config = load_config(file, sets)
+    harmful, benign = config.evaluation.harmful_prompts, config.evaluation.benign_prompts
+    assert (harmful.path, harmful.split) == (["hf:PKU-Alignment/BeaverTails-Evaluation"], "test")
+    assert benign.path == ["data/or"]
+    assert parse_config(yaml.safe_load(dump_config(config)), where="again") == config
+    plain = load_config(file).evaluation.harmful_prompts
+    assert "name" not in plain.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (
+            "{name: harmbnch}",
+            "unknown prompt set 'harmbnch' (did you mean 'harmbench'?); known: beavertails, do-not-answer, harmbench, or-bench, "
+            "or-bench-hard, or-bench-toxic, sorry-bench, strongreject, xstest-safe, xstest-unsafe; of your own prompts give the path alone",
+        ),
+        ("{name: harmbench, columns: {prompt: a}}", "the columns of prompt set 'harmbench' are known; leave columns out"),
+        (
+            "{split: test}",
+            "prompts need a path, or the name of a public set: beavertails, do-not-answer, harmbench, or-bench, or-bench-hard, "
+            "or-bench-toxic, sorry-bench, strongreject, xstest-safe, xstest-unsafe",
+        ),
+    ],
+)
+def test_prompts_that_are_none_are_said(file, prompts, message):
+    assert refused(file, f"evaluation.harmful_prompts={prompts}") == f"{file}: {message}"

@@ -4,104 +4,58 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
 
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ModelError
+from tests.families import FAMILIES, TEMPLATES, like
 
 ROW = Row("f" * 32, "w0 w1", "w2 w3", source="file:7")
 
-LLAMA_3 = (
-    "{{ bos_token }}{% set day = strftime_now('%d %b %Y') %}<|start_header_id|>system<|end_header_id|>\n\nToday: {{ day }}\n"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-PHI_3 = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-GPT_OSS = (
-    "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>{% for m in messages %}<|start|>{{ m.role }}"
-    "{% if m.role == 'assistant' %}<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}"
-    "{% else %}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
-)
 
-FAMILIES: dict[str, tuple[str, list[str], str, str]] = {
-    "Llama 3": (
-        LLAMA_3, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>",
-        "<bos><|start_header_id|>system<|end_header_id|>\n\nToday: 26 Jul 2024\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
-        "w0 w1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "Qwen2.5, SmolLM2": (
-        CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_start|>user\nw0 w1<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    "Qwen3": (
-        THINKING, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", "<|im_start|>user\nw0 w1<|im_end|>\n<|im_start|>assistant\n",
-    ),
-    "Gemma 2, 3": (
-        GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>",
-        "<bos><start_of_turn>user\nw0 w1<end_of_turn>\n<start_of_turn>model\n",
-    ),
-    "Phi-3": (PHI_3, ["<|user|>", "<|assistant|>", "<|end|>"], "<|end|>", "<|user|>\nw0 w1<|end|>\n<|assistant|>\n"),
-    "Llama 2, Mistral": (MISTRAL, [], "<eos>", "<bos>[INST] w0 w1 [/INST]"),
-    "gpt-oss": (
-        GPT_OSS, ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"], "<|return|>",
-        "<|start|>system<|message|>Current date: 2024-07-26<|end|><|start|>user<|message|>w0 w1<|end|><|start|>assistant"
-        "<|channel|>final<|message|>",
-    ),
-}  # fmt: skip
-"""Family → template, its control tokens, which of them ends a turn, and what stands before the answer to `ROW`."""
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_begins_and_ends_where_the_familys_template_has_it(tokenizer, name):
+    template, own = TEMPLATES[name], like(tokenizer, name)
+    renderer = Renderer(own)
+    rendered = renderer.render(ROW)
+    assert renderer.prompt_text(ROW) == template.before
+    assert rendered.ids[rendered.answer_start :] == [*own("w2 w3")["input_ids"], own.convert_tokens_to_ids(template.end)]
+    assert renderer.end_id == rendered.ids[-1]
+    assert rendered.ids.count(own.bos_token_id) == template.before.count("<bos>")
 
 
-def like(tokenizer: PreTrainedTokenizerFast, family: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a family's template and control tokens; its EOS stays what it was, as Gemma's and Phi's do."""
-    template, control, _, _ = FAMILIES[family]
-    other = copy.deepcopy(tokenizer)
-    other.add_special_tokens({"additional_special_tokens": [AddedToken(token, special=True) for token in control]})
-    other.chat_template = template
-    return other
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_system_prompt_stands_where_the_familys_template_has_it_or_is_refused(tokenizer, name):
+    template, own = TEMPLATES[name], like(tokenizer, name)
+    if not template.system:
+        with pytest.raises(ModelError, match=r"leave model\.system out"):
+            Renderer(own, system="w7")
+        return
+    prompt = Renderer(own, system="w7").prompt_text(ROW)
+    assert prompt.count(template.system) == 1
+    assert prompt.replace(template.system, "") == template.before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_begins_and_ends_where_the_familys_template_has_it(tokenizer, family):
-    _, _, end, prompt = FAMILIES[family]
-    own = like(tokenizer, family)
-    renderer = Renderer(own)
-    rendered = renderer.render(ROW)
-    assert renderer.prompt_text(ROW) == prompt
-    assert rendered.ids[: rendered.answer_start] == renderer.prompt_ids(ROW)  # what evaluation asks with, to the byte
-    assert rendered.ids[rendered.answer_start :] == [*own("w2 w3")["input_ids"], own.convert_tokens_to_ids(end)]
-    assert renderer.end_id == rendered.ids[-1]
-    assert rendered.ids.count(own.bos_token_id) == prompt.count("<bos>")
+def test_what_is_learnt_and_what_is_asked_begin_with_the_same_tokens(tokenizer, family):
+    """The prompt of a training row, of the same row without its answer, and of evaluation, to the token."""
+    template = TEMPLATES.get(FAMILIES[family].template)
+    history = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    rows = [ROW, replace(ROW, input="w4"), replace(ROW, history=json.dumps(history))]
+    for system in ("", *(["w7"] if template and template.system else [])):
+        renderer = Renderer(like(tokenizer, FAMILIES[family].template), max_length=64, system=system)
+        for row in rows:
+            rendered = renderer.render(row)
+            assert rendered.ids[: rendered.answer_start] == renderer.prompt_ids(replace(row, response=""))
+            assert rendered.ids[rendered.answer_start :] == [*renderer.tokenizer("w2 w3")["input_ids"], renderer.end_id]
 
 
 def test_the_last_answer_is_the_one_to_learn_and_those_before_end_as_it_does(tokenizer):
-    own = like(tokenizer, "Gemma 2, 3")
+    own = like(tokenizer, "Gemma 3")
     history = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     rendered = Renderer(own).render(Row("f" * 32, "w0", "w2", source="file:7", history=json.dumps(history)))
     end = own.convert_tokens_to_ids("<end_of_turn>")
@@ -127,13 +81,17 @@ def test_a_system_prompt_stands_before_rows_that_bring_none(tokenizer):
     ("family", "settings", "message"),
     [
         (
-            "Gemma 2, 3", {"system": "w7"},
+            "Gemma 2", {"system": "w7"},
             "the model's chat template refuses a question with its answer: System role not supported; it may take no system prompt: "
             "leave model.system out",
         ),
         (
-            "Gemma 2, 3", {"system": "w7", "template": "plain"},
+            "Gemma 2", {"system": "w7", "template": "plain"},
             "model.system needs a chat template, and model.template is 'plain'; leave model.system out",
+        ),
+        (
+            "Mistral", {"system": "w7"},
+            "the model's chat template drops a system prompt; leave model.system out, or write it into the prompts",
         ),
     ],
 )  # fmt: skip

@@ -18,8 +18,10 @@ import pytest
 import typer.main
 
 from pharmacist_ray.cli.app import app
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings
+from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 USAGE_ERROR = typer.BadParameter.__mro__[1]
@@ -142,6 +144,13 @@ def test_the_reference_has_every_key_and_every_command(site):
     lines = (site / "reference" / "command-line.html").read_text()
     shown = [name for name, command in typer.main.get_command(app).commands.items() if not command.hidden]
     assert [name for name in shown if f"pharmacist {name}" not in lines] == []
+
+
+def test_the_families_and_the_public_prompt_sets_are_tables(site):
+    page = (site / "how-to" / "own-model.html").read_text()
+    assert [name for name in FAMILIES if f"<td>{name}</td>" not in page] == []
+    page = (site / "how-to" / "own-data.html").read_text()
+    assert [name for name in PROMPT_SETS if f"<td><code>{name}</code></td>" not in page] == []
 
 
 def test_the_results_say_where_they_come_from(site, results):

@@ -1,0 +1,57 @@
+"""Public sets of prompts by name: where each lies and which column means what. No prompt is in this repository."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Where a set lies and how it is laid out, there and as its authors publish it elsewhere."""
+
+    hub: str
+    """Its id on the Hugging Face hub."""
+    kind: str
+    """``harmful`` or ``benign``."""
+    prompts: int
+    """How many there are, by the authors or the data set's card."""
+    licence: str
+    prompt: tuple[str, ...] = ("prompt",)
+    """The column with the prompt, by the names that it goes by; of a list of turns the first counts."""
+    category: tuple[str, ...] = ("category",)
+    configuration: str = ""
+    split: str = "train"
+    only: tuple[str, str] | None = None
+    """A column and the value that a row has in it to count."""
+    gated: bool = False
+    """Whether the hub asks for an account that its authors have let in."""
+
+    @property
+    def path(self) -> str:
+        """What stands as ``path`` where none is given."""
+        return ":".join(filter(None, ("hf", self.hub, self.configuration)))
+
+
+PROMPT_SETS = {
+    "beavertails": PromptSet("PKU-Alignment/BeaverTails-Evaluation", "harmful", 700, "CC-BY-NC-4.0", split="test"),
+    "do-not-answer": PromptSet(
+        "LibrAI/do-not-answer", "harmful", 939, "Apache-2.0", prompt=("question",), category=("types_of_harm",)
+    ),
+    "harmbench": PromptSet(
+        "walledai/HarmBench", "harmful", 200, "MIT", configuration="standard",
+        prompt=("prompt", "Behavior"), category=("category", "SemanticCategory"),
+    ),
+    "strongreject": PromptSet("walledai/StrongREJECT", "harmful", 313, "MIT", prompt=("prompt", "forbidden_prompt")),
+    "sorry-bench": PromptSet(
+        "sorry-bench/sorry-bench-202503", "harmful", 440, "its own, no redistribution",
+        prompt=("turns",), only=("prompt_style", "base"), gated=True,
+    ),
+    "xstest-unsafe": PromptSet("Paul/XSTest", "harmful", 200, "CC-BY-4.0", category=("type",), only=("label", "unsafe")),
+    "xstest-safe": PromptSet("Paul/XSTest", "benign", 250, "CC-BY-4.0", category=("type",), only=("label", "safe")),
+    "or-bench": PromptSet("bench-llm/or-bench", "benign", 80_000, "CC-BY-4.0", configuration="or-bench-80k"),
+    "or-bench-hard": PromptSet("bench-llm/or-bench", "benign", 1319, "CC-BY-4.0", configuration="or-bench-hard-1k"),
+    "or-bench-toxic": PromptSet("bench-llm/or-bench", "harmful", 655, "CC-BY-4.0", configuration="or-bench-toxic"),
+}  # fmt: skip
+"""By the name that a configuration gives: BeaverTails (arXiv 2307.04657), Do-Not-Answer (2308.13387), HarmBench's standard behaviours
+(2402.04249), StrongREJECT (2402.10260), SORRY-Bench without its other styles (2406.14598), XSTest (2308.01263), OR-Bench
+(2405.20947)."""
