@@ -32,6 +32,7 @@ from pharmacist_ray.curation.selector import (
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.workers import run_on_workers
@@ -191,7 +192,9 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:
     renderer = job.model.renderer()
     model = job.model.load(str(ranks.device), adapter=storage_path(job.out) / "warmup" / checkpoint_name(step))
-    point = Point.at(model, renderer.collate, job.selector.batch_size, ranks)
+    if job.selector.warmup.checkpointing:  # what the warm-up needs, the directions need too: the same model on the same worker
+        enable_checkpointing(model)
+    point = Point.at(model, renderer.collate, job.selector.tokens_per_batch, ranks)
     sets = [[renderer.render(row) for row in iterate_rows(path)] for path in (job.validation, job.harmful)]
     return point, renderer, sets[0], sets[1]
 

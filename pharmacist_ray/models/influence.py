@@ -25,6 +25,7 @@ import torch
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import dot, global_norm, perturbed
 from pharmacist_ray.models.sample_grads import Part, tapped_losses
 
@@ -170,12 +171,7 @@ def _still(model: Any) -> Iterator[None]:
     flags = {param: param.requires_grad for param in model.parameters()}
     try:
         model.requires_grad_(False)
-        model.eval()
-        for module in modes:
-            # A layer checkpoints only in training mode; those with a dropout of their own (a rate, not a module) must do without.
-            own_dropout = any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
-            if getattr(module, "gradient_checkpointing", False) and not own_dropout:
-                module.training = True
+        stand_still(model)
         yield
     finally:
         for module, mode in modes.items():

@@ -15,6 +15,7 @@ import torch
 
 from pharmacist_ray.errors import PluginError, TrainingError
 from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.storage import (
     StoragePath,
@@ -271,5 +272,5 @@ def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
     elif not task.start_adapter:
         model = add_lora(model, task.lora, seed=task.seed)
     if task.train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
