@@ -22,8 +22,8 @@ from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.scorers import signals as signals_module
 from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals
-from pharmacist_ray.data.batches import length_batches
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.data.batches import length_batches
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row

@@ -47,7 +47,7 @@ def test_a_batch_is_halved_until_it_fits_and_the_size_is_remembered() -> None:
 
 def test_what_does_not_fit_even_alone_is_named_with_its_length() -> None:
     budget, memory = TokenBudget(64), Memory(8)
-    with pytest.raises(TooLongError, match="^its 9 tokens do not fit in memory, even alone$") as raised:
+    with pytest.raises(TooLongError, match=r"^its 9 tokens do not fit in memory, even alone$") as raised:
         budget.run(LENGTHS, memory)
     assert (raised.value.place, raised.value.tokens) == (1, 9)
     assert budget.tokens < 9

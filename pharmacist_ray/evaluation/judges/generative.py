@@ -45,7 +45,9 @@ def build(settings: JudgeSettings) -> Judge:
         ids = [question_ids(tokenizer, template, *pair, path=config.path) for pair in zip(prompts, answers, strict=True)]
         fits = [index for index, one in enumerate(ids) if room is None or len(one) + new <= room]
         found: list[str | None] = [None] * len(ids)
-        texts = generate(model, tokenizer, [ids[index] for index in fits], max_new_tokens=new, batch_size=config.batch_size, budget=budget)
+        texts = generate(
+            model, tokenizer, [ids[index] for index in fits], max_new_tokens=new, batch_size=config.batch_size, budget=budget
+        )
         for index, text in zip(fits, texts, strict=True):
             found[index] = without_thoughts(text)
         return found
