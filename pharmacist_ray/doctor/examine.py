@@ -174,7 +174,11 @@ def _pass(what: str, items: list[Item], config: Config) -> None:
     say(f"[bold]memory[/]   {what}, per {'worker' if what.startswith('fit') else 'actor'}: {_size(held)}; {where}")
     _table(items, _size)
     if held > room:
-        say(f"          [red]too much[/]: {CHANGES[what]}")
+        weights = items[0].amount  # all of them, always
+        instead = (
+            CHANGES[what] if weights < room else f"all weights are held by one, which takes {_size(weights)}; take larger GPUs"
+        )
+        say(f"          [red]too much[/]: {instead}")
 
 
 def _table(items: list[Item], written: Callable[[float], str]) -> None:
