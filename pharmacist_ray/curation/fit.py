@@ -231,7 +231,7 @@ def _learn_logits(job: FitJob, ranks: Ranks) -> None:
     if (out / "logits.parquet").exists():
         return
     point, renderer, validation, harmful = _open(job, job.selector.checkpoints[0], ranks)
-    table = read_rows([job.candidates])
+    table = read_rows([job.candidates], raw=False)
 
     @lru_cache(maxsize=65536)
     def candidate(index: int) -> Rendered:
