@@ -177,7 +177,7 @@ def test_scorers_that_need_no_gradient_hold_no_activations_and_those_without_a_m
     LlamaConfig(**SHAPES["wide"]).save_pretrained(tmp_path)
     shapes = {}
     for scorers in (["loss"], ["keyword", "random"]):
-        config = config_of(tmp_path, "float32", False, scoring={"scorers": scorers})
+        config = config_of(tmp_path, "float32", False, scoring={"scorers": scorers}, selection={"scorer": scorers[0]})
         shapes[scorers[0]] = by_name(score_memory(shape_of(config.model), config))
     assert {"activations", "directions"}.isdisjoint(shapes["loss"])
     assert "base weights" in shapes["loss"]
