@@ -66,4 +66,5 @@ class DataConfig(Section):
     benign: SourceConfig | None = None
     """Trusted ordinary prompt → helpful answer; for the loss gap's reference and for replay."""
     shards: Count | None = None
-    """Shards of the candidates; default: one per 16 MB of input, at least 8. Never depends on the number of workers."""
+    """Shards of the candidates; default: one per 1,024 rows up to 1,024 shards, then one per 16,384 rows or 16 MB; at least 8. Never
+    depends on the number of workers."""

@@ -35,8 +35,13 @@ class ModelConfig(Section):
     """What the chat template is given besides the turns, for example `{enable_thinking: false}` (Qwen3)."""
     max_length: Count = 256
     """Longest sequence in tokens, prompt and answer together (Booster's public code: 256)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the base weights; adapters are float32 always."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the base weights; adapters are float32 always. `auto` takes the checkpoint's own (float16 becomes bfloat16, whose
+    range gradients need)."""
+    attn: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Attention implementation of transformers; by default the one that it takes for this model."""
     lora: LoraConfig = LoraConfig()
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along. Leave it off unless you have read that code."""

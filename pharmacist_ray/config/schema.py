@@ -142,7 +142,12 @@ class Config(Section):
             share = max(1, self.resources.workers) * train.accumulation
             if train.batch_size % share:
                 yield f"{where}.batch_size={train.batch_size} must be a multiple of resources.workers × accumulation = {share}"
-            if train.weights == "full" and self.model.dtype != "float32" and train.zero_stage == 0:
+        yield from self.too_coarse()
+
+    def too_coarse(self) -> Iterator[str]:
+        """Yield which trainings the weights' precision is too low for; of ``auto`` nothing is known yet."""
+        for where, train in self.trainings().items():
+            if train.weights == "full" and self.model.dtype == "bfloat16" and train.zero_stage == 0:
                 yield f"{where}: full weights in {self.model.dtype} need zero_stage 1 or higher, which keeps float32 masters"
 
     def trainings(self) -> dict[str, TrainConfig]:

@@ -53,7 +53,9 @@ class ScoringConfig(Section):
     method: Literal["hooks", "ghost", "difference"] = "hooks"
     """How influences are computed: per-sample gradients by hooks (exact), ghost products (exact), or a central difference."""
     tokens_per_batch: Count = 4096
-    """Padded tokens per batch; rows are bucketed by length."""
+    """Padded tokens per batch; rows are bucketed by length. Halved where memory runs out, down to a single row."""
+    checkpointing: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Recompute activations in the backward pass to save memory."""
     random_draws: Count = 3
     """Columns random_0, random_1, … that the `random` scorer writes."""
     seed: int = 0

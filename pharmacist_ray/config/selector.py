@@ -59,7 +59,10 @@ class SelectorConfig(Section):
     iterations: Count = 200
     """Iterations; iterative mode. All together must meet every candidate once: iterations × batch_size ≥ candidates."""
     batch_size: Count = 32
-    """Candidates, validation rows and harmful rows per iteration each; in one-shot mode rows per pass."""
+    """Candidates, validation rows and harmful rows per iteration each; iterative mode."""
+    tokens_per_batch: Count = Field(default=4096, exclude_if=lambda value: value == 4096)
+    """Padded tokens per pass when gradients are taken; halved where memory runs out. Activations are recomputed there if they are in
+    the warm-up (`warmup.checkpointing`)."""
     baseline_decay: Share = 0.9
     """Decay of the moving average that stands for Σ_j γ_j s_j; iterative mode (ours: the batch mean is noisy)."""
     trusted_rows: Count = 200

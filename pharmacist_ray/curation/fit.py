@@ -35,6 +35,7 @@ from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.workers import run_on_workers
@@ -200,7 +201,9 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:
     renderer = job.model.renderer()
     model = job.model.load(str(ranks.device), adapter=storage_path(job.out) / "warmup" / checkpoint_name(step))
-    point = Point.at(model, renderer.collate, job.selector.batch_size, ranks)
+    if job.selector.warmup.checkpointing:  # what the warm-up needs, the directions need too: the same model on the same worker
+        enable_checkpointing(model)
+    point = Point.at(model, renderer.collate, job.selector.tokens_per_batch, ranks)
     return point, renderer, _rendered(renderer, job.validation), _rendered(renderer, job.harmful)
 
 
@@ -238,7 +241,7 @@ def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
 def _learn(job: FitJob, part: str, ranks: Ranks) -> None:
     """Learn a logit for each candidate, going on from the last saved state."""
     out, config = storage_path(job.out), job.selector
-    table = read_rows([job.candidates])
+    table = read_rows([job.candidates], raw=False)
     selector: IterativeSelector | BilevelSelector
     iterate: Callable[[], dict[str, float]]
     if part == "logits":
@@ -248,7 +251,9 @@ def _learn(job: FitJob, part: str, ranks: Ranks) -> None:
     else:
         renderer = job.model.renderer()
         model = add_lora(job.model.load(str(ranks.device)), job.lora, seed=job.seed)
-        point = Point.at(model, renderer.collate, config.batch_size, ranks)
+        if config.warmup.checkpointing:
+            enable_checkpointing(model)
+        point = Point.at(model, renderer.collate, config.tokens_per_batch, ranks)
         selector, total = BilevelSelector(point, table.num_rows, config.seal, job.seed), config.seal.steps
         iterate = partial(selector.iterate, point, lambda index: candidate(index), _rendered(renderer, job.validation))
 

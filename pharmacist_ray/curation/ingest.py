@@ -44,6 +44,9 @@ SHARD_BYTES = 16 << 20
 SHARD_ROWS = 16_384
 """Rows per shard at most, on average; ours: a scoring actor holds one shard's rows, so its memory does not grow with the data."""
 
+FINE_ROWS, FINE_SHARDS = 1024, 1024
+"""Up to so many shards have as few rows as this; ours: a shard is one actor's unit of work, and many actors shall have some."""
+
 MIN_SHARDS = 8
 
 QUARANTINE_SCHEMA = pa.schema(
@@ -121,7 +124,7 @@ def ingest(
     Args:
         source: What to read.
         out: Folder that every node sees under the same path.
-        shards: Number of files; by default as many as `SHARD_BYTES` and `SHARD_ROWS` ask for, at least `MIN_SHARDS`.
+        shards: Number of files; by default `shards_of`.
         model: If given, rows that cannot be rendered for it, as those whose prompt leaves no room for an answer, are quarantined.
         strict: Whether quarantined rows are an error. They are written nevertheless.
         num_cpus: Ray's CPUs per task.
@@ -148,7 +151,7 @@ def ingest(
             chunks, rows_in = _count(chunks, chunk_bytes, num_cpus) if chunks else (chunks, 0)
             if not rows_in:
                 raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
-            shards = shards or max(MIN_SHARDS, -(-size // SHARD_BYTES), -(-rows_in // SHARD_ROWS))
+            shards = shards or shards_of(rows_in, size)
             say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
             parse = partial(
                 _parse,
@@ -204,6 +207,17 @@ def ingest(
             f"{found} in {', '.join(map(public_name, source.path))}: {broken}; file, line and reason of each are in {quarantine}"
         )
     return report
+
+
+def shards_of(rows: int, size: int) -> int:
+    """Return how many shards rows are spread over; never depends on workers or actors.
+
+    Args:
+        rows: Rows read.
+        size: Bytes read.
+    """
+    fine = min(FINE_SHARDS, -(-rows // FINE_ROWS))
+    return max(MIN_SHARDS, fine, -(-size // SHARD_BYTES), -(-rows // SHARD_ROWS))
 
 
 def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]:

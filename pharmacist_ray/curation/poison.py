@@ -13,6 +13,9 @@ predecessor died of:
 An error needs no second try, so that the same worker halves at once (`scorer_error`). When no part is left to try, the shard is
 scored as if the quarantined rows had never been in it: in the same batches, so to the same bits. The parts' own scores are dropped.
 
+A batch that does not fit in memory is not a row's fault: `models.budget` halves it, and only a row that does not fit even alone comes
+here, by its name (`out_of_memory`).
+
 One such row costs at most log₂(rows) + 4 attempts. What is not a row's fault ends the run with one line: more rows than `limit`,
 rows that pass by themselves and not together, a worker that dies before it has looked at a row.
 """
@@ -32,6 +35,7 @@ import torch
 from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA, printable_start
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
+from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.storage import StoragePath, write_parquet, write_text
 
 DEATHS = 2
@@ -40,9 +44,20 @@ DEATHS = 2
 LOADS = 3
 """Workers that may die over the same shard before they have looked at a row, while they load the model."""
 
+_ROOM = "lower model.max_length, set scoring.checkpointing=true, or take larger GPUs"
+
 Scores = TypeVar("Scores")
 
 _log = logging.getLogger(__name__)
+
+
+class RowAtFaultError(Exception):
+    """A row cannot be scored, and whoever scores knows which."""
+
+    def __init__(self, id: str, reason: str, detail: str) -> None:
+        """Keep the row's id, and why it goes to quarantine."""
+        super().__init__(id, reason, detail)
+        self.id, self.reason, self.detail = id, reason, detail
 
 
 @dataclass
@@ -124,8 +139,16 @@ class Isolation:
             self._note("all" if whole else "part")
             try:
                 scores = score([self.rows[place] for place in places])
+            except RowAtFaultError as error:
+                place = next((place for place in places if self.rows[place].id == error.id), None)
+                if place is None:
+                    self._note("")
+                    raise ResourceError(f"trusted row {error.id}: {error.detail}; {_ROOM}") from None
+                _log.warning("%s: row %s cannot be scored: %s", self.shard, error.id, error.detail)
+                self._put_aside(place, error.reason, error.detail)
+                continue
             except Exception as error:
-                if not _may_be_a_rows(error) or (whole and self.now.searched and not _of_memory(error)):
+                if not _may_be_a_rows(error) or (whole and self.now.searched and not out_of_memory(error)):
                     self._note("")
                     raise
                 _log.warning("%s: rows %d to %d cannot be scored", self.shard, first, last, exc_info=True)
@@ -184,16 +207,21 @@ class Isolation:
         if last - first > 1:
             self.now.parts[:1] = _halves(first, last)
             return
-        self.now.found[str(first)] = (reason, detail)
         self._next_part()
-        few = len(self.now.found) <= self.limit and (len(self.now.found) < len(self.rows) or len(self.rows) == 1)
+        self._put_aside(first, reason, detail)
+
+    def _put_aside(self, place: int, reason: str, detail: str) -> None:
+        self.now.found[str(place)] = (reason, detail)
+        # Long rows come first, so that nothing is known yet of the others.
+        limit = max(3, len(self.rows) // 100) if reason == "out_of_memory" else self.limit
+        few = len(self.now.found) <= limit and (len(self.now.found) < len(self.rows) or len(self.rows) == 1)
         if not few:
             kind = ModelError if reason == "scorer_error" else ResourceError
+            what = _ROOM if reason == "out_of_memory" else "look at the model, its tokenizer and the memory"
             self._give_up(
                 kind(
                     f"{len(self.now.found)} of the {len(self.rows)} rows of {self.shard} cannot be scored, the last one is "
-                    f"{self.rows[first].id} ({detail}); so many are hardly the rows' fault: look at the model, its tokenizer and the "
-                    "memory, then score again"
+                    f"{self.rows[place].id} ({detail}); so many are hardly the rows' fault: {what}, then score again"
                 )
             )
 
@@ -223,10 +251,6 @@ def attempt_file(scores: StoragePath) -> StoragePath:
 def _halves(first: int, last: int) -> list[tuple[int, int]]:
     middle = (first + last + 1) // 2
     return [part for part in ((first, middle), (middle, last)) if part[0] < part[1]]
-
-
-def _of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _may_be_a_rows(error: Exception) -> bool:

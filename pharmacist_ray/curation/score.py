@@ -55,7 +55,7 @@ class ScoreReport:
     """Wall time of this call; shards found finished take none of it."""
     quarantined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    """Quarantined rows by reason: ``scorer_error`` or ``crashed_scorer``."""
+    """Quarantined rows by reason: ``scorer_error``, ``crashed_scorer`` or ``out_of_memory``."""
 
 
 def score(
@@ -186,6 +186,7 @@ def _actors(
         tokens_per_batch=scoring.tokens_per_batch,
         cosine=selector.cosine,
         device="cuda" if resources.gpus_per_worker else "cpu",
+        checkpointing=scoring.checkpointing,
     )
     return {
         "spec": spec,

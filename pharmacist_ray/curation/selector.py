@@ -24,8 +24,11 @@ import torch
 from pharmacist_ray.config.schema import SelectorConfig
 from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import Batch, Rendered
+from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import global_norm, perturbed
 from pharmacist_ray.runtime.ranks import Ranks
 
@@ -68,15 +71,16 @@ class Point:
     parameters: dict[str, torch.nn.Parameter]
     """The adapter's parameters by name: the space in which everything here lives."""
     collate: Collate
-    batch_size: int
-    """Rows per pass."""
+    budget: TokenBudget
+    """Tokens per pass."""
     ranks: Ranks
 
     @classmethod
-    def at(cls, model: Any, collate: Collate, batch_size: int, ranks: Ranks) -> Point:
-        """Return the point of a model in evaluation mode; its trainable parameters are the space."""
-        model.eval()
-        return cls(model, {n: p for n, p in model.named_parameters() if p.requires_grad}, collate, batch_size, ranks)
+    def at(cls, model: Any, collate: Collate, tokens_per_batch: int, ranks: Ranks) -> Point:
+        """Return the point of a model without dropout; its trainable parameters are the space."""
+        stand_still(model)
+        space = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return cls(model, space, collate, TokenBudget(tokens_per_batch), ranks)
 
     def gradient(self, samples: Sequence[Rendered], weights: Sequence[float] | None = None) -> list[torch.Tensor]:
         """Return ∇ Σ_i c_i ℓ_i over all workers, one tensor per parameter; see `losses_and_gradient`."""
@@ -90,21 +94,25 @@ class Point:
         Args:
             samples: All samples, the same list on every worker; each takes its share.
             weights: c_i; by default 1/N each, which gives the mean loss.
+
+        Raises:
+            ResourceError: A row does not fit in memory, even alone.
         """
         values = list(weights) if weights is not None else [1.0 / len(samples)] * len(samples)
         parameters = list(self.parameters.values())
         total = [torch.zeros_like(parameter) for parameter in parameters]
         found = torch.zeros(len(samples), device=self.ranks.device)
         mine = range(self.ranks.rank, len(samples), self.ranks.workers)
-        # Rows of like length share a pass, so that little is padding; the sum does not depend on it.
-        by_length = sorted(mine, key=lambda index: (len(samples[index].ids), index))
-        for first in range(0, len(by_length), self.batch_size):
-            chunk = by_length[first : first + self.batch_size]
-            losses = per_sample_nll(self.model, self.collate([samples[i] for i in chunk]).to(self.ranks.device))
-            loss = (losses * torch.tensor([values[i] for i in chunk], device=losses.device)).sum()
+
+        def add(batch: Batch, chunk: list[int]) -> None:
+            losses = per_sample_nll(self.model, batch)
+            loss = (losses * torch.tensor([values[mine[i]] for i in chunk], device=losses.device)).sum()
             for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
                 sum_ += gradient
-            found[chunk] = losses.detach().float()
+            for place, value in zip(chunk, losses.detach().float(), strict=True):
+                found[mine[place]] = value
+
+        self._in_batches([samples[index] for index in mine], add)  # the sum does not depend on what shares a pass
         *total, found = (mean * self.ranks.workers for mean in self.ranks.mean([*total, found]))
         return found, total
 
@@ -115,14 +123,34 @@ class Point:
             samples: All samples, the same list on every worker; each takes its share.
             v: One tensor per parameter.
             cosine: Divide by ‖∇ℓ_i(θ₀)‖.
+
+        Raises:
+            ResourceError: A row does not fit in memory, even alone.
         """
         directions = {name: tensor.unsqueeze(0) for name, tensor in zip(self.parameters, v, strict=True)}
         share = len(samples) // self.ranks.workers
         mine = samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        batch = self.collate(list(mine)).to(self.ranks.device)
-        found = influence(self.model, batch, directions, norms=cosine)
-        dots = found.dots[:, 0]
-        return self.ranks.gather(dots if found.grad_norms is None else dots / found.grad_norms.clamp_min(TINY))
+        values = torch.zeros(share, device=self.ranks.device)
+
+        def take(batch: Batch, chunk: list[int]) -> None:
+            found = influence(self.model, batch, directions, norms=cosine)
+            dots = found.dots[:, 0]
+            values[chunk] = dots if found.grad_norms is None else dots / found.grad_norms.clamp_min(TINY)
+
+        self._in_batches(mine, take)
+        return self.ranks.gather(values)
+
+    def _in_batches(self, samples: Sequence[Rendered], use: Callable[[Batch, list[int]], None]) -> None:
+        def work(chunk: list[int]) -> None:
+            use(self.collate([samples[index] for index in chunk]).to(self.ranks.device), chunk)
+
+        try:
+            self.budget.run([len(sample.ids) for sample in samples], work)
+        except TooLongError as error:
+            raise ResourceError(
+                f"fit: a row cannot be passed through the model: {error}; set selector.warmup.checkpointing=true, lower "
+                "model.max_length, or take larger GPUs"
+            ) from None
 
 
 def attacked_direction(

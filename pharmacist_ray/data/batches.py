@@ -1,4 +1,4 @@
-"""Which rows make up which batch: a pure function of (number of rows, batch size, seed, step).
+"""Which rows make up which batch. In training: a pure function of (number of rows, batch size, seed, step).
 
 There is no iterator state, so a resumed run continues with exactly the batch it would have had, and the number of workers only
 decides who computes which part of a batch.
@@ -6,9 +6,32 @@ decides who computes which part of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+
+def length_batches(lengths: Sequence[int], tokens_per_batch: float, *, rows: int | None = None) -> list[list[int]]:
+    """Return row numbers in batches of at most so many padded tokens, rows of like length together, longest first.
+
+    Longest first, so that a batch too large for the memory fails at once and not after hours. A single row longer than the budget
+    gets a batch of its own. The result depends on the lengths and the rows' order alone.
+
+    Args:
+        lengths: Tokens of each row.
+        tokens_per_batch: Rows × the longest of them, at most.
+        rows: At most so many rows a batch.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        size = len(batches[-1]) + 1 if batches else 0
+        if not size or width * size > tokens_per_batch or (rows is not None and size > rows):
+            batches.append([])
+            width = lengths[row]
+        batches[-1].append(row)
+    return batches
 
 
 @dataclass

@@ -26,7 +26,7 @@ def parquet_files(path: StoragePath | str) -> list[StoragePath]:
     return files
 
 
-def read_rows(paths: Iterable[StoragePath | str]) -> pa.Table:
+def read_rows(paths: Iterable[StoragePath | str], *, raw: bool = True) -> pa.Table:
     """Return canonical rows ordered by id as one table in memory; a row that is there twice counts twice.
 
     The order makes everything that draws by position a function of the ids alone. Meant for training sets; scoring and selection
@@ -34,8 +34,11 @@ def read_rows(paths: Iterable[StoragePath | str]) -> pa.Table:
 
     Args:
         paths: Parquet files or folders of them.
+        raw: Also the rows as they came, which are as large again; whoever renders rows needs none of it.
     """
-    return pa.concat_tables([read_table(file, schema=ROW_SCHEMA) for path in paths for file in parquet_files(path)]).sort_by("id")
+    names = [name for name in ROW_SCHEMA.names if raw or name != "raw"]
+    files = [file for path in paths for file in parquet_files(path)]
+    return pa.concat_tables([read_table(file, columns=names, schema=ROW_SCHEMA) for file in files]).sort_by("id")
 
 
 def sample_rows(path: StoragePath | str, count: int, seed: int) -> list[Row]:

@@ -80,8 +80,9 @@ def uniform(id: str, seed: int) -> float:
 
 
 def rows_from_table(table: pa.Table) -> list[Row]:
-    """Return the rows of an ingested table, in its order."""
-    return [Row(**values) for values in table.select(ROW_SCHEMA.names).to_pylist()]
+    """Return the rows of an ingested table, in its order; without what they came as, where the table leaves it out."""
+    names = [name for name in ROW_SCHEMA.names if name != "raw" or name in table.column_names]
+    return [Row(**values) for values in table.select(names).to_pylist()]
 
 
 def table_from_rows(rows: list[Row]) -> pa.Table:

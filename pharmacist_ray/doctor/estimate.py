@@ -23,6 +23,11 @@ LIVE = 1e9
 """Gathered numbers beyond which ZeRO 3 prefetches nothing more (DeepSpeed's stage3_max_live_parameters)."""
 
 
+LOGIT = 12
+"""Bytes a word of the vocabulary where the loss's backward pass begins: log-softmax, its gradient, and that of the logits, in float32
+(measured, whatever the model's own precision)."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One line of an estimate: a product of factors over a product of divisors."""
@@ -187,10 +192,9 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
         )
     if kept := active if setup.checkpointing else shape.layers:
         items.append(one("activations", (kept, "layers"), *tokens, (per_token, "B"), *graphs))
-    logit = (4 if width == 4 else 2 + 4) + 4  # as the model gives them, in float32, and their log-softmax
     items += [
         one("backward pass of a layer", (2 if setup.checkpointing else 1, "layers"), *tokens, (per_token, "B")),
-        one("logits", *tokens, (shape.vocabulary, "words"), (logit, "B")),
+        one("logits", *tokens, (shape.vocabulary, "words"), (LOGIT, "B")),
     ]
     if extra.taps != "none":
         kept_rows = (setup.micro_batch * (setup.accumulation + 1), "rows")
@@ -200,7 +204,7 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
         state = ((setup.micro_batch * setup.accumulation, "rows"), (setup.length, "tokens"), (shape.hidden * 8, "B"))
         items.append(one("MLP features, gradients", (shape.layers, "layers"), *state))
         depths = 1 if setup.checkpointing else shape.layers + 1
-        items.append(one("logit lens", (depths, "depths"), *tokens, (shape.vocabulary, "words"), (logit, "B")))
+        items.append(one("logit lens", (depths, "depths"), *tokens, (shape.vocabulary, "words"), (LOGIT, "B")))
     if extra.gradients:
         items.append(one("gradients of harm", (extra.gradients, "copies"), weights, (wide, "B")))
     if extra.backups:

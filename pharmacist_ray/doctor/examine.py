@@ -16,10 +16,11 @@ import torch
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
-from pharmacist_ray.curation.scorers import SCORERS
+from pharmacist_ray.curation.scorers import SCORERS, parts_of
 from pharmacist_ray.data.readers import plan
-from pharmacist_ray.doctor.estimate import BYTES, EXTRAS, Item, Setup, advice, memory, setup_of, total
+from pharmacist_ray.doctor.estimate import EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
+from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
@@ -29,6 +30,13 @@ from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.training.objectives import OBJECTIVES
+
+CHANGES = {
+    "fit: directions": "set selector.warmup.checkpointing=true, or a smaller selector.tokens_per_batch",
+    "score": "set scoring.checkpointing=true, or a smaller scoring.tokens_per_batch",
+    "evaluate": "set a smaller evaluation.batch_size",
+}
+"""Stage → what makes its batches fit. They are halved by themselves where memory runs out; the weights are not."""
 
 COMMON_GIB = (24, 40, 80, 141)
 """Memory of the GPUs that are common (RTX 4090, A100, H100, H200), for a machine that has none."""
@@ -72,6 +80,7 @@ def examine(config_file: Path | None) -> None:
 
 def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
+    config = run.config  # whose precision is known
     problems: list[PharmacistError] = []
     probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
     probes += [partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path]
@@ -83,6 +92,11 @@ def _configuration(config: Config, gpus: int) -> None:
     resources = config.resources
     if resources.gpus_per_worker and not gpus and not os.environ.get("RAY_ADDRESS"):
         problems.append(ResourceError("resources.gpus_per_worker is set but this machine has no GPU and RAY_ADDRESS is unset"))
+    if gpus and not resources.gpus_per_worker:
+        say(
+            f"[yellow]warning[/]  this machine has {gpus} GPU{'s' * (gpus > 1)} and none is asked for: all is computed on the CPU; set "
+            "resources.gpus_per_worker=1 (with workers and actors of at least 1)"
+        )
     shape = None
     if not any(isinstance(problem, ModelError) for problem in problems):
         try:
@@ -113,7 +127,6 @@ def _configuration(config: Config, gpus: int) -> None:
 def _costs(config: Config, shape: Shape) -> None:
     """Print what the training runs will take: the first alignment and the warm-up item by item, all others in a line each."""
     say(f"[bold]model[/]    {shape.parameters:,} parameters in {shape.layers} layers; the adapter has {shape.adapter:,}")
-    say(f"          actors for scoring and evaluation hold all of it: {_size(shape.parameters * BYTES[config.model.dtype])}")
     runs = [("alignment.train", objective) for objective in config.defences]
     runs += [(where, "sft") for where in config.trainings() if where != "alignment.train"]
     for number, (where, objective) in enumerate(runs):
@@ -121,6 +134,12 @@ def _costs(config: Config, shape: Shape) -> None:
         _cost(f"{where} ({escaped(objective)})", shape, setup, config, itemised=number == 0 or where == "selector.warmup")
         if objective not in EXTRAS:
             say(f"          what {escaped(objective)} adds is not known here; it is counted as sft")
+    stages = {"fit: directions": fit_memory, "score": score_memory} | ({"evaluate": answer_memory} if config.evaluation else {})
+    if "directions" not in parts_of(config.scoring.scorers, config.selector):
+        del stages["fit: directions"]
+    for what, held_by in stages.items():
+        if items := held_by(shape, config):
+            _pass(what, items, config)
 
 
 def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool) -> None:
@@ -146,6 +165,20 @@ def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool)
     if itemised:
         _table(parts, lambda value: f"{value:.3g} s")
         say(f"          assumed: {UTILISATION:.0%} of the peak, {LINK / 1e9:g} GB/s between GPUs, every row of full length")
+
+
+def _pass(what: str, items: list[Item], config: Config) -> None:
+    """Print what a stage holds that trains nothing, and what to change if it is too much."""
+    held = total(items)
+    room, _, where = _room(config, held)
+    say(f"[bold]memory[/]   {what}, per {'worker' if what.startswith('fit') else 'actor'}: {_size(held)}; {where}")
+    _table(items, _size)
+    if held > room:
+        weights = items[0].amount  # all of them, always
+        instead = (
+            CHANGES[what] if weights < room else f"all weights are held by one, which takes {_size(weights)}; take larger GPUs"
+        )
+        say(f"          [red]too much[/]: {instead}")
 
 
 def _table(items: list[Item], written: Callable[[float], str]) -> None:

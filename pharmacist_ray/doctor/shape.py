@@ -33,6 +33,8 @@ class Shape:
     heads: int
     attention: int
     """Heads × their width."""
+    keys: int
+    """Key-value heads × their width."""
     intermediate: int
     vocabulary: int
     inputs: int
@@ -68,6 +70,7 @@ def shape_of(model: ModelConfig) -> Shape:
         raise ModelError(f"cannot build '{model.path}' from its config.json: {first} ({type(error).__name__})") from error
     text, layers = settings.get_text_config(), decoder_layers(base)
     hidden = text.hidden_size
+    head_width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     sizes = [parameter.numel() for parameter in base.parameters()]
     linears = [(name, _width(module)) for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -83,7 +86,8 @@ def shape_of(model: ModelConfig) -> Shape:
         layers=len(layers),
         hidden=hidden,
         heads=text.num_attention_heads,
-        attention=text.num_attention_heads * (getattr(text, "head_dim", None) or hidden // text.num_attention_heads),
+        attention=text.num_attention_heads * head_width,
+        keys=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_width,
         intermediate=getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden,
         vocabulary=head.shape[0],
         inputs=_distinct(linears),

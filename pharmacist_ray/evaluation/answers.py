@@ -20,6 +20,7 @@ from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
 from pharmacist_ray.evaluation.judges.verdict import PromptKind
 from pharmacist_ray.evaluation.tasks import CHECKERS
+from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
@@ -124,6 +125,7 @@ class Answerer:
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer] | None = None
         self.prompts: dict[str, list[Row]] = {}
+        self.budget = TokenBudget()
         self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges]
 
     def _judge_settings(self, config: JudgeConfig) -> JudgeSettings:
@@ -154,6 +156,7 @@ class Answerer:
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             end_id=renderer.end_id,
+            budget=self.budget,
         )
         answers = [without_thoughts(answer) for answer in answers]
         table: dict[str, list[Any]] = {

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from pharmacist_ray.errors import ModelError
+from pharmacist_ray.errors import ModelError, ResourceError
+from pharmacist_ray.models.budget import TokenBudget, TooLongError
 
 
 def generate(
@@ -18,6 +19,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     end_id: int | None = None,
+    budget: TokenBudget | None = None,
 ) -> list[str]:
     """Return the greedy continuation of every prompt: the new text only, without special tokens.
 
@@ -29,43 +31,51 @@ def generate(
         tokenizer: Its tokenizer.
         prompts_ids: One list of token ids per prompt, none of them empty.
         max_new_tokens: The longest answer; it ends earlier at the tokenizer's or the model's EOS.
-        batch_size: How many prompts run together.
+        batch_size: How many prompts run together at most.
         end_id: One more token that ends an answer: that of the template which the model was trained with.
+        budget: How many tokens, of prompts and answers, run together; what one call learns of the memory is kept for the next.
 
     Returns:
         The answers, in the order of the prompts.
 
     Raises:
         ModelError: A prompt has no tokens.
+        ResourceError: A prompt does not fit in memory, even alone.
     """
     if empty := [index for index, ids in enumerate(prompts_ids) if not ids]:
         raise ModelError(f"prompt {empty[0]} has no tokens to continue; give it a text, or the tokenizer a BOS token")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own generate adds nothing for LoRA
     config = _greedy(base, tokenizer, max_new_tokens, end_id)
-    order = sorted(range(len(prompts_ids)), key=lambda index: -len(prompts_ids[index]))
     answers = [""] * len(prompts_ids)
     modes = {module: module.training for module in base.modules()}
     defaults, base.generation_config = base.generation_config, GenerationConfig()  # what is not set would be taken from there
+
+    def take(indices: list[int]) -> None:
+        width = len(prompts_ids[indices[0]])
+        input_ids = torch.full((len(indices), width), int(config.pad_token_id), dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, index in enumerate(indices):
+            ids = prompts_ids[index]
+            input_ids[row, width - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, width - len(ids) :] = 1
+        with torch.no_grad():
+            output = base.generate(
+                input_ids=input_ids.to(base.device),
+                attention_mask=attention_mask.to(base.device),
+                generation_config=config,
+            )
+        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            answers[index] = text
+
     base.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            width = len(prompts_ids[indices[0]])
-            input_ids = torch.full((len(indices), width), int(config.pad_token_id), dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, index in enumerate(indices):
-                ids = prompts_ids[index]
-                input_ids[row, width - len(ids) :] = torch.tensor(ids)
-                attention_mask[row, width - len(ids) :] = 1
-            with torch.no_grad():
-                output = base.generate(
-                    input_ids=input_ids.to(base.device),
-                    attention_mask=attention_mask.to(base.device),
-                    generation_config=config,
-                )
-            texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
+        (budget or TokenBudget()).run([len(ids) + max_new_tokens for ids in prompts_ids], take, rows=batch_size)
+    except TooLongError as error:
+        raise ResourceError(
+            f"prompt {error.place} of {len(prompts_ids)} cannot be answered: {error} (its answer's {max_new_tokens} are among them); lower "
+            "evaluation.max_new_tokens or model.max_length, or take larger GPUs"
+        ) from None
     finally:
         base.generation_config = defaults
         for module, mode in modes.items():

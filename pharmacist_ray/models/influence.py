@@ -25,6 +25,7 @@ import torch
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import dot, global_norm, perturbed
 from pharmacist_ray.models.sample_grads import Part, tapped_losses
 
@@ -34,7 +35,7 @@ Directions = Mapping[str, torch.Tensor]
 EPSILON = 0.05
 """The step of the central difference along the unit direction [ours]: 1e-3 relative error in float32; smaller steps are worse."""
 
-_CHUNK = 2**26
+CHUNK = 2**26
 """How many numbers of per-sample gradients `hooks` holds at once (256 MiB): it splits the batch where a matrix is larger."""
 
 
@@ -99,7 +100,7 @@ def _hooks(model: Any, batch: Batch, directions: Directions, norms: bool) -> Inf
 
     def use(name: str, parts: list[Part]) -> None:
         steps = directions[name].to(dots).flatten(1)
-        for rows in _slices(len(batch), _CHUNK // steps.shape[1]):
+        for rows in _slices(len(batch), CHUNK // steps.shape[1]):
             grad = reduce(torch.add, [part.gradient(rows) for part in parts]).flatten(1)  # several parts: a tied weight
             dots[rows] += grad @ steps.T
             if norms:
@@ -131,7 +132,11 @@ def _difference(model: Any, batch: Batch, directions: Directions, norms: bool) -
         length = float(global_norm(step))
         sides = []
         for sign in (1.0, -1.0):
-            with torch.no_grad(), perturbed(list(params.values()), step, sign * EPSILON / length if length else 0.0):
+            with (
+                torch.no_grad(),
+                _in_full_precision(),
+                perturbed(list(params.values()), step, sign * EPSILON / length if length else 0.0),
+            ):
                 sides.append(per_sample_nll(model, batch))
         dots[:, k] = (sides[0] - sides[1]) * (length / (2 * EPSILON))
         losses.append((sides[0] + sides[1]) / 2)  # l_i(θ) up to O(ε²), without a third forward
@@ -170,18 +175,24 @@ def _still(model: Any) -> Iterator[None]:
     flags = {param: param.requires_grad for param in model.parameters()}
     try:
         model.requires_grad_(False)
-        model.eval()
-        for module in modes:
-            # A layer checkpoints only in training mode; those with a dropout of their own (a rate, not a module) must do without.
-            own_dropout = any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
-            if getattr(module, "gradient_checkpointing", False) and not own_dropout:
-                module.training = True
+        stand_still(model)
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
         for param, flag in flags.items():
             param.requires_grad_(flag)
+
+
+@contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """Multiply float32 in float32 inside the block: TF32 would round away a difference of two losses that are nearly equal."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _split(directions: Directions) -> list[list[torch.Tensor]]:

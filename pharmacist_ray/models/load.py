@@ -90,6 +90,8 @@ def load_model(
         raise ModelError(f"'{path}' lacks {len(missing)} of the model's weights ('{missing[0]}', …); download or export it again")
     if adapter is not None:
         model = load_adapter(model, adapter, merge=merge)
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is float32, such as adapters: PyTorch leaves tensor cores idle
     return model.to(device).eval()
 
 

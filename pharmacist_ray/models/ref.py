@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only passes the value on needs none of it
+    from pharmacist_ray.config.model import ModelConfig
     from pharmacist_ray.data.render import Renderer, Template
     from pharmacist_ray.storage import StoragePath
 
@@ -19,6 +20,8 @@ class ModelRef:
     adapters: tuple[str, ...] = ()
     """Adapter folders, merged one after the other."""
     dtype: str = "float32"
+    attn: str | None = None
+    """Attention implementation; None leaves it to transformers."""
     trust_remote_code: bool = False
     template: Template = "auto"
     """Prompt template."""
@@ -28,6 +31,20 @@ class ModelRef:
     """System prompt before every row that brings none of its own."""
     template_arguments: tuple[tuple[str, bool | int | float | str], ...] = ()
     """What the chat template is given besides the turns, by name."""
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> ModelRef:
+        """Return what a configuration's model section names, its precision resolved."""
+        return cls(
+            config.path,
+            dtype=config.dtype,
+            attn=config.attn,
+            trust_remote_code=config.trust_remote_code,
+            template=config.template,
+            max_length=config.max_length,
+            system=config.system,
+            template_arguments=tuple(sorted(config.template_arguments.items())),
+        )
 
     def plus(self, adapter: str) -> ModelRef:
         """Return the model with one more adapter merged."""
@@ -56,7 +73,9 @@ class ModelRef:
         """
         from pharmacist_ray.models.load import load_adapter, load_model
 
-        model: Any = load_model(self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, device=device)
+        model: Any = load_model(
+            self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, attn=self.attn, device=device
+        )
         for merged in self.adapters:
             model = load_adapter(model, merged, merge=True)
         if adapter is not None:

@@ -21,6 +21,7 @@ from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
@@ -64,7 +65,7 @@ class Run:
                 lies where the base has it; everything else of the trial lies in folders that carry its fingerprint, so that trials
                 share what they can and never take each other's place.
         """
-        self.config = config
+        self.config = config = with_dtype(config)
         self.root = config.run_dir
         self.base = base
         self._known_files: dict[str, Any] = base._known_files if base else {}
@@ -108,16 +109,7 @@ class Run:
     @property
     def model(self) -> ModelRef:
         """The base model."""
-        model = self.config.model
-        return ModelRef(
-            model.path,
-            dtype=model.dtype,
-            trust_remote_code=model.trust_remote_code,
-            template=model.template,
-            max_length=model.max_length,
-            system=model.system,
-            template_arguments=tuple(sorted(model.template_arguments.items())),
-        )
+        return ModelRef.of(self.config.model)
 
     @cached_property
     def _model_identity(self) -> Any:

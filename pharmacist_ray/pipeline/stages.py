@@ -24,11 +24,12 @@ from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
-from pharmacist_ray.errors import DataError, unknown_name
+from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
+from pharmacist_ray.models.precision import check_attention
 from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.run import Run
@@ -50,6 +51,9 @@ def check(run: Run) -> None:
         ConfigError: An unknown scorer, objective or judge; a selection rule that makes no sense; a judge without its model.
     """
     config = run.config
+    if problem := next(config.too_coarse(), None):
+        raise ConfigError(problem)
+    check_attention(config.model.attn, config.resources.gpus_per_worker)
     check_scorers(config.scoring, config.selector)
     if run.ingested("candidates").ready:
         candidates = run.ingested("candidates").folder / "rows"

@@ -126,7 +126,10 @@ def on_actors(
             fn_constructor_kwargs=arguments,
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.actors, len(units))),
+            # One unit at a time: Ray Data would queue two at each actor, and the first ones would hoard what later ones could do.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=min(resources.actors, len(units)), max_tasks_in_flight_per_actor=1
+            ),
             max_task_retries=attempts,
             max_restarts=attempts * len(units),
         )

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from pharmacist_ray.errors import PluginError, TrainingError
+from pharmacist_ray.errors import PluginError, ResourceError, TrainingError
+from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.storage import (
     StoragePath,
@@ -59,10 +61,15 @@ def run_task(task: TrainTask, ranks: Ranks | None = None) -> dict[str, Any]:
         TrainingError: The loss is not finite, or rows make the model raise; names the step and the rows.
         DataError: A set has fewer rows than a batch.
         ConfigError: The objective or its settings are unknown, or it does not fit the model or the weights that are trained.
-        ResourceError: The disk is full.
+        ResourceError: The disk is full, or a step does not fit in memory.
     """
-    with disk_full_errors(storage_path(task.out)):
-        result = _run_task(task, ranks or current_ranks())
+    try:
+        with disk_full_errors(storage_path(task.out)):
+            result = _run_task(task, ranks or current_ranks())
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ResourceError(_too_large(task, ranks or current_ranks(), error)) from error
     if result.get("parameters", 0) > TINY:
         _free()
     return result
@@ -139,6 +146,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             except PluginError:
                 raise
             except Exception as error:
+                if out_of_memory(error):
+                    raise  # no row's fault
                 streams = [stream, harmful] if harmful else [stream]
                 if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):
                     raise TrainingError(
@@ -214,6 +223,21 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
+def _too_large(task: TrainTask, ranks: Ranks, error: Exception) -> str:
+    """Say that a step does not fit in memory, and what to change, from the cheapest on: the doctor's own order."""
+    train, workers = task.train, ranks.workers
+    rows = train.batch_size // (workers * train.accumulation)
+    changes = ["checkpointing=true"] * (not train.checkpointing)
+    changes += [f"accumulation={train.accumulation * rows} (micro-batch 1)"] * (rows > 1)
+    changes += [f"zero_stage={train.zero_stage + 1} or higher"] * (workers > 1 and train.zero_stage < 3)
+    changes += ["model.dtype=bfloat16"] * (task.model.dtype == "float32")
+    changes += ["offload=optimizer"] * (workers > 1 and train.offload == "none")
+    return (
+        f"{task.name}: a step of {rows} rows does not fit in memory ({' '.join(str(error).split())[:160]}); set in its train section "
+        f"{', '.join([*changes, 'or a smaller model.max_length'])}; `pharmacist doctor` says what each takes"
+    )
+
+
 def _check_finite(task: TrainTask, losses: torch.Tensor, stream: Stream, number: int, ranks: Ranks) -> None:
     """Stop every worker at the same step if any worker's loss is not finite, naming the rows of that micro-batch."""
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -271,5 +295,5 @@ def _trainable_model(task: TrainTask, ranks: Ranks) -> Any:
     elif not task.start_adapter:
         model = add_lora(model, task.lora, seed=task.seed)
     if task.train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model

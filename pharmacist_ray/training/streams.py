@@ -89,10 +89,10 @@ def alignment_stream(task: TrainTask, renderer: Renderer) -> Stream:
     Raises:
         DataError: There are fewer rows than a batch takes.
     """
-    table = read_rows(task.rows)
+    table = read_rows(task.rows, raw=False)
     size, replay = task.train.batch_size, 0
     if task.replay:
-        table = pa.concat_tables([table, (extra := read_rows(task.replay))])
+        table = pa.concat_tables([table, (extra := read_rows(task.replay, raw=False))])
         replay = extra.num_rows
     per_batch = round(task.replay_share * size) if replay else 0
     rows = table.num_rows - replay
@@ -115,7 +115,7 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
     Raises:
         DataError: There are fewer rows than a batch takes.
     """
-    table = read_rows(task.harmful)
+    table = read_rows(task.harmful, raw=False)
     partners: dict[int, Sequence[int]] = {}
     if kind == "pairs":
         safe: dict[tuple[str, str], int] = {}

@@ -259,6 +259,22 @@ def test_a_lost_row_is_noticed(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "shards"),
+    [
+        (100, 10_000, 8),
+        (10_000, 10**6, 10),
+        (100_000, 5 * 10**7, 98),
+        (10**6, 5 * 10**8, 977),
+        (10**7, 5 * 10**9, 1024),
+        (10**8, 10**9, 6104),
+        (1000, 10**9, 60),
+    ],
+)
+def test_small_sets_have_shards_for_many_actors_and_large_ones_few_files(rows: int, size: int, shards: int) -> None:
+    assert module.shards_of(rows, size) == shards
+
+
 def test_the_number_of_shards_follows_from_the_input_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SHARD_BYTES", 1000)
     path = jsonl(tmp_path / "a.jsonl", records(200))

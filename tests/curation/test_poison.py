@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
-from pharmacist_ray.curation.poison import Isolation
+from pharmacist_ray.curation.poison import Isolation, RowAtFaultError
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ArtifactError, ModelError, PharmacistError, ResourceError
 
@@ -89,6 +89,32 @@ def test_workers_that_die_of_something_else_cost_no_row(deaths: int, tmp_path: P
 
     isolation, scores = attempts(8, score, tmp_path / "attempt.json")
     assert (len(scores), isolation.now.found, isolation.now.number) == (8, {}, deaths + 1)
+
+
+def test_a_row_that_is_named_costs_no_search_and_no_other_row(tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def score(some: Sequence[Row]) -> list[str]:
+        tried.append(len(some))
+        if long := next((row for row in some if row.prompt in ("p5", "p6")), None):
+            raise RowAtFaultError(long.id, "out_of_memory", "its 99 tokens do not fit in memory, even alone")
+        return [row.prompt for row in some]
+
+    isolation, scores = attempts(8, score, tmp_path / "attempt.json")
+    assert scores == ["p0", "p1", "p2", "p3", "p4", "p7"]
+    assert tried == [8, 7, 6]
+    assert isolation.now.found["5"] == ("out_of_memory", "its 99 tokens do not fit in memory, even alone")
+
+
+def test_many_rows_too_long_for_memory_and_a_trusted_one_end_the_run_with_what_to_do(tmp_path: Path) -> None:
+    def score(some: Sequence[Row], id: str | None = None) -> list[str]:
+        raise RowAtFaultError(id or some[0].id, "out_of_memory", "its 99 tokens do not fit in memory, even alone")
+
+    advice = r"lower model\.max_length, set scoring\.checkpointing=true, or take larger GPUs"
+    with pytest.raises(ResourceError, match=rf"^4 of the 8 rows of part-00000\.parquet cannot be scored, .* {advice}"):
+        attempts(8, score, tmp_path / "attempt.json")
+    with pytest.raises(ResourceError, match=rf"^trusted row abc: its 99 tokens do not fit in memory, even alone; {advice}"):
+        attempts(8, lambda some: score(some, "abc"), tmp_path / "attempt.json")
 
 
 def test_the_quarantine_names_place_reason_and_row(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig
+from pharmacist_ray.curation.poison import RowAtFaultError
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.scorers import signals as signals_module
-from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals, length_batches
+from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.data.batches import length_batches
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
@@ -113,6 +116,48 @@ def plain_losses(model: Any, samples: list[Rendered]) -> list[float]:
 
 def worn(model_folder: Path, adapter: Path) -> Any:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter, is_trainable=True).eval()
+
+
+@contextmanager
+def memory_for(model: Any, tokens: int) -> Iterator[list[int]]:
+    """Let a model run out of memory over batches of more padded tokens than that; yields the sizes of those that went through."""
+    passed: list[int] = []
+
+    def measure(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        passed.append(given["input_ids"].numel())
+
+    handle = model.register_forward_pre_hook(measure, with_kwargs=True)
+    try:
+        yield passed
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_little_memory_every_row_is_scored_alike_and_the_size_is_remembered(
+    signals_of: Callable[..., Signals], rows: list[Row], checkpointing: bool
+) -> None:
+    wanted = signals_of(rows, tokens_per_batch=400)
+    given = signals_of(rows, tokens_per_batch=400, checkpointing=checkpointing)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in given.probe.model.modules()) == checkpointing
+    with memory_for(given.probe.model, 30):
+        np.testing.assert_allclose(given.influence("pharmacist"), wanted.influence("pharmacist"), rtol=1e-4)
+    assert given.probe.budget.tokens <= 30
+    with memory_for(given.probe.model, int(given.probe.budget.tokens)) as passed:
+        np.testing.assert_allclose(given.base_loss, wanted.base_loss, rtol=1e-5)
+    assert passed
+
+
+def test_a_row_that_does_not_fit_even_alone_is_named(signals_of: Callable[..., Signals], rows: list[Row]) -> None:
+    given = signals_of(rows, tokens_per_batch=400)
+    lengths = [len(sample.ids) for sample in given.samples]
+    longest = lengths.index(max(lengths))
+    with memory_for(given.probe.model, max(lengths) - 1), pytest.raises(RowAtFaultError) as raised:
+        _ = given.base_loss
+    assert (raised.value.id, raised.value.reason) == (rows[longest].id, "out_of_memory")
+    assert raised.value.detail == f"its {max(lengths)} tokens do not fit in memory, even alone"
 
 
 def test_every_scorer_has_a_name_and_random_needs_no_model() -> None:

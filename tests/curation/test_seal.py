@@ -36,7 +36,7 @@ class World:
                 torch.nn.init.normal_(parameter, std=0.1, generator=generator)
         renderer = Renderer(load_tokenizer(model_folder), "plain", 32)
         self.candidates, self.validation = ([renderer.render(row) for row in part] for part in rows)
-        self.point = Point.at(model, renderer.collate, 4, ranks)
+        self.point = Point.at(model, renderer.collate, 64, ranks)
         self.selector = BilevelSelector(self.point, len(self.candidates), config, seed=5)
 
     def iterate(self, times: int = 1) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from pharmacist_ray.config.schema import LoraConfig, SelectorConfig
 from pharmacist_ray.curation.selector import IterativeSelector, Point, attacked_direction, logit_gradient
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.schema import Row
+from pharmacist_ray.errors import ResourceError
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.runtime.ranks import Ranks
 from tests.two_workers import TwoWorkers
 
@@ -110,6 +112,38 @@ def test_the_gradient_is_that_of_the_weighted_loss_whatever_the_batch_size(
     world = make_world(model_folder, sets, batch_size=batch_size)
     got = world.point.gradient(world.validation, weights)
     assert distance(got, plain_gradient(world, world.validation, weights)) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_little_memory_or_recomputed_activations_the_gradient_is_the_same(
+    model_folder: Path, sets: list[list[Row]], checkpointing: bool
+) -> None:
+    world = make_world(model_folder, sets, batch_size=1000)
+    if checkpointing:
+        enable_checkpointing(world.point.model)
+        world = replace(world, point=Point.at(world.point.model, world.point.collate, 1000, ALONE))
+        assert any(module.training for module in world.point.model.modules())
+    longest = max(len(sample.ids) for sample in world.candidates)
+    room = 2 * longest
+
+    def measure(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].numel() > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    world.point.model.register_forward_pre_hook(measure, with_kwargs=True)
+    v = world.point.gradient(world.validation)
+    assert world.point.budget.tokens <= room
+    got = v, world.point.gradient(world.candidates), world.point.influences(world.candidates, v)
+    room = 1000
+    assert distance(got[0], plain_gradient(world, world.validation)) < 1e-5
+    assert distance(got[1], plain_gradient(world, world.candidates)) < 1e-5
+    own = [flat(plain_gradient(world, [sample])) @ flat(v) for sample in world.candidates]
+    torch.testing.assert_close(got[2].double(), torch.stack(own), rtol=1e-4, atol=1e-6)
+    room = longest - 1
+    with pytest.raises(
+        ResourceError, match=rf"^fit: a row cannot be passed .*: its {longest} tokens do not fit in memory, even alone; set"
+    ):
+        world.point.gradient(world.candidates)
 
 
 def test_only_the_adapter_is_the_space(world: World) -> None:

@@ -57,6 +57,10 @@ def test_reading_orders_by_id_and_a_row_that_is_there_twice_counts_twice(rows_of
     assert len(twice) == 25
     assert table.schema == ROW_SCHEMA
     assert row_at(table, 3) == twice[3]
+    lean = read_rows([two, one], raw=False)
+    assert "raw" not in lean.column_names
+    assert rows_from_table(lean) == [replace(row, raw="") for row in twice]
+    assert row_at(lean, 3) == replace(twice[3], raw="")
     assert rows_from_table(read_rows([one / "part-1.parquet"])) == sorted(
         rows_from_table(pq.read_table(one / "part-1.parquet")), key=lambda row: row.id
     )

@@ -119,9 +119,12 @@ def test_what_training_takes_is_told_for_every_run(file, capsys):
         "selector.warmup (sft)",
         "selector.reference (sft)",
         "attacks.0.train (sft)",
+        "fit: directions",
+        "score",
     ]
     assert "          base weights                 45.5 KiB  11640 weights × 4 B\n" in out
-    assert out.count("base weights  ") == 2  # alignment and warm-up, item by item
+    assert out.count("base weights  ") == 4  # alignment and warm-up, directions and scoring, item by item
+    assert "          adapters of the selector     45.0 KiB  2 adapters × 5760 weights × 4 B\n" in out
     assert "          back-up of weights           22.5 KiB  1 copies × 5760 weights × 4 B\n" in out
     assert "for all workers" in out
     assert "time  " not in out  # no estimate for a CPU
@@ -170,7 +173,11 @@ def test_what_does_not_fit_comes_with_what_to_change(large, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert " of 80.0 GiB on NVIDIA A100-SXM4-80GB\n" in out
     assert "on A100s" in out
-    assert "too much" not in out
+    trainings, _, others = out.partition("memory   fit: directions")
+    assert "too much" not in trainings
+    assert (
+        others.count("too much: all weights are held by one, which takes 131.4 GiB; take larger GPUs") == 2
+    )  # directions and scoring
     train = {"batch_size": 64, "checkpointing": True}
     change(large, "alignment", train=train)
     examine(large)
@@ -182,6 +189,18 @@ def test_what_does_not_fit_comes_with_what_to_change(large, capsys, monkeypatch)
     out = capsys.readouterr().out
     assert " of 8.0 GiB on NVIDIA A100-SXM4-80GB\n" in out
     assert "          and that is still too much: take more or larger GPUs, or a smaller model.max_length\n" in out
+
+
+def test_a_gpu_that_nobody_asked_for_is_told(file, capsys, monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    line = "warning  this machine has 1 GPU and none is asked for: all is computed on the CPU; set resources.gpus_per_worker=1"
+    examine(file)
+    assert line in capsys.readouterr().out
+    change(file, "resources", gpus_per_worker=1)
+    examine(file)
+    assert line not in capsys.readouterr().out
 
 
 def test_lora_targets_that_the_model_lacks_are_found_now(file):

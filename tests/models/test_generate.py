@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from pharmacist_ray.errors import ModelError
+from pharmacist_ray.errors import ModelError, ResourceError
+from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate
 from pharmacist_ray.models.load import LoraConfig, add_lora
 
@@ -23,6 +24,27 @@ def test_batches_change_no_answer_and_keep_the_order(tiny: Any, tokenizer: Any, 
     assert len(set(alone)) > 3, "the answers must differ for the order to show"
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=4) == alone
     assert generate(model, tokenizer, prompts[::-1], max_new_tokens=12, batch_size=3) == alone[::-1]
+
+
+def test_with_little_memory_the_answers_are_the_same_and_what_cannot_fit_is_one_line(
+    tiny: Any, tokenizer: Any, prompts: list[list[int]]
+) -> None:
+    model, budget = tiny(), TokenBudget()
+    alone = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=1)
+    room = 2
+
+    def measure(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if len(given["input_ids"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(measure, with_kwargs=True)
+    assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=7, budget=budget) == alone
+    assert budget.tokens <= 2 * 24 + 24
+    room = 0
+    with pytest.raises(
+        ResourceError, match=r"^prompt 6 of 7 cannot be answered: its 24 tokens do not fit in memory, even alone "
+    ):
+        generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=7, budget=budget)
 
 
 def test_one_prompt_equals_plain_greedy_search(tiny: Any, tokenizer: Any, prompts: list[list[int]]) -> None:

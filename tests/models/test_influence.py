@@ -84,7 +84,7 @@ def test_the_loop_equals_forward_mode_differentiation(model: Any, batch_of: Any,
 
 @pytest.mark.parametrize("chunk", [1, 2**26])
 def test_norms_equal_those_of_the_loop(model: Any, batch_of: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pharmacist_ray.models.influence._CHUNK", chunk)
+    monkeypatch.setattr("pharmacist_ray.models.influence.CHUNK", chunk)
     batch, directions = batch_of(5), directions_for(model)
     want = loop_influence(model, batch, directions)
     got = influence(model, batch, directions, norms=True)

@@ -177,6 +177,23 @@ def test_unknown_objective_and_too_few_rows_say_what_to_do(
         run_task(replace(task, rows=(str(tmp_path / "few.parquet"),)))
 
 
+def test_a_step_that_does_not_fit_in_memory_is_one_line_with_what_to_change(
+    task: TrainTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr("pharmacist_ray.training.objectives.step.per_sample_nll", full)
+    monkeypatch.setattr(loop, "rows_that_fail", lambda *_: pytest.fail("no row is to blame"))
+    said = (
+        r"^a task: a step of 8 rows does not fit in memory \(CUDA out of memory\. Tried to allocate 2\.00 GiB\. GPU 0 has\); set in its "
+        r"train section checkpointing=true, accumulation=8 \(micro-batch 1\), model\.dtype=bfloat16, or a smaller model\.max_length; "
+        r"`pharmacist doctor` says what each takes$"
+    )
+    with pytest.raises(ResourceError, match=said):
+        run_task(task)
+
+
 def test_a_discrepancy_of_samples_needs_two_of_them(task: TrainTask) -> None:
     one = replace(task, objective="repnoise", harmful=task.rows, train=TRAIN.model_copy(update={"batch_size": 1}))
     with pytest.raises(ConfigError, match="a task: repnoise compares samples and needs batch_size 2 or more"):

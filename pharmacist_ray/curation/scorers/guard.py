@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.config.scoring import GuardConfig
-from pharmacist_ray.curation.scorers.signals import Signals, length_batches
+from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
 from pharmacist_ray.models.classifier import classifier_logits, fill_template, load_classifier, text_ids
 
@@ -108,13 +108,16 @@ def _moderated(signals: Signals, config: GuardConfig) -> np.ndarray:
     texts = [fill_template(config.template, prompt, row.response) for prompt, row in zip(prompts, signals.rows, strict=True)]
     samples = [text_ids(tokenizer, text, config.max_length) for text in texts]
     scores = np.zeros(len(samples))
-    for rows in length_batches([len(sample) for sample in samples], spec.tokens_per_batch):
+
+    def take(rows: list[int]) -> None:
         logits = classifier_logits(model, [samples[row] for row in rows]).double()
         if model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1:
             harm = torch.sigmoid(logits[:, unsafe]).amax(dim=1)
         else:
             harm = torch.softmax(logits, dim=1)[:, unsafe].sum(dim=1)
         scores[rows] = (1 - harm).cpu().numpy()
+
+    signals.in_batches([len(sample) for sample in samples], take)
     return scores
 
 

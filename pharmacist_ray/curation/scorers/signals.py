@@ -18,13 +18,16 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pharmacist_ray.config.scoring import GuardConfig, PlantedConfig
+from pharmacist_ray.curation.poison import RowAtFaultError
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import TINY
 from pharmacist_ray.data.render import IGNORE, Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import local_copy, read_table
 
@@ -48,6 +51,7 @@ class ProbeSpec:
     tokens_per_batch: int
     cosine: bool
     device: str = "cpu"
+    checkpointing: bool = False
 
 
 class Probe:
@@ -68,7 +72,10 @@ class Probe:
         folders |= {name: folder for name, folder in references.items() if folder.exists()}
         self.adapters = {name: self._read(folder / "adapter_model.safetensors", spec.device) for name, folder in folders.items()}
         self.renderer = spec.model.renderer()
+        self.budget = TokenBudget(spec.tokens_per_batch)
         self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
+        if spec.checkpointing:
+            enable_checkpointing(self.model)
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
@@ -100,22 +107,6 @@ class Probe:
         if not file.exists():
             raise ArtifactError(f"the selector is incomplete: {file} is missing; run `pharmacist fit` again")
         return dict(load_file(file, device=device))
-
-
-def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Return row numbers in batches of at most so many padded tokens, rows of like length together, longest first.
-
-    Longest first, so that a batch too large for the memory fails at once and not after hours. A single row longer than the budget
-    gets a batch of its own. The result depends on the lengths and the rows' order alone.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if not batches or width * (len(batches[-1]) + 1) > tokens_per_batch:
-            batches.append([])
-            width = lengths[row]
-        batches[-1].append(row)
-    return batches
 
 
 class Signals:
@@ -220,7 +211,8 @@ class Signals:
         exact = spec.method == "hooks"
         for name, directions in zip(spec.checkpoints, self.probe.directions, strict=True):
             model = self.probe.set_adapter(name)
-            for rows, batch in self._batches(self.samples):
+
+            def add(rows: list[int], batch: Batch, model: Any = model, directions: Any = directions) -> None:
                 found = influence(model, batch, directions, method=spec.method, norms=exact)
                 values = found.dots.double().cpu().numpy()
                 length = found.grad_norms.double().cpu().numpy() if found.grad_norms is not None else np.full(len(rows), np.nan)
@@ -228,6 +220,8 @@ class Signals:
                     values = values / np.maximum(length, TINY)[:, None]
                 dots[rows] += values
                 norms[rows] += length / len(spec.checkpoints)
+
+            self._in_batches(self.samples, add)
         return dots, norms
 
     def states(self, layer: int | None = None) -> np.ndarray:
@@ -239,13 +233,16 @@ class Signals:
         with torch.no_grad(), self.probe.base() as model:
             # Without the output head, which takes a good part of a small model's pass.
             body = (model.get_base_model() if self.probe.adapters else model).base_model
-            for rows, batch in self._batches(self.samples):
+
+            def take(rows: list[int], batch: Batch) -> None:
                 output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
                 answer = (batch.labels != IGNORE).unsqueeze(-1)
                 layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
                 means = [(states.float() * answer).sum(dim=1) / answer.sum(dim=1) for states in layers]
                 for row, values in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
                     found[row] = values if layer is None else values[0]
+
+            self._in_batches(self.samples, take)
         return np.stack(found)
 
     def of_trusted(self, make: Callable[[Signals, Signals], Made]) -> Made:
@@ -259,13 +256,33 @@ class Signals:
 
     def _losses(self, model: Any, samples: Sequence[Rendered]) -> np.ndarray:
         losses = np.zeros(len(samples))
+
+        def take(rows: list[int], batch: Batch) -> None:
+            losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()
+
         with torch.no_grad():
-            for rows, batch in self._batches(samples):
-                losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()
+            self._in_batches(samples, take)
         return losses
 
-    def _batches(self, samples: Sequence[Rendered]) -> Iterator[tuple[list[int], Batch]]:
-        spec = self.probe.spec
-        groups = length_batches([len(sample.ids) for sample in samples], spec.tokens_per_batch)
-        collate = self.probe.renderer.collate
-        return ((rows, collate([samples[row] for row in rows]).to(spec.device)) for rows in groups)
+    def _in_batches(self, samples: Sequence[Rendered], use: Callable[[list[int], Batch], None]) -> None:
+        """Call ``use`` with places of rows and their batch, until each row has been in one; see `in_batches`."""
+        collate, device = self.probe.renderer.collate, self.probe.spec.device
+        self.in_batches(
+            [len(sample.ids) for sample in samples],
+            lambda rows: use(rows, collate([samples[row] for row in rows]).to(device)),
+        )
+
+    def in_batches(self, lengths: Sequence[int], use: Callable[[list[int]], None]) -> None:
+        """Call ``use`` with the places of rows, in batches that fit in memory, until each row has been in one.
+
+        Args:
+            lengths: Tokens of each row.
+            use: Takes places of rows.
+
+        Raises:
+            RowAtFaultError: A row does not fit even alone.
+        """
+        try:
+            self.probe.budget.run(lengths, use)
+        except TooLongError as error:
+            raise RowAtFaultError(self.rows[error.place].id, "out_of_memory", str(error)) from None

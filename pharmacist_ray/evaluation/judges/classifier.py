@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pharmacist_ray.errors import ConfigError, unknown_name
+from pharmacist_ray.errors import ConfigError, ResourceError, unknown_name
 from pharmacist_ray.evaluation.judges.phrases import refusal_phrases, told_apart
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, PromptKind, Verdict
+from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.classifier import classifier_logits, fill_template, load_classifier, text_ids
 
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
@@ -65,16 +66,22 @@ def build_score(settings: JudgeSettings) -> Score:
             raise unknown_name("label of the judge", label, names)
     chosen = [index for index, name in enumerate(names) if not config.labels or name in config.labels]
 
+    budget = TokenBudget()
+
     def score(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         texts = [fill_template(template, *pair) for pair in zip(prompts, answers, strict=True)]
         samples = [text_ids(tokenizer, text, config.max_length, append_eos=config.append_eos) for text in texts]
-        order = sorted(range(len(samples)), key=lambda index: len(samples[index]))  # little padding; the result has no order
         found = [math.nan] * len(samples)
-        for start in range(0, len(order), config.batch_size):
-            part = order[start : start + config.batch_size]
+
+        def take(part: list[int]) -> None:
             logits = classifier_logits(model, [samples[index] for index in part])[:, chosen]
             for index, probability in zip(part, torch.sigmoid(logits).amax(dim=1).tolist(), strict=True):
                 found[index] = probability
+
+        try:
+            budget.run([len(sample) for sample in samples], take, rows=config.batch_size)
+        except TooLongError as error:
+            raise ResourceError(f"judge {config.path}: an answer cannot be read: {error}; lower its max_length") from None
         return found
 
     return score

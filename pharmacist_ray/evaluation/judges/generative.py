@@ -15,6 +15,7 @@ from pharmacist_ray.errors import ConfigError, ModelError
 from pharmacist_ray.evaluation.judges.phrases import refusal_phrases
 from pharmacist_ray.evaluation.judges.templates import JudgeTemplate, template_of, verdict_of
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, PromptKind, Verdict
+from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.load import load_model, load_tokenizer
 
@@ -36,6 +37,7 @@ def build(settings: JudgeSettings) -> Judge:
     template = template_of(config)
     tokenizer = load_tokenizer(config.path)
     model = load_model(config.path, dtype=config.dtype, device=settings.device)
+    budget = TokenBudget()
     new = config.max_new_tokens or template.max_new_tokens
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -43,7 +45,9 @@ def build(settings: JudgeSettings) -> Judge:
         ids = [question_ids(tokenizer, template, *pair, path=config.path) for pair in zip(prompts, answers, strict=True)]
         fits = [index for index, one in enumerate(ids) if room is None or len(one) + new <= room]
         found: list[str | None] = [None] * len(ids)
-        texts = generate(model, tokenizer, [ids[index] for index in fits], max_new_tokens=new, batch_size=config.batch_size)
+        texts = generate(
+            model, tokenizer, [ids[index] for index in fits], max_new_tokens=new, batch_size=config.batch_size, budget=budget
+        )
         for index, text in zip(fits, texts, strict=True):
             found[index] = without_thoughts(text)
         return found

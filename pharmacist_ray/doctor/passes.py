@@ -1,0 +1,161 @@
+"""What the stages that train nothing hold per GPU, in bytes: fit's directions, scoring and answering.
+
+As in `estimate`, every number is a product of named factors, and an upper bound: all rows are as long as ``max_length``. Of what is
+never alive at the same moment, here only the larger part counts, for a batch is taken as large as memory allows.
+"""
+
+from __future__ import annotations
+
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.curation.scorers import needs_model, parts_of
+from pharmacist_ray.curation.selector import DIRECTIONS
+from pharmacist_ray.doctor.estimate import BYTES, LOGIT, RESERVE, Item, Setup, layer_bytes
+from pharmacist_ray.doctor.shape import Shape
+from pharmacist_ray.models.influence import CHUNK
+
+GRADIENTS = 0.3
+"""Gradients that are alive at once within a decoder layer, as a share of what it keeps (measured: 0.23 to 0.28)."""
+
+Factors = tuple[tuple[float, str], ...]
+
+
+def fit_memory(shape: Shape, config: Config) -> list[Item]:
+    """Return what a worker holds while it takes the directions of `fit`, item by item.
+
+    Args:
+        shape: The model.
+        config: The configuration, its precision resolved.
+    """
+    selector = config.selector
+    setup = _setup(config, selector.tokens_per_batch, selector.warmup.checkpointing)
+    # The sum and a pass's own gradient; that of the attack, and the first direction; weights before the attack. With an inner step two
+    # more: its gradient, and the weights before it.
+    copies = 5 + 2 * bool(selector.inner_lr)
+    items = [*_weights(shape, setup), Item("gradients and back-ups", ((copies, "copies"), *_adapter(shape)))]
+    return _whole([*items, *pass_memory(shape, setup)], setup)
+
+
+def score_memory(shape: Shape, config: Config) -> list[Item]:
+    """Return what an actor holds while it scores, item by item; nothing where no scorer needs the model.
+
+    Args:
+        shape: The model.
+        config: The configuration, its precision resolved.
+    """
+    scoring, parts = config.scoring, parts_of(config.scoring.scorers, config.selector)
+    if not needs_model(scoring.scorers):
+        return []
+    setup = _setup(config, scoring.tokens_per_batch, scoring.checkpointing)
+    points = len(config.selector.checkpoints) if "directions" in parts else 0
+    adapters = points + sum(part in parts for part in ("reference", "tov"))
+    directions: Factors = ((points, "checkpoints"), (len(DIRECTIONS), "directions"))
+    items = [
+        *_weights(shape, setup),
+        Item("adapters of the selector", ((adapters, "adapters"), *_adapter(shape))),
+        Item("directions", (*directions, *_adapter(shape))),
+    ]
+    if points and scoring.method != "difference":
+        items += pass_memory(shape, setup)
+        # Of one matrix at a time; a large one in parts.
+        numbers = setup.micro_batch * shape.rank * max(shape.hidden, shape.attention, shape.intermediate)
+        if scoring.method == "hooks":
+            items.append(Item("gradients of single rows", ((min(numbers, CHUNK), "numbers"), (4, "B"))))
+    else:
+        items += forward_memory(shape, setup, _tokens(setup))
+    return _whole(items, setup)
+
+
+def answer_memory(shape: Shape, config: Config) -> list[Item]:
+    """Return what an actor holds while a model answers prompts, item by item; judges that are models come on top.
+
+    Args:
+        shape: The model.
+        config: The configuration, its precision resolved; with an evaluation.
+    """
+    settings = config.evaluation
+    assert settings is not None
+    setup = _setup(config, config.model.max_length, False)
+    width, rows = BYTES[setup.dtype], (settings.batch_size, "rows")
+    tokens = (config.model.max_length + settings.max_new_tokens, "tokens")
+    items = [
+        Item("weights", ((shape.parameters, "weights"), (width, "B"))),
+        Item("keys and values", ((shape.layers, "layers"), rows, tokens, (2 * shape.keys * width, "B"))),
+        # The prompts' own pass, of which only the last position's logits are made.
+        Item("forward pass of a layer", (rows, (setup.length, "tokens"), (_forward_bytes(shape, setup), "B"))),
+        Item("logits", (rows, (shape.vocabulary, "words"), (width + 4, "B"))),
+    ]
+    return _whole(items, setup)
+
+
+def pass_memory(shape: Shape, setup: Setup) -> list[Item]:
+    """Return what a forward and a backward pass to an adapter over a frozen base hold besides the weights.
+
+    `influence` keeps as much as training does: it needs the same inputs of the adapter's modules.
+
+    Args:
+        shape: The model.
+        setup: Rows, length, precision and checkpointing.
+    """
+    tokens, per_token = _tokens(setup), (layer_bytes(shape, setup), "B")
+    if setup.checkpointing:
+        kept = Item("inputs of recomputed layers", ((shape.layers, "layers"), *tokens, (shape.hidden * BYTES[setup.dtype], "B")))
+        again = Item("recomputing a layer", ((1 + GRADIENTS, "layers"), *tokens, per_token))
+    else:
+        kept = Item("activations", ((shape.layers, "layers"), *tokens, per_token))
+        again = Item("backward pass of a layer", ((GRADIENTS, "layers"), *tokens, per_token))
+    loss = Item("logits", (*tokens, (shape.vocabulary, "words"), (LOGIT, "B")))
+    norm = Item("last norm", (*tokens, (4 * shape.hidden + 4, "B")))
+    return [kept, norm, max(again, loss, key=lambda item: item.amount)]
+
+
+def forward_memory(shape: Shape, setup: Setup, tokens: Factors) -> list[Item]:
+    """Return what a forward pass alone holds besides the weights: one layer, or the logits and their log-softmax.
+
+    Args:
+        shape: The model.
+        setup: Length and precision.
+        tokens: Rows and their length.
+    """
+    logit = 4 + 4 if setup.dtype == "float32" else 2 + 4 + 4
+    layer = Item("forward pass of a layer", (*tokens, (_forward_bytes(shape, setup), "B")))
+    return [max(layer, Item("logits", (*tokens, (shape.vocabulary, "words"), (logit, "B"))), key=lambda item: item.amount)]
+
+
+def _forward_bytes(shape: Shape, setup: Setup) -> float:
+    """Bytes per token of one layer's forward pass: three intermediates of its MLP, or its attention's inputs, and the residual."""
+    width = BYTES[setup.dtype]
+    return width * (max(3 * shape.intermediate, 4 * shape.attention) + 2 * shape.hidden)
+
+
+def _setup(config: Config, tokens_per_batch: int, checkpointing: bool) -> Setup:
+    """Return a pass over a batch of so many padded tokens, of rows that are all of full length; at least one row."""
+    length = min(config.model.max_length, tokens_per_batch)
+    rows = max(1, tokens_per_batch // config.model.max_length)
+    return Setup(
+        dtype=config.model.dtype,
+        checkpointing=checkpointing,
+        micro_batch=rows,
+        length=max(length, config.model.max_length),
+        gpu=config.resources.gpus_per_worker > 0,
+    )
+
+
+def _tokens(setup: Setup) -> Factors:
+    return ((setup.micro_batch, "rows"), (setup.length, "tokens"))
+
+
+def _adapter(shape: Shape) -> Factors:
+    return ((shape.adapter, "weights"), (4, "B"))
+
+
+def _weights(shape: Shape, setup: Setup) -> list[Item]:
+    return [
+        Item("base weights", ((shape.parameters, "weights"), (BYTES[setup.dtype], "B"))),
+        Item("adapter", _adapter(shape)),
+    ]
+
+
+def _whole(items: list[Item], setup: Setup) -> list[Item]:
+    if setup.gpu:
+        items.append(Item("CUDA, NCCL, fragmentation", ((RESERVE, "B"),)))
+    return [item for item in items if item.amount]
