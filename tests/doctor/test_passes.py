@@ -176,9 +176,10 @@ def test_eight_billion_by_hand(tmp_path: Path) -> None:
 def test_scorers_that_need_no_gradient_hold_no_activations_and_those_without_a_model_nothing(tmp_path: Path) -> None:
     LlamaConfig(**SHAPES["wide"]).save_pretrained(tmp_path)
     shapes = {}
-    for scorers in (["loss"], ["keyword", "random"]):
-        config = config_of(tmp_path, "float32", False, scoring={"scorers": scorers}, selection={"scorer": scorers[0]})
+    for scorers in (["high_loss"], ["keyword", "random"]):
+        chosen = {"selection": {"scorer": scorers[0]}, "comparison": {"selections": scorers[:1]}}
+        config = config_of(tmp_path, "float32", False, scoring={"scorers": scorers}, **chosen)
         shapes[scorers[0]] = by_name(score_memory(shape_of(config.model), config))
-    assert {"activations", "directions"}.isdisjoint(shapes["loss"])
-    assert "base weights" in shapes["loss"]
+    assert {"activations", "directions"}.isdisjoint(shapes["high_loss"])
+    assert "base weights" in shapes["high_loss"]
     assert shapes["keyword"] == {}
