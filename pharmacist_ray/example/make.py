@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,7 @@ def _filled(value: Any, places: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [_filled(one, places) for one in value]
     if isinstance(value, str):
-        for name, place in places.items():
-            value = value.replace(name, place)
+        return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], value)
     return value
 
 

@@ -50,7 +50,7 @@ def pace_of(model: ModelRef, config: Config, device: str = "cpu") -> Pace:
                 loss = network(input_ids=ids, labels=ids).loss
                 if train:
                     loss.backward()
-            float(loss)  # waits for the device
+            loss.item()  # waits for the device
         return ids.numel() / (time.perf_counter() - started)
 
     return Pace(tokens_a_second(False), tokens_a_second(True))
@@ -78,9 +78,10 @@ def reckon(
 ) -> dict[str, float]:
     """Return stage → seconds.
 
-    ``fit`` trains the warm-up and the reference, and passes over the trusted rows three times at each checkpoint: for the simulated
-    attack's step, and for the direction before and after. ``score`` passes forward and backward over candidates and planted rows at each
-    checkpoint, and forward twice for the loss gap. A calibrated selection plants some five rows for every second trusted one.
+    ``fit`` trains the warm-up and the reference. At each checkpoint it passes once over the harmful rows for the simulated attack, and
+    twice over the validation rows, for the direction with that attack and without. ``score`` passes forward and backward over candidates
+    and planted rows at each checkpoint, and forward twice for the loss gap. A calibrated selection keeps every second trusted row out of
+    the fit, and plants five rows for it.
 
     Args:
         config: The run.
@@ -96,13 +97,12 @@ def reckon(
         steps = train.steps if train.epochs is None else train.epochs * rows / train.batch_size
         return steps * train.batch_size * row / pace.trained
 
-    trusted = counts["validation"] * whole["validation"] + counts["harmful"] * whole["harmful"]
-    fit = training(selector.warmup, whole["candidates"], counts["candidates"]) + 3 * checkpoints * trusted / pace.trained
+    trusted, planted = (0.5, 5 / 2) if config.calibrated else (1.0, 0.0)
+    passed = trusted * (2 * counts["validation"] * whole["validation"] + counts["harmful"] * whole["harmful"])
+    fit = training(selector.warmup, whole["candidates"], counts["candidates"]) + checkpoints * passed / pace.trained
     if selector.reference is not None:
         fit += training(selector.reference, (whole["validation"] + whole["benign"]) / 2, counts["validation"])
-    scored = counts["candidates"] * whole["candidates"] + (
-        5 / 2 * counts["validation"] * whole["validation"] if config.calibrated else 0
-    )
+    scored = counts["candidates"] * whole["candidates"] + planted * counts["validation"] * whole["validation"]
     score = scored * (checkpoints / pace.trained + 2 / pace.forward)
     share = config.alignment.replay_share if config.alignment.replay else 0.0
     aligned = training(config.alignment.train, (1 - share) * whole["candidates"] + share * whole["benign"], counts["candidates"])

@@ -48,15 +48,7 @@ def test_what_is_written_is_what_the_doctor_finds_fit_to_run(made, small_model, 
     assert "this configuration can run" in capsys.readouterr().out
     config = load_config(made / "config.yaml")
     assert config.model.path == str(small_model)
-    assert [arm.name for arm in Run(config).arms] == [
-        "all",
-        "random_0",
-        "trusted",
-        "keyword",
-        "pharmacist",
-        "calibrated",
-        "oracle",
-    ]
+    assert Run(config).arms == ["all", "random_0", "trusted", "keyword", "pharmacist", "calibrated", "oracle"]
     assert {file.stem for file in (made / "data").iterdir()} == set(vars(SIZES["small"]))
     rows = [json.loads(line) for line in (made / "data/eval_harmful.jsonl").read_text().splitlines()]
     assert all(row[config.evaluation.group_column] and row[config.evaluation.cluster_column] for row in rows)
@@ -138,10 +130,10 @@ def test_the_reckoning_by_hand(tmp_path):
     lengths = dict.fromkeys(counts, (30.0, 50.0))
     stages = reckon(config, counts, lengths, 7, Pace(forward=200.0, trained=100.0))
     assert stages == {
-        "fit": START_S + (12 * 16 * 50 + 3 * 200 * 50 + 20 * 16 * 50) / 100,
+        "fit": START_S + (12 * 16 * 50 + (2 * 100 + 100) / 2 * 50 + 20 * 16 * 50) / 100,
         "score": START_S + (100 + 250) * 50 * (1 / 100 + 2 / 200),
         "align": START_S + 7 * 24 * 8 * 50 / 100,
         "attack": START_S + 7 * 30 * 8 * 50 / 100,
-        "evaluate": START_S + 7 * 2 * 300 * (30 + 32) / 200,
+        "evaluate": START_S + 7 * 2 * 300 * (30 + 48) / 200,
     }
     assert [in_words(seconds) for seconds in (5, 100, 3600, 9000)] == ["1 min", "2 min", "60 min", "2.5 h"]
