@@ -5,10 +5,12 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Empty is unset: where a machine tells Python to keep no bytecode, each of hundreds of processes would compile 200 packages anew.
 export PYTHONDONTWRITEBYTECODE :=
 DEMO ?= runs/demo
+REAL ?= runs/real
+SIZE ?= small
 EVIDENCE ?= runs/evidence
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test test-all demo evidence defences search-demo docs lint unit unit-all
+.PHONY: setup setup-browser test test-all demo real evidence defences search-demo docs lint unit unit-all
 
 setup: .venv/ready
 
@@ -45,6 +47,11 @@ setup-browser:
 demo: setup
 	$(BIN)/pharmacist testbed $(DEMO) --seed 100
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml
+
+# The same on a real chat model, SmolLM2-135M-Instruct: about an hour on 2 cores, and it says how long here. SIZE=large: three seeds.
+real: setup
+	$(BIN)/pharmacist example $(REAL) --size $(SIZE)
+	$(BIN)/pharmacist run --config $(REAL)/config.yaml
 
 # All arms over five worlds, each with a base model of its own, at three shares of broken rows: hours, and it says how many.
 # Interrupted, the same command goes on.

@@ -130,6 +130,25 @@ def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="C
 
 
 @app.command(rich_help_panel=START)
+def example(
+    folder: Annotated[Path, typer.Argument(help="Folder for the model, the data sets and config.yaml.")],
+    size: Annotated[
+        str, typer.Option(help="small: one seed, within the hour on 2 cores. large: three seeds, overnight.")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Draws the data; the same seed writes the same files.")] = 0,
+    safety: Annotated[
+        Path | None, typer.Option(help="JSONL of your prompt/response pairs with safe answers; with --benign.")
+    ] = None,
+    benign: Annotated[Path | None, typer.Option(help="JSONL of your ordinary prompt/response pairs; with --safety.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Take the model in this folder instead of SmolLM2-135M-Instruct.")] = None,
+) -> None:
+    """Get a small real chat model, and write data sets in plain English and a config to run on it."""
+    from pharmacist_ray.example.make import make_example
+
+    make_example(folder, size=size, seed=seed, safety=safety, benign=benign, model=model)
+
+
+@app.command(rich_help_panel=START)
 def plugins() -> None:
     """List the scorers, objectives, judges and exports there are, those of installed packages too, and which cannot be loaded."""
     from pharmacist_ray.doctor.plugins import show_plugins

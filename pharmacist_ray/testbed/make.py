@@ -24,14 +24,14 @@ from pharmacist_ray.config.schema import ResourcesConfig, TrainConfig
 from pharmacist_ray.data.layouts import to_row
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import write_rows
-from pharmacist_ray.errors import DataError, ModelError
+from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import escaped, say, watch_training
 from pharmacist_ray.pipeline.session import connected
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.check import check_base, in_words, require
-from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED, plant, write_jsonl
+from pharmacist_ray.testbed.plant import CANDIDATES, TRUSTED, plant, read_pairs, write_jsonl
 from pharmacist_ray.testbed.tiny import bpe_tokenizer, tiny_llama, word_tokenizer
 from pharmacist_ray.testbed.world import World
 from pharmacist_ray.training.runs import run_tasks
@@ -98,7 +98,7 @@ def make_planted(
         DataError: A file cannot be read, or has too few rows.
     """
     started = time.perf_counter()
-    safe, ordinary = _read_pairs(safety), _read_pairs(benign)
+    safe, ordinary = read_pairs(safety), read_pairs(benign)
     sets = plant(safe, ordinary, seed, candidates=candidates, trusted=trusted)
     write_jsonl(sets, folder / "data")
     settings, pretraining = _settings("planted.yaml", folder, overrides)
@@ -205,20 +205,3 @@ def _pretrain(base: Path, recipe: dict[str, Any], samples: Sequence[dict[str, An
     (work / "run" / "model").rename(base)
     write_text(json.dumps(recipe, sort_keys=True), base / "recipe.json")
     shutil.rmtree(work)
-
-
-def _read_pairs(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({"prompt": str(row["prompt"]), "response": str(row["response"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not an object with prompt and response ({error}); mend the line") from error
-    return rows

@@ -7,6 +7,7 @@ one, in the candidates as well as in the harmful set.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def plant(
     if set(shares) - set(SHARES) or abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) < 0:
         raise ConfigError(f"testbed.plant shares must name only {', '.join(SHARES)} and sum to 1, but are {dict(shares)}")
     draw = random.Random(seed)
-    safety, ordinary = _distinct(safety_rows), _distinct(benign_rows)
+    safety, ordinary = distinct(safety_rows), distinct(benign_rows)
     draw.shuffle(safety)
     draw.shuffle(ordinary)
     counts = _counts(candidates, shares)
@@ -133,7 +134,7 @@ def write_jsonl(sets: Mapping[str, Sequence[Mapping[str, str]]], folder: str | P
     return paths
 
 
-def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def distinct(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the first row of each prompt, with both sides non-empty."""
     kept: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -141,3 +142,25 @@ def _distinct(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         if prompt.strip() and response.strip():
             kept.setdefault(prompt, {"prompt": prompt, "response": response})
     return list(kept.values())
+
+
+def read_pairs(path: Path) -> list[dict[str, str]]:
+    """Return the pairs of a JSONL file, as ``prompt`` and ``response``.
+
+    Raises:
+        DataError: The file cannot be read, or a line is no such pair.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({"prompt": str(row["prompt"]), "response": str(row["response"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: not an object with prompt and response ({error}); mend the line") from error
+    return rows
