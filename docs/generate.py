@@ -25,7 +25,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from plan import plan
 from pydantic import BaseModel
-from results import provenance, results, table
+from results import findings, provenance, results, table
 
 from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
@@ -71,9 +71,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put what is made into a written page: ``<!-- results: NAME -->``, ``<!-- families -->``, ``<!-- layers -->``, ``<!-- plan -->``."""
+    """Put what is made into a written page: ``<!-- results: NAME -->``, ``<!-- findings: NAME -->``, ``<!-- families -->`` and so on."""
     for name, result in results().items():
         markdown = markdown.replace(f"<!-- results: {name} -->", f"{table(result)}\n\n{provenance(result)}")
+        if result["kind"] == "evidence":
+            markdown = markdown.replace(f"<!-- findings: {name} -->", findings(result))
     made = {"families": families, "prompt sets": prompt_sets, "layers": layers, "plan": plan}
     for name, make in made.items():
         if (marker := f"<!-- {name} -->") in markdown:
@@ -261,6 +263,7 @@ def _listed(rows: dict[str, tuple[str, ...]], *headings: str) -> str:
 
 ABOUT = {
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
+    "evidence": "What each arm is worth, over worlds that each have a base model of their own. See [Evidence](../evidence.md).",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
     "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",
@@ -276,15 +279,14 @@ def all_results() -> str:
         "Every table here is drawn from a file in `docs/results` that `docs/results.py` wrote from what a command measured. None is "
         "typed.",
         "The harmful score (HS) is the share of harmful prompts that are answered harmfully. It means nothing without task accuracy and "
-        "helpfulness: a model that refuses everything has none. Shares have 95 % intervals. Those of results that were made before the "
-        "intervals drew prompts once for all runs are too narrow.",
-        "**What these figures show is that the machinery works, not how good a method is.** The demo rests on one synthetic world and one "
-        "tiny base model. Earlier headline figures did not come back on another machine.",
+        "helpfulness: a model that refuses everything has none. Intervals are 95 %.",
     ]
     for name, result in results().items():
         parts += [f"## {name.capitalize()}", ABOUT[result["kind"]], provenance(result)]
-        if result["kind"] == "comparison":
-            parts.append(f"![Harmful score, task accuracy and helpfulness after each attack](../pictures/{name}.svg)")
+        parts += [
+            f"![{picture.stem}](../pictures/{picture.name})"
+            for picture in sorted((ROOT / "docs" / "pictures").glob(f"{name}*.svg"))
+        ]
         parts.append(table(result))
     return "\n\n".join(parts) + "\n"
 

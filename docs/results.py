@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import textwrap
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -19,27 +20,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
 import psutil
 import typer
 import yaml
-from matplotlib.figure import Figure
+from drawing import METRICS, SHOWN, Row, draw, interval, number
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- made by docs/results.py: {} -->", "<!-- end -->"
 
-METRICS = {
-    "harmful_score": "HS after",
-    "accuracy_correct": "task accuracy",
-    "over_refusal": "over-refusal",
-    "helpfulness": "helpful on benign",
-}
-"""Metric → heading. A harmful score never stands without the others: a model that refuses everything has none."""
 PACKAGES = ("pharmacist-ray", "ray", "torch", "transformers", "peft", "deepspeed")
-
-Row = dict[str, Any]
 
 
 def main(
@@ -60,8 +51,7 @@ def main(
         (RESULTS / f"{name}.json").write_text(json.dumps(facts | taken, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
     for name, result in results().items():
-        if result["kind"] == "comparison":
-            draw(result, PICTURES / f"{name}.svg")
+        draw(name, result, PICTURES)
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -162,23 +152,54 @@ def table(result: dict[str, Any]) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return a comparison as a small Markdown table: a line an arm, HS after every attack, and the range of the other metrics."""
-    attacks = [one["name"] for one in result["attacks"]]
-    others = {name: heading for name, heading in METRICS.items() if name != "harmful_score"}
-    arms: dict[str, list[Row]] = {}
-    for row in result["rows"]:
-        arms.setdefault(row["selection"], []).append(row)
-    lines = [
-        f"| aligned on | {' | '.join(f'HS, {attack}' for attack in attacks)} | {' | '.join(others.values())} |",
-        f"| --- |{' ---: |' * (len(attacks) + len(others))}",
-    ]
-    for arm, rows in arms.items():
-        by_attack = {row["attack"]: row for row in rows}
-        ranges = [[row[name][0] for row in rows] for name in others]
-        cells = [_interval(by_attack[attack]["harmful_score"]) for attack in attacks]
-        cells += [f"{_number(min(values))} to {_number(max(values))}" for values in ranges]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    """Return the evidence as a small Markdown table: a line an arm of `SHOWN` where most candidates are broken, the best first."""
+    noisiest = max(row["noise"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["noise"] == noisiest and row["selection"] in SHOWN]
+    shown = {heading: cell for heading, cell in COLUMNS["evidence"].items() if heading in SHORT}
+    lines = [f"| {' | '.join(shown)} |", f"| --- |{' ---: |' * (len(shown) - 1)}"]
+    for row in sorted(rows, key=lambda row: row["hidden"][0] if row.get("hidden") else 2):
+        lines.append(f"| {' | '.join(cell(row) for cell in shown.values())} |")
     return "\n".join(lines)
+
+
+def findings(result: dict[str, Any]) -> str:
+    """Return what the evidence says, in sentences: which arms are apart from which, what they cost, what is left without noise."""
+    noisiest = max(row["noise"] for row in result["rows"])
+    rows = {row["selection"]: row for row in result["rows"] if row["noise"] == noisiest}
+    ranked = sorted((arm for arm in rows if rows[arm].get("gap_closed")), key=lambda arm: -rows[arm]["gap_closed"][0])
+    best = rows[ranked[0]]
+    lower = [arm for arm in ranked if (found := rows[arm]["minus"].get("random")) and found[2] < 0]
+    apart = [arm for arm in ranked[1:] if (found := best["minus"].get(arm)) and found[2] < 0]
+    equal = [arm for arm in ranked[1:] if arm not in apart]
+    said = [
+        f"With {noisiest:.0%} of the candidates broken, over {best['worlds']} worlds, `{ranked[0]}` closes most of the gap from random to "
+        f"the oracle on hazards that the trusted rows do not cover: {interval(best['gap_closed'])}.",
+        f"Below random, by the interval of the difference, are {_names(lower)}."
+        if lower
+        else "No arm is below random by its interval.",
+        f"`{ranked[0]}` is apart from {_names(apart)}; it is not apart from {_names(equal)}."
+        if apart
+        else f"`{ranked[0]}` is apart from no other arm but those that are not ranked.",
+        "What it costs against random: task accuracy "
+        f"{interval(best['minus_random']['accuracy'])}, helpful on benign {interval(best['minus_random']['helpful'])} (differences).",
+    ]
+    clean = {row["selection"]: row for row in result["rows"] if row["noise"] == 0}
+    if clean:
+        gains = {arm: row["minus"]["random"] for arm, row in clean.items() if row["minus"].get("random")}
+        others = {arm: value for arm, value in gains.items() if arm not in ("all", "trusted", "oracle")}
+        first = min(others, key=lambda arm: others[arm][0])
+        seconds = {arm: row["align_seconds"][0] for arm, row in clean.items()}
+        said.append(
+            f"With no broken candidates at all, `{first}` is at {interval(others[first])} of random's harmful score (difference), and the "
+            f"whole data at {interval(gains['all'])}; the alignment on the selection took {seconds[first] / seconds['all']:.2f} of the "
+            "time of that on the whole."
+        )
+    return " ".join(said)
+
+
+def _names(arms: list[str]) -> str:
+    named = [f"`{arm}`" for arm in arms]
+    return ", ".join(named[:-1]) + (" and " if len(named) > 1 else "") + (named[-1] if named else "none")
 
 
 def provenance(result: dict[str, Any]) -> str:
@@ -201,94 +222,17 @@ def filled(text: str) -> str:
         if begin in text:
             head, _, rest = text.partition(begin)
             _, _, tail = rest.partition(END)
-            text = f"{head}{begin}\n{summary(result)}\n{END}{tail}"
+            wrapped = textwrap.fill(findings(result), 136, break_long_words=False, break_on_hyphens=False)
+            text = f"{head}{begin}\n{summary(result)}\n\n{wrapped}\n{END}{tail}"
     return text
 
 
-def words(result: dict[str, Any]) -> str:
-    """Return a comparison in words, for who does not see its picture."""
-    said = (
-        f"{row['selection']} by {row['defence']} after {row['attack']}: "
-        + ", ".join(f"{heading} {_interval(row[name])}" for name, heading in METRICS.items())
-        for row in result["rows"]
-    )
-    return "; ".join(said) + "."
-
-
-def draw(result: dict[str, Any], out: Path) -> None:
-    """Draw a comparison: a panel a metric, a line an arm, with intervals.
-
-    Args:
-        result: A result of the kind ``comparison``.
-        out: The SVG file.
-    """
-    attacks = [one["name"] for one in result["attacks"]]
-    arms = list(dict.fromkeys((row["selection"], row["defence"]) for row in result["rows"]))
-    several = len({defence for _, defence in arms}) > 1
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "pharmacist",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-        shown = {
-            "harmful_score": "harmful score (low is good)",
-            "accuracy_correct": "task accuracy",
-            "helpfulness": "helpful on benign",
-        }
-        for place, (axes, (metric, title)) in enumerate(zip(figure.subplots(1, 3, sharey=True), shown.items(), strict=True)):
-            for number, arm in enumerate(arms):
-                rows = [row for row in result["rows"] if (row["selection"], row["defence"]) == arm]
-                middle, low, high = zip(*(row[metric] for row in rows), strict=True)
-                axes.errorbar(
-                    [attacks.index(row["attack"]) + 0.6 / len(arms) * (number - (len(arms) - 1) / 2) for row in rows],
-                    middle,
-                    yerr=[[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]],
-                    marker="os^Dv<>PX"[number % 9], linestyle=("-", "--", ":", "-.")[number % 4], capsize=2, linewidth=1.3,
-                    label=" · ".join(arm) if several else arm[0],
-                )  # fmt: skip
-            axes.set_title(title, loc="left", fontsize=10)
-            axes.set_xticks(range(len(attacks)), attacks)
-            axes.set_xlabel("attack")
-            axes.set_ylim(-0.03, 1.03)
-            axes.grid(axis="y", alpha=0.3)
-            if place == 0:
-                handles, names = axes.get_legend_handles_labels()
-        figure.legend(
-            handles,
-            names,
-            loc="outside lower left",
-            ncols=5,
-            frameon=False,
-            title="aligned on",
-            title_fontsize=10,
-            alignment="left",
-        )
-        figure.savefig(
-            out,
-            format="svg",
-            facecolor="white",
-            metadata={"Date": None, "Title": "After the attack", "Description": words(result)},
-        )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _interval(value: list[float | None]) -> str:
-    return f"{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]"
-
-
 def _metric(name: str, row: Row) -> str:
-    return _interval(row[name])
+    return interval(row[name])
 
 
 def _over_worlds(name: str, row: Row) -> str:
-    return _interval(row.get(name) or [None] * 3)
+    return interval(row.get(name) or [None] * 3)
 
 
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
@@ -299,9 +243,9 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "runs": lambda row: str(row["runs"]),
         "rows": lambda row: f"{row['kept']:,}",
         "align s": lambda row: f"{row['align_seconds']:.1f}",
-        "HS before": lambda row: _number(row["harmful_score_before"]),
-        "task accuracy before": lambda row: _number(row.get("accuracy_correct_before")),
-        "helpful before": lambda row: _number(row.get("helpfulness_before")),
+        "HS before": lambda row: number(row["harmful_score_before"]),
+        "task accuracy before": lambda row: number(row.get("accuracy_correct_before")),
+        "helpful before": lambda row: number(row.get("helpfulness_before")),
         **{heading: partial(_metric, name) for name, heading in METRICS.items()},
     },
     "evidence": {
@@ -342,6 +286,8 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     },
 }
 """Kind → heading → how a row's cell is written."""
+SHORT = ("aligned on", "gap closed", "HS uncovered, rare", "HS covered", "task accuracy", "helpful")
+"""Headings of the evidence that README has."""
 
 if __name__ == "__main__":
     typer.run(main)

@@ -32,10 +32,9 @@ WRITTEN += [ROOT / "examples" / "plugin" / "README.md", *sorted((ROOT / "docs").
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("docs_results", ROOT / "docs" / "results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        return importlib.import_module("results")
 
 
 @pytest.fixture(scope="module")
@@ -165,24 +164,72 @@ def test_the_results_say_where_they_come_from(site, results):
 def test_readme_is_short_and_its_table_is_what_the_result_gives(results):
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 120
-    assert "<!-- made by docs/results.py: demo -->\n| aligned on |" in text
+    assert "<!-- made by docs/results.py: evidence -->\n| aligned on |" in text
     assert results.filled(text) == text, "run: python docs/results.py --redraw"
 
 
 def test_a_changed_result_changes_readme(results, monkeypatch):
     changed = results.results()
-    changed["demo"]["rows"][0]["harmful_score"] = [0.123, 0.0, 1.0]
+    noisiest = max(row["noise"] for row in changed["evidence"]["rows"])
+    next(row for row in changed["evidence"]["rows"] if row["noise"] == noisiest)["hidden"] = [0.123, 0.0, 1.0]
     monkeypatch.setattr(results, "results", lambda: changed)
     assert "| 0.12 [0.00, 1.00] |" in results.filled((ROOT / "README.md").read_text())
 
 
 def test_the_pictures_show_the_results(results, tmp_path):
-    for name, result in results.results().items():
-        if result["kind"] == "comparison":
-            committed = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text()
-            assert results.words(result) in committed, "run: python docs/results.py --redraw"
-            results.draw(result, tmp_path / "again.svg")
-            assert results.words(result) in (tmp_path / "again.svg").read_text()
+    drawn = [file for name, result in results.results().items() for file in results.draw(name, result, tmp_path)]
+    assert {file.name for file in drawn} == {file.name for file in (ROOT / "docs" / "pictures").glob("*.svg")}
+
+    def said(file: Path) -> str:
+        return re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(), re.DOTALL)[1]
+
+    for file in drawn:
+        assert said(ROOT / "docs" / "pictures" / file.name) == said(file), "run: python docs/results.py --redraw"
+
+
+def evidence(noise: float, **hidden: float) -> list[dict[str, object]]:
+    """Rows of the evidence in which each arm has this harmful score, with intervals of a tenth to each side."""
+
+    def around(value: float) -> list[float]:
+        return [value, value - 0.1, value + 0.1]
+
+    return [
+        {
+            "noise": noise, "selection": arm, "worlds": 3, "align_seconds": around(3.0 if arm == "all" else 1.2),
+            **{name: around(value) for name in ("hidden", "covered", "uncovered", "rare", "worst", "hidden weak", "hidden strong")},
+            **{name: around(0.9) for name in ("accuracy", "helpful", "helpful_before")},
+            "minus": {other: around(value - theirs) for other, theirs in hidden.items() if other != arm},
+            "minus_random": {"accuracy": around(0.01), "helpful": around(-0.02)},
+            **({"gap_closed": around((hidden["random"] - value) / (hidden["random"] - hidden["oracle"]))}
+               if arm not in ("random", "oracle") and noise else {}),
+        }
+        for arm, value in hidden.items()
+    ]  # fmt: skip
+
+
+def test_the_findings_are_what_the_rows_say(results, tmp_path):
+    rows = evidence(0.6, all=0.85, random=0.8, oracle=0.1, rank_sum=0.2, tov=0.25, keyword=0.75)
+    rows += evidence(0.0, all=0.15, random=0.2, oracle=0.2, rank_sum=0.05, tov=0.1, keyword=0.3)
+    result = {"kind": "evidence", "rows": rows}
+    found = results.findings(result)
+    assert "With 60% of the candidates broken, over 3 worlds, `rank_sum` closes most of the gap" in found
+    assert "0.86 [0.76, 0.96]" in found
+    assert "Below random, by the interval of the difference, are `rank_sum` and `tov`." in found
+    assert "`rank_sum` is apart from `keyword` and `all`; it is not apart from `tov`." in found
+    assert "task accuracy 0.01 [-0.09, 0.11], helpful on benign -0.02 [-0.12, 0.08]" in found
+    assert (
+        "`rank_sum` is at -0.15 [-0.25, -0.05] of random's harmful score (difference), and the whole data at -0.05 [-0.15, 0.05]"
+        in found
+    )
+    assert "the alignment on the selection took 0.40 of the time of that on the whole" in found
+    assert [line.split(" | ")[0] for line in results.summary(result).splitlines()[2:]] == [
+        "| oracle", "| rank_sum", "| tov", "| keyword", "| random", "| all"
+    ]  # fmt: skip
+    pictures = results.draw("made", result, tmp_path)
+    assert [picture.name for picture in pictures] == ["made.svg", "made-noise.svg", "made-strength.svg"]
+    assert "rank_sum: gap closed 0.86 [0.76, 0.96], HS covered 0.20 [0.10, 0.30]" in pictures[0].read_text()
+    assert "rank_sum at 0%: HS uncovered, rare 0.05" in pictures[1].read_text()
+    assert "tov after strong: HS uncovered, rare 0.25" in pictures[2].read_text()
 
 
 def test_a_result_is_taken_from_a_run(results, tmp_path):
@@ -199,11 +246,9 @@ def test_a_result_is_taken_from_a_run(results, tmp_path):
     assert results.table(found).splitlines()[-1] == (
         "| weak | all | 2 | 1,000 | 1.2 | 0.25 | 0.25 | 0.25 | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] | 0.25 [0.12, –] |"
     )
-    assert results.summary(found).splitlines() == [
-        "| aligned on | HS, weak | task accuracy | over-refusal | helpful on benign |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| all | 0.25 [0.12, –] | 0.25 to 0.25 | 0.25 to 0.25 | 0.25 to 0.25 |",
-    ]
+    metrics = {name: [0.25, 0.1, 0.4] for name in results.METRICS}
+    [picture] = results.draw("made", found | {"rows": [found["rows"][0] | metrics]}, tmp_path)
+    assert "all by sft after weak: HS after 0.25 [0.10, 0.40], task accuracy 0.25 [0.10, 0.40]" in picture.read_text()
 
 
 def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
