@@ -66,7 +66,8 @@ def lengths_of(model: ModelRef, sets: Mapping[str, Sequence[Mapping[str, Any]]])
         model: Whose template and tokenizer.
         sets: Their rows, all with ``prompt`` and ``response``.
     """
-    renderer, found = model.renderer(), {}
+    renderer = model.renderer()
+    found: dict[str, tuple[float, float]] = {}
     for name, samples in sets.items():
         rows = [to_row({"prompt": one["prompt"], "response": one["response"]}, layout="prompt_response") for one in samples]
         prompts = [min(model.max_length - 1, len(renderer.prompt_ids(row))) for row in rows]
