@@ -24,7 +24,7 @@ __all__ = [
     "curate",
     "evaluate",
     "score",
-    "search",
+    "search_settings",
 ]
 
 

@@ -184,7 +184,7 @@ def evaluate(config: Configured, settings: Settings | None = None) -> list[dict[
     return list(json_of(run.evaluated.require() / "table.json"))
 
 
-def search(config: Configured, settings: Settings | None = None, *, resume: bool = False) -> dict[str, Any]:
+def search_settings(config: Configured, settings: Settings | None = None, *, resume: bool = False) -> dict[str, Any]:
     """Search the settings that ``search.space`` names, and return the recommendation; see `configure` for the arguments.
 
     Args:

@@ -171,7 +171,7 @@ def test_the_public_surface_changes_only_on_purpose():
         f"run_dir: 'str | os.PathLike[str]' = 'runs/python', {settings}) -> 'Curated'",
         "evaluate": f"(config: 'Configured', {settings}) -> 'list[dict[str, Any]]'",
         "score": f"(config: 'Configured', {settings}) -> 'datasets.Dataset'",
-        "search": f"(config: 'Configured', {settings}, *, resume: 'bool' = False) -> 'dict[str, Any]'",
+        "search_settings": f"(config: 'Configured', {settings}, *, resume: 'bool' = False) -> 'dict[str, Any]'",
     }
     assert sorted(name for name in vars(found["Curated"]) if not name.startswith("_")) == [
         "manifest",

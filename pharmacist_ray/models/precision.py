@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.storage import StoragePath, json_of, storage_path
@@ -80,10 +82,12 @@ def _most_common(folder: Path) -> str:
     file = min(folder.glob("*.safetensors"), default=None)
     if file is None:
         return ""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     numbers: Counter[str] = Counter()
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            numbers[tensor["dtype"]] += prod(tensor["shape"])
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                tensor = opened.get_slice(name)
+                numbers[tensor.get_dtype()] += prod(tensor.get_shape())
+    except (SafetensorError, OSError):
+        return ""
     return numbers.most_common(1)[0][0] if numbers else ""

@@ -48,7 +48,7 @@ def test_all_problems_come_in_one_message(file):
     message = refused(file, "model.dtype=f16", "resources.workers=-1", "seed=1.5", "foo=1", "data.harmful=null")
     assert "\n" not in message
     for part in (
-        "'model.dtype': Input should be 'float32' or 'bfloat16', got 'f16'",
+        "'model.dtype': Input should be 'auto', 'float32' or 'bfloat16', got 'f16'",
         "'resources.workers': Input should be greater than or equal to 0, got -1",
         "'seed': Input should be a valid integer",
         "unknown key 'foo'",
