@@ -48,7 +48,7 @@ demo: setup
 	$(BIN)/pharmacist testbed $(DEMO) --seed 100
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml
 
-# The same on a real chat model, SmolLM2-135M-Instruct: about an hour on 2 cores, and it says how long here. SIZE=large: three seeds.
+# The same on a real chat model, SmolLM2-135M-Instruct; it says how long it will take here. SIZE=large: three seeds.
 real: setup
 	$(BIN)/pharmacist example $(REAL) --size $(SIZE)
 	$(BIN)/pharmacist run --config $(REAL)/config.yaml
@@ -58,7 +58,7 @@ real: setup
 evidence: setup
 	$(BIN)/python -m jobs.evidence --out $(EVIDENCE)
 
-# Every selection by every defence, on the benchmark that `make demo` made: about half an hour on 2 cores.
+# Every selection by every defence, on the benchmark that `make demo` made.
 defences: setup
 	$(BIN)/pharmacist run --config $(DEMO)/config.yaml --defences sft,vaccine,t_vaccine,repnoise,booster \
 		'comparison.selections=[all,random,pharmacist]' alignment.train.epochs=3.3 run_dir=$(DEMO)/defences

@@ -194,7 +194,7 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 def number(value: float | None) -> str:
     """Return a share as text."""
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
 
 
 def interval(value: Sequence[float | None]) -> str:

@@ -179,7 +179,7 @@ def findings(result: dict[str, Any]) -> str:
         else "No arm is below random by its interval.",
         f"`{ranked[0]}` is apart from {_names(apart)}; it is not apart from {_names(equal)}."
         if apart
-        else f"`{ranked[0]}` is apart from no other arm but those that are not ranked.",
+        else f"`{ranked[0]}` is apart from no other arm.",
         "What it costs against random: task accuracy "
         f"{interval(best['minus_random']['accuracy'])}, helpful on benign {interval(best['minus_random']['helpful'])} (differences).",
     ]

@@ -11,6 +11,7 @@ Mistakes raise `PharmacistError` with the line that the command prints. Ray is t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -75,7 +76,12 @@ class Curated:
 
     def ray_dataset(self) -> ray.data.Dataset:
         """Return the kept rows as a Ray data set; nothing is read yet."""
-        return _ray_parquet(self.folder / "data")
+        import ray.data
+
+        from pharmacist_ray.runtime.workers import storage_of
+
+        place = storage_of(self.folder / "data")
+        return ray.data.read_parquet(place["storage_path"], filesystem=place.get("storage_filesystem"))
 
 
 def configure(config: Configured, settings: Settings | None = None) -> Config:
@@ -90,9 +96,9 @@ def configure(config: Configured, settings: Settings | None = None) -> Config:
     """
     if isinstance(config, str | os.PathLike):
         config = load_config(Path(config))
-    values = yaml.safe_load(dump_config(config)) if isinstance(config, Config) else _copied(config)
+    values = yaml.safe_load(dump_config(config)) if isinstance(config, Config) else copy.deepcopy(dict(config))
     for key, value in (settings or {}).items():
-        assign(values, key, _plain(value))
+        assign(values, key, str(value) if isinstance(value, os.PathLike) else value)
     return parse_config(values, where="the configuration")
 
 
@@ -215,15 +221,6 @@ def _parquet(folder: StoragePath) -> datasets.Dataset:
     return found
 
 
-def _ray_parquet(folder: StoragePath) -> ray.data.Dataset:
-    import ray.data
-
-    from pharmacist_ray.runtime.workers import storage_of
-
-    place = storage_of(folder)
-    return ray.data.read_parquet(place["storage_path"], filesystem=place.get("storage_filesystem"))
-
-
 def _places(rows: Rows, name: str, root: StoragePath) -> list[str]:
     """Return where rows lie; those that are given as such are written below the run directory first."""
     if isinstance(rows, str | os.PathLike):
@@ -235,7 +232,7 @@ def _places(rows: Rows, name: str, root: StoragePath) -> list[str]:
     try:
         _write(rows, name, fresh)
         digest = hashlib.blake2b(digest_size=8)
-        for content in sorted(hashlib.blake2b(file.read_bytes()).digest() for file in fresh.iterdir()):
+        for content in sorted(map(_digest, fresh.iterdir())):
             digest.update(content)  # the same blocks, whatever their files are called
         place = root / "given" / f"{name}-{digest.hexdigest()}"
         if not place.exists():
@@ -245,30 +242,23 @@ def _places(rows: Rows, name: str, root: StoragePath) -> list[str]:
     return [str(place)]
 
 
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").digest()
+
+
 def _write(rows: Any, name: str, folder: Path) -> None:
+    import ray.data
     from datasets import Dataset
 
-    if _is_ray(rows):
+    if isinstance(rows, ray.data.Dataset):
         rows.write_parquet(str(folder))
     elif isinstance(rows, Dataset):
         rows.to_parquet(str(folder / "rows.parquet"))
     else:
-        found = [dict(row) for row in rows if isinstance(row, Mapping)] if isinstance(rows, Iterable) else []
-        if not found:
+        found = list(rows) if isinstance(rows, Iterable) else []
+        if not found or not all(isinstance(row, Mapping) for row in found):
             raise DataError(
                 f"{name}: expected a path, dictionaries with prompt and response, or a data set, got {type(rows).__name__}"
             )
-        Dataset.from_list(found).to_parquet(str(folder / "rows.parquet"))
-
-
-def _is_ray(rows: object) -> bool:
-    return type(rows).__module__.startswith("ray.data") and hasattr(rows, "write_parquet")
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as YAML has it."""
-    return str(value) if isinstance(value, os.PathLike) else value
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+        Dataset.from_list(list(map(dict, found))).to_parquet(str(folder / "rows.parquet"))

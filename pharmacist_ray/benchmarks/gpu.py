@@ -27,11 +27,13 @@ from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.data.render import IGNORE, Batch
 from pharmacist_ray.doctor.estimate import Item, Setup, memory, total
 from pharmacist_ray.doctor.pace import PEAK, known_gpu, token_flops
+from pharmacist_ray.doctor.passes import influence_memory, weights_memory
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.errors import ResourceError, unknown_name
 from pharmacist_ray.models.influence import Directions, influence
 from pharmacist_ray.models.load import DTYPES, add_lora
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.pipeline.console import console, say
 from pharmacist_ray.storage import write_text
 
@@ -53,7 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 WORKS = ("hooks", "ghost", "lora", "lora, recomputed")
 """What is timed: scoring along one direction by two methods, and an optimiser step of an adapter, also with checkpointing."""
-_ONLY_TRAINING = ("gradients", "AdamW's two moments", "float32 copy for AdamW", "gradient bucket")
 
 
 @dataclass(frozen=True)
@@ -160,18 +161,17 @@ def machine_of(trial: Trial) -> dict[str, Any]:
 def estimated(shape: Shape, setup: Setup, work: str) -> list[Item]:
     """Return what a kind of work should hold, item by item.
 
-    An adapter's step is what the doctor says of a training. Scoring is that without the optimiser, and with a direction.
+    An adapter's step is what the doctor says of a training, and scoring along one direction what it says of that.
 
     Args:
         shape: The model.
         setup: Rows, length, precision, checkpointing.
         work: One of `WORKS`.
     """
-    items = memory(shape, setup)
     if work.startswith("lora"):
-        return items
-    scoring = [item for item in items if item.what not in _ONLY_TRAINING]
-    return [*scoring, Item("direction", ((shape.adapter, "weights"), (4, "B")))]
+        return memory(shape, setup)
+    direction = Item("direction", ((shape.adapter, "weights"), (4, "B")))
+    return [*weights_memory(shape, setup), direction, *influence_memory(shape, setup, work)]
 
 
 def _one(name: str, work: str, model: Any, shape: Shape, trial: Trial, end: float) -> Measured:
@@ -238,7 +238,7 @@ def _training(model: Any, batch: Batch, recompute: bool) -> Callable[[], object]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     model.train()
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     else:
         model.gradient_checkpointing_disable()
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from pharmacist_ray.config.schema import LoraConfig, ModelConfig, TrainConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import console, say
 from pharmacist_ray.runtime.ranks import current_ranks
@@ -177,7 +178,7 @@ def _setup(load: Load) -> tuple[Any, list[Batch], list[Batch]]:
         model = ModelRef(ModelConfig(path=load.model).path, (), load.dtype).load(load.device)
     model = add_lora(model, LoraConfig(r=load.rank), seed=0)
     if load.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     engine = build_engine(model, TrainConfig(batch_size=load.rows, lr=1e-5), current_ranks(), dtype=load.dtype)
     engine.train()
     generator = torch.Generator().manual_seed(0)

@@ -133,7 +133,8 @@ def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="C
 def example(
     folder: Annotated[Path, typer.Argument(help="Folder for the model, the data sets and config.yaml.")],
     size: Annotated[
-        str, typer.Option(help="small: one seed, within the hour on 2 cores. large: three seeds, overnight.")
+        str,
+        typer.Option(help="small: one seed. large: three seeds and three attacks. It ends with how long the run will take here."),
     ] = "small",
     seed: Annotated[int, typer.Option(help="Draws the data; the same seed writes the same files.")] = 0,
     safety: Annotated[

@@ -16,15 +16,15 @@ class SealConfig(Section):
     """SEAL's bilevel selection (arXiv 2410.07471), which the `seal` scorer asks for."""
 
     steps: Count = 200
-    """Steps; all together must meet every candidate once: steps × batch_size ≥ candidates (paper: 3 epochs)."""
+    """Steps; all together must meet every candidate once: steps × batch_size ≥ candidates (released code: 3 epochs)."""
     batch_size: Count = 32
-    """Candidates and trusted rows per step each (paper: 64)."""
+    """Candidates and trusted rows per step each (released code: 64)."""
     lr: Positive = 1e-3
-    """Learning rate of both adapters (ours, as the warm-up's; paper: 1e-5 at all weights of larger models)."""
+    """Learning rate of both adapters (ours, as the warm-up's; released code: 1e-5 with LoRA on models of 8 B)."""
     logits_lr: Positive = 5e-3
-    """Learning rate of the logits (paper's code: 5e-3)."""
+    """Learning rate of the logits (released code: 5e-3)."""
     safe_weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
-    """Weight s of the trusted loss; the rest is the candidates' (ours: the paper's code begins at 1 and takes .03 off an epoch)."""
+    """Weight s of the trusted loss; the rest is the candidates' (ours: the released code begins at 1 and takes .03 off an epoch)."""
     faithful_to: Literal["paper", "code"] = "paper"
     """`paper`: a row is judged by how much higher its loss is than at the optimum without trusted rows. `code`: by its loss alone, as
     the released code does, with one pass less."""

@@ -12,14 +12,13 @@ so d_i is ℓ_i(θ) there; `SealConfig.faithful_to` chooses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from pharmacist_ray.config.schema import SealConfig
-from pharmacist_ray.curation.selector import SCALE_DECAY, TINY, Point, batch_rows, draw
+from pharmacist_ray.curation.selector import Point, batch_rows, draw, root_mean_square
 from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import Rendered
 
@@ -73,9 +72,8 @@ class BilevelSelector:
             optimizer.zero_grad()
         # Rescaled by the batch size, so that the step does not shrink with it.
         descent = sigma * (difference - (sigma * difference).sum()) * len(rows)
-        self.mean_square = SCALE_DECAY * self.mean_square + (1 - SCALE_DECAY) * float(descent.double().square().mean())
-        unbiased = self.mean_square / (1 - SCALE_DECAY ** (self.iteration + 1))
-        self.logits.index_add_(0, index, descent, alpha=-config.logits_lr / max(math.sqrt(unbiased), TINY))
+        scale, self.mean_square = root_mean_square(descent, self.mean_square, self.iteration)
+        self.logits.index_add_(0, index, descent, alpha=-config.logits_lr / scale)
         self.iteration += 1
         return {
             "iteration": self.iteration,

@@ -47,7 +47,7 @@ SEAL's logits."""
 LEARNT = ("logits", "seal")
 """Those that hold a logit for each candidate."""
 
-SCALE_DECAY = 0.999
+_SCALE_DECAY = 0.999
 """Decay of the mean square by which a step on the logits is scaled (Adam's second moment's)."""
 
 
@@ -202,6 +202,18 @@ def logit_gradient(
     return inner_lr * gamma * (influences - ((gamma * influences).sum() if baseline is None else baseline))
 
 
+def root_mean_square(step: torch.Tensor, mean_square: float, iteration: int) -> tuple[float, float]:
+    """Return the moving root mean square by which a step on the logits is divided, as Adam has it, and the mean square to go on with.
+
+    Args:
+        step: The batch's step (B,).
+        mean_square: Of the steps before, moving, not yet freed of its start at zero.
+        iteration: How many came before.
+    """
+    mean_square = _SCALE_DECAY * mean_square + (1 - _SCALE_DECAY) * float(step.double().square().mean())
+    return max(math.sqrt(mean_square / (1 - _SCALE_DECAY ** (iteration + 1))), TINY), mean_square
+
+
 def batch_rows(candidates: int, batch_size: int, workers: int) -> int:
     """Return how many candidates an iteration takes: at most ``batch_size``, and the same for every worker."""
     size = min(batch_size, candidates)
@@ -267,9 +279,8 @@ class IterativeSelector:
         )
         # Rescaled by the batch size, so that the step does not shrink with it.
         ascent = logit_gradient(influences, gamma, config.inner_lr, self.baseline) * len(rows)
-        self.mean_square = SCALE_DECAY * self.mean_square + (1 - SCALE_DECAY) * float(ascent.double().square().mean())
-        unbiased = self.mean_square / (1 - SCALE_DECAY ** (self.iteration + 1))
-        self.logits.index_add_(0, index, ascent, alpha=config.logits_lr / max(math.sqrt(unbiased), TINY))
+        scale, self.mean_square = root_mean_square(ascent, self.mean_square, self.iteration)
+        self.logits.index_add_(0, index, ascent, alpha=config.logits_lr / scale)
         self.iteration += 1
         return {"iteration": self.iteration, "mean_influence": mean, "direction_norm": float(global_norm(v))}
 

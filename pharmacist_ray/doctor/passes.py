@@ -31,7 +31,7 @@ def fit_memory(shape: Shape, config: Config) -> list[Item]:
     # The sum and a pass's own gradient; that of the attack, and the first direction; weights before the attack. With an inner step two
     # more: its gradient, and the weights before it.
     copies = 5 + 2 * bool(selector.inner_lr)
-    items = [*_weights(shape, setup), Item("gradients and back-ups", ((copies, "copies"), *_adapter(shape)))]
+    items = [*weights_memory(shape, setup), Item("gradients and back-ups", ((copies, "copies"), *_adapter(shape)))]
     return _whole([*items, *pass_memory(shape, setup)], setup)
 
 
@@ -50,16 +50,12 @@ def score_memory(shape: Shape, config: Config) -> list[Item]:
     adapters = points + sum(part in parts for part in ("reference", "tov"))
     directions: Factors = ((points, "checkpoints"), (len(DIRECTIONS), "directions"))
     items = [
-        *_weights(shape, setup),
+        *weights_memory(shape, setup),
         Item("adapters of the selector", ((adapters, "adapters"), *_adapter(shape))),
         Item("directions", (*directions, *_adapter(shape))),
     ]
     if points and scoring.method != "difference":
-        items += pass_memory(shape, setup)
-        # Of one matrix at a time; a large one in parts.
-        numbers = setup.micro_batch * shape.rank * max(shape.hidden, shape.attention, shape.intermediate)
-        if scoring.method == "hooks":
-            items.append(Item("gradients of single rows", ((min(numbers, CHUNK), "numbers"), (4, "B"))))
+        items += influence_memory(shape, setup, scoring.method)
     else:
         items += forward_memory(shape, setup, _tokens(setup))
     return _whole(items, setup)
@@ -85,6 +81,22 @@ def answer_memory(shape: Shape, config: Config) -> list[Item]:
         Item("logits", (rows, (shape.vocabulary, "words"), (width + 4, "B"))),
     ]
     return _whole(items, setup)
+
+
+def influence_memory(shape: Shape, setup: Setup, method: str) -> list[Item]:
+    """Return what scoring rows along directions holds besides weights and directions, item by item.
+
+    Args:
+        shape: The model.
+        setup: Rows, length, precision and checkpointing.
+        method: ``hooks`` or ``ghost``.
+    """
+    items = pass_memory(shape, setup)
+    if method == "hooks":
+        # Of one matrix at a time; a large one in parts.
+        numbers = setup.micro_batch * shape.rank * max(shape.hidden, shape.attention, shape.intermediate)
+        items.append(Item("gradients of single rows", ((min(numbers, CHUNK), "numbers"), (4, "B"))))
+    return items
 
 
 def pass_memory(shape: Shape, setup: Setup) -> list[Item]:
@@ -148,7 +160,8 @@ def _adapter(shape: Shape) -> Factors:
     return ((shape.adapter, "weights"), (4, "B"))
 
 
-def _weights(shape: Shape, setup: Setup) -> list[Item]:
+def weights_memory(shape: Shape, setup: Setup) -> list[Item]:
+    """Return what the base and an adapter in float32 take."""
     return [
         Item("base weights", ((shape.parameters, "weights"), (BYTES[setup.dtype], "B"))),
         Item("adapter", _adapter(shape)),

@@ -24,7 +24,6 @@ from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.plant import read_pairs, write_jsonl
 
-FORMS = tuple(SIZES)
 CORES = 8
 """The most cores that one process takes: more gain little with so small a model (ours)."""
 
@@ -54,7 +53,7 @@ def make_example(
         ModelError: The model can be had from nowhere, or cannot be read.
     """
     if size not in SIZES:
-        raise unknown_name("size", size, FORMS)
+        raise unknown_name("size", size, list(SIZES))
     if (safety is None) != (benign is None):
         raise ConfigError("--safety and --benign go together: give both, or neither for the example's own requests")
     if safety is not None and benign is not None:

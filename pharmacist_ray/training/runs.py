@@ -40,7 +40,7 @@ def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, re
         )
         return done
 
-    outcomes = side_by_side(run_group, enumerate(groups), at_a_time=max(1, at_a_time))
+    outcomes = side_by_side(run_group, enumerate(groups), at_a_time=at_a_time)
     by_name = {result["name"]: result for outcome in outcomes for result in outcome}
     return [by_name[task.name] for task in tasks]
 

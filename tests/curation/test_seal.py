@@ -10,18 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pharmacist_ray.config.schema import LoraConfig, SealConfig
+from pharmacist_ray.config.schema import SealConfig
 from pharmacist_ray.curation.seal import BilevelSelector
 from pharmacist_ray.curation.selector import Point
 from pharmacist_ray.data.batches import BatchOrder
-from pharmacist_ray.data.render import Rendered, Renderer
+from pharmacist_ray.data.render import Rendered
 from pharmacist_ray.data.schema import Row
-from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks
+from tests.curation.test_selector import ALONE, make_world
 from tests.two_workers import TwoWorkers
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
 CONFIG = SealConfig(steps=8, batch_size=6, lr=1e-2, logits_lr=0.1, safe_weight=0.7)
 
 
@@ -29,14 +28,8 @@ class World:
     """A point with a fresh selector, and its two sets of samples."""
 
     def __init__(self, model_folder: Path, rows: list[list[Row]], config: SealConfig = CONFIG, ranks: Ranks = ALONE) -> None:
-        model = add_lora(load_model(model_folder, attn="eager"), LoraConfig(r=2), seed=0)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-        renderer = Renderer(load_tokenizer(model_folder), "plain", 32)
-        self.candidates, self.validation = ([renderer.render(row) for row in part] for part in rows)
-        self.point = Point.at(model, renderer.collate, 64, ranks)
+        made = make_world(model_folder, [*rows, []], ranks)
+        self.point, self.candidates, self.validation = made.point, made.candidates, made.validation
         self.selector = BilevelSelector(self.point, len(self.candidates), config, seed=5)
 
     def iterate(self, times: int = 1) -> list[dict[str, float]]:

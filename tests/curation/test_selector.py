@@ -42,7 +42,7 @@ class World:
             selector.iterate(self.point, self.candidates.__getitem__, self.validation, self.harmful)
 
 
-def make_world(model_folder: Path, rows: list[list[Row]], ranks: Ranks = ALONE, batch_size: int = 4) -> World:
+def make_world(model_folder: Path, rows: list[list[Row]], ranks: Ranks = ALONE, tokens: int = 40) -> World:
     model = add_lora(load_model(model_folder, attn="eager"), LoraConfig(r=2), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -50,7 +50,7 @@ def make_world(model_folder: Path, rows: list[list[Row]], ranks: Ranks = ALONE, 
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     renderer = Renderer(load_tokenizer(model_folder), "plain", 32)
     sets = [[renderer.render(row) for row in part] for part in rows]
-    return World(Point.at(model, renderer.collate, batch_size, ranks), *sets)
+    return World(Point.at(model, renderer.collate, tokens, ranks), *sets)
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,12 @@ def step(world: World, direction: Sequence[torch.Tensor], scale: float, at: Any 
     return [p.detach() + scale * d for p, d in zip(at or world.point.parameters.values(), direction, strict=True)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("tokens", [1, 40, 1000])
 @pytest.mark.parametrize("weights", [None, [0.5, -1.0, 0.0, 2.0, 0.25, 1.0, 3.0]])
 def test_the_gradient_is_that_of_the_weighted_loss_whatever_the_batch_size(
-    model_folder: Path, sets: list[list[Row]], batch_size: int, weights: list[float] | None
+    model_folder: Path, sets: list[list[Row]], tokens: int, weights: list[float] | None
 ) -> None:
-    world = make_world(model_folder, sets, batch_size=batch_size)
+    world = make_world(model_folder, sets, tokens=tokens)
     got = world.point.gradient(world.validation, weights)
     assert distance(got, plain_gradient(world, world.validation, weights)) < 1e-5
 
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_weighted_loss_whatever_the_batch_size(
 def test_with_little_memory_or_recomputed_activations_the_gradient_is_the_same(
     model_folder: Path, sets: list[list[Row]], checkpointing: bool
 ) -> None:
-    world = make_world(model_folder, sets, batch_size=1000)
+    world = make_world(model_folder, sets, tokens=1000)
     if checkpointing:
         enable_checkpointing(world.point.model)
         world = replace(world, point=Point.at(world.point.model, world.point.collate, 1000, ALONE))

@@ -13,12 +13,15 @@ from pharmacist_ray.runtime.threads import side_by_side
 @pytest.mark.parametrize("at_a_time", [1, 2, 7])
 def test_results_come_in_the_order_of_their_items_and_no_more_run_than_may(at_a_time):
     running, most, lock = 0, 0, threading.Lock()
+    together = threading.Barrier(min(at_a_time, 5))  # the first ones wait for each other, however slow the machine starts them
 
     def square(number: int) -> int:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
+        if number < together.parties:
+            together.wait(60)
         time.sleep(0.01 * (5 - number))
         with lock:
             running -= 1
