@@ -7,7 +7,6 @@ never alive at the same moment, here only the larger part counts, for a batch is
 from __future__ import annotations
 
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.curation.scorers import needs_model, parts_of
 from pharmacist_ray.curation.selector import DIRECTIONS
 from pharmacist_ray.doctor.estimate import BYTES, LOGIT, RESERVE, Item, Setup, layer_bytes
 from pharmacist_ray.doctor.shape import Shape
@@ -42,6 +41,8 @@ def score_memory(shape: Shape, config: Config) -> list[Item]:
         shape: The model.
         config: The configuration, its precision resolved.
     """
+    from pharmacist_ray.curation.scorers import needs_model, parts_of  # which need Ray, and the GPU program has none
+
     scoring, parts = config.scoring, parts_of(config.scoring.scorers, config.selector)
     if not needs_model(scoring.scorers):
         return []
