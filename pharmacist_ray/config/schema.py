@@ -15,10 +15,10 @@ from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.resources import ResourcesConfig
-from pharmacist_ray.config.scoring import CALIBRATED, ScoringConfig, SelectionConfig, arm_of
+from pharmacist_ray.config.scoring import CALIBRATED, COVERAGE, ScoringConfig, SelectionConfig, arm_of
 from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.section import RunDir, Section
-from pharmacist_ray.config.selector import SealConfig, SelectorConfig
+from pharmacist_ray.config.selector import CoverageConfig, SealConfig, SelectorConfig
 from pharmacist_ray.config.training import TrackingConfig, TrainConfig
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "AttackConfig",
     "ComparisonConfig",
     "Config",
+    "CoverageConfig",
     "DataConfig",
     "EarlyConfig",
     "EvaluationConfig",
@@ -111,7 +112,7 @@ class Config(Section):
         ):
             if len(set(given)) != len(given):
                 yield f"{what} must differ, got {given}"
-        summable = {*self.scoring.scorers} - {"random"}
+        summable = {*self.scoring.scorers} - {"random", COVERAGE}
         for name, weights in self.selection.combinations.items():
             if name in (*self.scoring.scorers, *RESERVED, arm_of(self.selection.scorer)) or not set(weights) <= summable:
                 yield (

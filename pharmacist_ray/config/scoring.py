@@ -11,6 +11,9 @@ from pharmacist_ray.config.section import Count, Positive, Section, Share
 CALIBRATED = "calibrated"
 """The scorer that is made of the others by what they say about planted rows."""
 
+COVERAGE = "coverage"
+"""The scorer that writes a column for each group of trusted rows; selected by it, the groups take turns."""
+
 
 def arm_of(scorer: str | list[str]) -> str:
     """Return the name of a selection by a score or by a list of scores, for folders and tables."""

@@ -33,6 +33,19 @@ class SealConfig(Section):
 _SEAL = SealConfig()
 
 
+class CoverageConfig(Section):
+    """The groups of trusted rows that the `coverage` scorer has a direction for each."""
+
+    groups: Annotated[int, Field(ge=2)] = 4
+    """Number of groups (ours)."""
+    by: Literal["gradients", "category"] = "gradients"
+    """`gradients`: validation rows whose gradients point the same way are a group, found by k-means. `category`: their categories
+    (`data.category_column`), several to a group where there are more."""
+
+
+_COVERAGE = CoverageConfig()
+
+
 class SelectorConfig(Section):
     """The Pharmacist selector (arXiv 2510.10085, Eq. 1–6 and Algorithm 1)."""
 
@@ -74,6 +87,8 @@ class SelectorConfig(Section):
     remembers those rows)."""
     seal: SealConfig = Field(default=_SEAL, exclude_if=lambda value: value == _SEAL)
     """SEAL's bilevel selection; only the `seal` scorer needs it."""
+    coverage: CoverageConfig = Field(default=_COVERAGE, exclude_if=lambda value: value == _COVERAGE)
+    """Groups of trusted rows; only the `coverage` scorer needs them."""
 
     @model_validator(mode="after")
     def _checkpoints_lie_in_the_warmup(self) -> SelectorConfig:

@@ -116,7 +116,11 @@ def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
         ConfigError: None does.
     """
     known = {name: SCORERS[name] for name in scorers if name != "random"}
-    found = tuple(name for name, one in known.items() if one.sees and "labels" not in one.sees and one.part not in LEARNT)
+    found = tuple(
+        name
+        for name, one in known.items()
+        if one.sees and "labels" not in one.sees and one.part not in LEARNT and one.columns is None
+    )
     if not found:
         raise ConfigError(
             "a calibrated selection weighs scores that see the model or trusted rows, and scoring.scorers has none: "

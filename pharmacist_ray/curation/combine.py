@@ -1,4 +1,4 @@
-"""Several scores as one: the weighted sum of a row's ranks by each.
+"""Several scores as one: the weighted sum of a row's ranks by each, or its best rank.
 
 Scores have no common scale, ranks do. A rank is the share of scored rows below a value, those with the same value counted half, so
 it lies between 0 and 1 and no unit or outlier of a score matters. Of more than `SAMPLE` rows, the ranks are taken among the `SAMPLE`
@@ -58,6 +58,33 @@ class RankSum(Ranks):
         for weight, ranks in zip(self.weights.values(), self.ranks(table).T, strict=True):
             total += weight * ranks
         return total / sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class BestRank(Ranks):
+    """Ranks of which a row's best counts.
+
+    Keeping the top by it lets the scores take turns: each gives its best row, then its second, and so on; a row that several give is
+    kept once.
+    """
+
+    def of(self, table: pa.Table) -> NDArray[np.float64]:
+        """Return max_k rank_k of each row, (n,); NaN where a row lacks one of the scores.
+
+        Args:
+            table: The score columns.
+        """
+        return np.asarray(self.ranks(table).max(axis=1))
+
+
+def best_rank(tables: Iterable[pa.Table], columns: Sequence[str]) -> BestRank:
+    """Return the best of ranks among all rows that have every score.
+
+    Args:
+        tables: Shard after shard, the id and the columns; read once.
+        columns: The score columns.
+    """
+    return BestRank({name: np.sort(values) for name, values in sample_scores(tables, columns).items()})
 
 
 def rank_sum(tables: Iterable[pa.Table], weights: Mapping[str, float]) -> RankSum:

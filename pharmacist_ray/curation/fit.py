@@ -1,8 +1,9 @@
 """Fit the selector: warm-up, checkpoints, directions, learnt logits and reference models, on Ray Train workers.
 
 Output folder: ``warmup/step-000020/`` (adapters θ_k), ``directions/step-000020.safetensors`` (v by parameter name, one row per
-direction), ``reference/adapter``, ``tov/adapter``, ``logits.parquet``, ``seal.parquet``, and ``selector.json`` last. Only the parts
-that scorers ask for are made (`PARTS`), and whatever is there already is not computed again.
+direction), ``groups.json`` (ids of the validation rows by group) and ``groups/step-000020.safetensors``, ``reference/adapter``,
+``tov/adapter``, ``logits.parquet``, ``seal.parquet``, and ``selector.json`` last. Only the parts that scorers ask for are made (`PARTS`),
+and whatever is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
+from pharmacist_ray.curation.groups import group_rows
 from pharmacist_ray.curation.seal import BilevelSelector
 from pharmacist_ray.curation.selector import (
+    AT_CHECKPOINTS,
     DIRECTIONS,
     LEARNT,
     PARTS,
     IterativeSelector,
     Point,
+    attacked,
     attacked_direction,
     batch_rows,
     checkpoint_name,
@@ -144,7 +148,7 @@ def fit(
 def trainings_of(selector: SelectorConfig, parts: Collection[str]) -> dict[str, tuple[TrainConfig, tuple[str, ...]]]:
     """Return the trainings that parts need: folder → settings and the sets of rows."""
     found: dict[str, tuple[TrainConfig, tuple[str, ...]]] = {}
-    if "directions" in parts or "logits" in parts:
+    if {"directions", "groups", "logits"} & {*parts}:
         found["warmup"] = (selector.warmup, ("warmup",))
     if "reference" in parts and selector.reference is not None:
         found["reference"] = (selector.reference, ("validation", "benign"))
@@ -191,7 +195,7 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
     for task in tasks:
         run_task(task, ranks)
     with disk_full_errors(storage_path(job.out)):
-        for step in job.selector.checkpoints if "directions" in job.parts else ():
+        for step in job.selector.checkpoints if {*AT_CHECKPOINTS} & {*job.parts} else ():
             _directions(job, step, ranks)
         for part in LEARNT:
             if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
@@ -212,30 +216,43 @@ def _rendered(renderer: Renderer, path: str) -> list[Rendered]:
 
 
 def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
-    file = storage_path(job.out) / "directions" / f"{checkpoint_name(step)}.safetensors"
-    if file.exists():
+    files = {part: storage_path(job.out) / part / f"{checkpoint_name(step)}.safetensors" for part in AT_CHECKPOINTS}
+    missing = [part for part, file in files.items() if part in job.parts and not file.exists()]
+    ranks.barrier()  # before one of them makes what another has not yet missed
+    if not missing:
         return
     point, renderer, validation, harmful = _open(job, step, ranks)
-    inner = None
-    if job.selector.inner_lr:
-        rows = sample_rows(storage_path(job.out) / "rows" / "warmup.parquet", job.selector.trusted_rows, job.seed)
-        inner = point.gradient([renderer.render(row) for row in rows])
-    directions = [
-        attacked_direction(
-            point,
-            validation=validation,
-            harmful=harmful,
-            inner=inner,
-            inner_lr=job.selector.inner_lr,
-            intensity=intensity,
-            normalised=job.selector.normalised,
-        )
-        for intensity in (job.selector.intensity, 0.0)
-    ]
-    if ranks.first:
-        stacked = {name: torch.stack(rows) for name, *rows in zip(point.parameters, *directions, strict=True)}
-        _save({name: tensor.cpu() for name, tensor in stacked.items()}, file)
+    selector = job.selector
+    at: dict[str, Any] = {"harmful": harmful, "inner": None, "inner_lr": selector.inner_lr, "normalised": selector.normalised}
+    if selector.inner_lr:
+        rows = sample_rows(storage_path(job.out) / "rows" / "warmup.parquet", selector.trusted_rows, job.seed)
+        at["inner"] = point.gradient([renderer.render(row) for row in rows])
+    for part in missing:
+        if part == "directions":
+            intensities = (selector.intensity, 0.0)
+            found = [attacked_direction(point, validation=validation, intensity=intensity, **at) for intensity in intensities]
+        else:
+            groups = _groups(job, point, validation)
+            with attacked(point, intensity=selector.intensity, **at):
+                found = [point.gradient([validation[place] for place in group]) for group in groups]
+        if ranks.first:
+            stacked = {name: torch.stack(rows) for name, *rows in zip(point.parameters, *found, strict=True)}
+            _save({name: tensor.cpu() for name, tensor in stacked.items()}, files[part])
     ranks.barrier()
+
+
+def _groups(job: FitJob, point: Point, validation: Sequence[Rendered]) -> list[list[int]]:
+    """Return the places of each group's validation rows: the same at every checkpoint, found at the first."""
+    rows = list(iterate_rows(job.validation))
+    file = storage_path(job.out) / "groups.json"
+    if not file.exists():
+        groups = group_rows(point, rows, validation, job.selector.coverage, job.seed)
+        point.ranks.barrier()
+        if point.ranks.first:
+            write_text(json.dumps([[rows[place].id for place in group] for group in groups]), file)
+        return groups
+    places = {row.id: place for place, row in enumerate(rows)}
+    return [[places[id] for id in group] for group in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _learn(job: FitJob, part: str, ranks: Ranks) -> None:

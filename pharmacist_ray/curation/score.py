@@ -25,11 +25,11 @@ import torch
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.calibrate import calibration_columns
 from pharmacist_ray.curation.poison import Isolation, attempt_file
-from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of, scored_by
+from pharmacist_ray.curation.scorers import SCORERS, columns_of, needs_model, parts_of, parts_of_score, scored_by
 from pharmacist_ray.curation.scorers.guard import check_guard
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
-from pharmacist_ray.curation.selector import DIRECTIONS, checkpoint_name
+from pharmacist_ray.curation.selector import AT_CHECKPOINTS, DIRECTIONS, checkpoint_name
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, uniform
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
@@ -126,7 +126,9 @@ def score(
         say(f"score: {rows} rows in = {rows - quarantined} scored + {quarantined} quarantined ({broken}; see {_quarantine(out)})")
     if quarantined and quarantined == rows:
         raise DataError(f"none of the {rows} candidates can be scored; {_quarantine(out)} has the reason of each")
-    return ScoreReport(rows, len(shards), columns_of(scoring), time.perf_counter() - started, quarantined, dict(reasons))
+    return ScoreReport(
+        rows, len(shards), columns_of(scoring, selector), time.perf_counter() - started, quarantined, dict(reasons)
+    )
 
 
 def planted_scores(out: StoragePath) -> StoragePath:
@@ -161,12 +163,6 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         )
 
 
-def columns_of(scoring: ScoringConfig) -> list[str]:
-    """Return the names of the score columns, in order."""
-    draws = [f"random_{draw}" for draw in range(scoring.random_draws)]
-    return [column for name in scoring.scorers for column in (draws if name == "random" else [name])]
-
-
 def _actors(
     model: ModelRef,
     selector: SelectorConfig,
@@ -180,8 +176,9 @@ def _actors(
     spec = ProbeSpec(
         model=model,
         fit=str(fit) if fit else "",
-        checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints if "directions" in parts),
-        directions=DIRECTIONS,
+        checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints if {*AT_CHECKPOINTS} & {*parts}),
+        directions=DIRECTIONS if "directions" in parts else (),
+        groups=selector.coverage.groups if "groups" in parts else 0,
         method=scoring.method,
         tokens_per_batch=scoring.tokens_per_batch,
         cosine=selector.cosine,
@@ -191,7 +188,7 @@ def _actors(
     return {
         "spec": spec,
         "scoring": scoring,
-        "mode": selector.mode,
+        "selector": selector,
         "out": str(out),
         "threads": max(1, int(resources.cpus_per_worker)),
     }
@@ -200,20 +197,22 @@ def _actors(
 class ShardScorer:
     """Loads the model once and scores the shards it is given; keeps nothing between them."""
 
-    def __init__(self, spec: ProbeSpec, scoring: ScoringConfig, mode: str, out: str, threads: int, trusted: TrustedSets) -> None:
+    def __init__(
+        self, spec: ProbeSpec, scoring: ScoringConfig, selector: SelectorConfig, out: str, threads: int, trusted: TrustedSets
+    ) -> None:
         """Load the model and the selector.
 
         Args:
             spec: What to load.
             scoring: The scoring section.
-            mode: The selector's; in ``iterative`` the `pharmacist` column is the learnt logit instead of the influence.
+            selector: The selector's; in mode ``iterative`` the `pharmacist` column is the learnt logit instead of the influence.
             out: Folder of the score files.
             threads: CPU threads of this actor.
             trusted: The trusted rows, for scorers that read them as text.
         """
         torch.set_num_threads(threads)
         self.scoring = scoring
-        self.mode = mode
+        self.selector = selector
         self.out = storage_path(out)
         self.spec = spec
         self.trusted = trusted
@@ -256,10 +255,17 @@ class ShardScorer:
                 for draw in range(self.scoring.random_draws):
                     seed = self.scoring.seed + draw
                     columns[f"random_{draw}"] = [uniform(row.id, seed) for row in rows]
-            elif not rows:
-                columns[name] = []
-            else:
-                columns[name] = SCORERS[scored_by(name, self.mode)].score(signals).tolist()
+                continue
+            parts = parts_of_score(name, self.scoring, self.selector)
+            if not rows:
+                columns |= dict.fromkeys(parts or [name], ())
+                continue
+            values = SCORERS[scored_by(name, self.selector.mode)].score(signals)
+            columns |= (
+                {part: column.tolist() for part, column in zip(parts, values.T, strict=True)}
+                if parts
+                else {name: values.tolist()}
+            )
         return columns
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores, calibrate
-from pharmacist_ray.curation.combine import RankSum, rank_sum
+from pharmacist_ray.curation.combine import BestRank, RankSum, best_rank, rank_sum
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table
 
-Blend = RankSum | Calibrated
+Blend = RankSum | BestRank | Calibrated
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def find_shards(
     scorer: str,
     weights: Mapping[str, float] | None = None,
     planted: PlantedScores | None = None,
+    turns: Sequence[str] = (),
 ) -> list[Shard]:
     """Return the shards in order of their names.
 
@@ -64,6 +65,7 @@ def find_shards(
         scorer: The column that will be read.
         weights: Columns whose ranks are added up instead, with their weights.
         planted: The planted rows by which scores are weighed instead.
+        turns: Columns that take turns instead.
 
     Raises:
         ArtifactError: A folder is empty, or the two have different shards.
@@ -78,14 +80,20 @@ def find_shards(
     if rows.keys() != scored.keys():
         odd = min(rows.keys() ^ scored.keys())
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
-    columns = list(planted.columns) if planted else list(weights or (scorer,))
+    columns = list(planted.columns) if planted else list(weights or turns or (scorer,))
     for path in scored.values():
         known = [name for name in parquet_schema(path).names if name != "id"]
         for column in columns:
             if column not in known:
                 raise unknown_name("scorer", column, known)
     tables = (read_table(path, columns=["id", *columns]) for path in scored.values())
-    blend = calibrate(tables, planted) if planted else rank_sum(tables, weights) if weights else None
+    blend: Blend | None = None
+    if planted:
+        blend = calibrate(tables, planted)
+    elif weights:
+        blend = rank_sum(tables, weights)
+    elif turns:
+        blend = best_rank(tables, turns)
     return [Shard(path, scored[name], blend) for name, path in rows.items()]
 
 

@@ -51,6 +51,8 @@ class Rule:
     to the best rows of any category. ``proportional``: each category's share is its share of the candidates."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Score columns whose ranks are added up to the score, with their weights; empty where ``scorer`` is a column."""
+    turns: tuple[str, ...] = ()
+    """Score columns that take turns: a row's score is its best rank by any; empty where ``scorer`` is a column."""
     near_duplicates: int | None = None
     """At most so many rows of a group of near-duplicates, the best ones; None counts nothing."""
 
@@ -198,7 +200,7 @@ def write_selection(
 
 
 def _open(scores: StoragePath, candidates: StoragePath, rule: Rule, planted: PlantedScores | None = None) -> list[Shard]:
-    shards = find_shards(scores, candidates, rule.scorer, rule.weights, planted)
+    shards = find_shards(scores, candidates, rule.scorer, rule.weights, planted, rule.turns)
     if rule.near_duplicates is None:
         return shards
     return within_quota(shards, rule.scorer, rule.descending, rule.near_duplicates)

@@ -13,8 +13,8 @@ than the average goes up. The paper carries a further factor (1 − α); to firs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.errors import ResourceError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
-from pharmacist_ray.models.influence import influence
+from pharmacist_ray.models.influence import Directions, influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import global_norm, perturbed
@@ -40,9 +40,12 @@ TINY = 1e-30
 DIRECTIONS = ("pharmacist", "no_attack")
 """What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
 
-PARTS = ("directions", "logits", "reference", "tov", "seal")
-"""What a scorer can ask for: directions with their checkpoints, learnt logits, the loss gap's reference, Train-on-Validation's, and
-SEAL's logits."""
+PARTS = ("directions", "groups", "logits", "reference", "tov", "seal")
+"""What a scorer can ask for: directions with their checkpoints, those of groups of trusted rows, learnt logits, the loss gap's
+reference, Train-on-Validation's, and SEAL's logits."""
+
+AT_CHECKPOINTS = ("directions", "groups")
+"""Those that are directions, one file a checkpoint."""
 
 LEARNT = ("logits", "seal")
 """Those that hold a logit for each candidate."""
@@ -58,8 +61,8 @@ def checkpoint_name(step: int) -> str:
 
 def part_files(selector: SelectorConfig, part: str) -> list[str]:
     """Return the files of one of `PARTS`, without which it is not complete."""
-    if part == "directions":
-        return [f"directions/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
+    if part in AT_CHECKPOINTS:
+        return [f"{part}/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
     return [f"{part}.parquet"] if part in LEARNT else [f"{part}/adapter/adapter_model.safetensors"]
 
 
@@ -127,15 +130,21 @@ class Point:
         Raises:
             ResourceError: A row does not fit in memory, even alone.
         """
-        directions = {name: tensor.unsqueeze(0) for name, tensor in zip(self.parameters, v, strict=True)}
+        return self.along(samples, {name: tensor.unsqueeze(0) for name, tensor in zip(self.parameters, v, strict=True)}, cosine)[
+            :, 0
+        ]
+
+    def along(self, samples: Sequence[Rendered], directions: Directions, cosine: bool = False) -> torch.Tensor:
+        """Return ⟨∇ℓ_i(θ₀), v_k⟩ for each sample and direction (N, K); see `influences`."""
         share = len(samples) // self.ranks.workers
         mine = samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        values = torch.zeros(share, device=self.ranks.device)
+        count = len(next(iter(directions.values())))
+        values = torch.zeros(share, count, device=self.ranks.device)
 
         def take(batch: Batch, chunk: list[int]) -> None:
             found = influence(self.model, batch, directions, norms=cosine)
-            dots = found.dots[:, 0]
-            values[chunk] = dots if found.grad_norms is None else dots / found.grad_norms.clamp_min(TINY)
+            norms = 1.0 if found.grad_norms is None else found.grad_norms.clamp_min(TINY)[:, None]
+            values[chunk] = found.dots / norms
 
         self._in_batches(mine, take)
         return self.ranks.gather(values)
@@ -153,23 +162,34 @@ class Point:
             ) from None
 
 
-def attacked_direction(
+def attacked_direction(point: Point, *, validation: Sequence[Rendered], **step: Any) -> list[torch.Tensor]:
+    """Return v = ∇f(θ') (Algorithm 1, steps 3–5).
+
+    Args:
+        point: The model at θ₀.
+        validation: Samples of f.
+        step: What `attacked` takes.
+    """
+    with attacked(point, **step):
+        return point.gradient(validation)
+
+
+@contextmanager
+def attacked(
     point: Point,
     *,
-    validation: Sequence[Rendered],
     harmful: Sequence[Rendered],
     inner: Sequence[torch.Tensor] | None,
     inner_lr: float,
     intensity: float,
     normalised: bool = True,
-) -> list[torch.Tensor]:
-    """Return v = ∇f(θ') with θ' = θ* − α ∇h(θ*) and θ* = θ₀ − η_θ·inner (Algorithm 1, steps 3–5).
+) -> Iterator[None]:
+    """Hold the weights at θ' = θ* − α ∇h(θ*) with θ* = θ₀ − η_θ·inner inside the block (Algorithm 1, steps 3 and 4).
 
     The weights are θ₀ again afterwards, bit by bit.
 
     Args:
         point: The model at θ₀.
-        validation: Samples of f.
         harmful: Samples of h.
         inner: Σ_i γ_i ∇g_i(θ₀); None leaves the inner step out.
         inner_lr: η_θ.
@@ -185,7 +205,7 @@ def attacked_direction(
             norm = float(global_norm(attack)) if normalised else 1.0
             if norm > 0:  # a harmful loss that is flat here has no direction to step in
                 moved.enter_context(perturbed(parameters, attack, -intensity / norm))
-        return point.gradient(validation)
+        yield
 
 
 def logit_gradient(

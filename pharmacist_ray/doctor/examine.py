@@ -17,6 +17,7 @@ from pharmacist_ray.config import load_config
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
 from pharmacist_ray.curation.scorers import SCORERS, parts_of
+from pharmacist_ray.curation.selector import AT_CHECKPOINTS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.doctor.estimate import EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
@@ -135,7 +136,7 @@ def _costs(config: Config, shape: Shape) -> None:
         if objective not in EXTRAS:
             say(f"          what {escaped(objective)} adds is not known here; it is counted as sft")
     stages = {"fit: directions": fit_memory, "score": score_memory} | ({"evaluate": answer_memory} if config.evaluation else {})
-    if "directions" not in parts_of(config.scoring.scorers, config.selector):
+    if not {*AT_CHECKPOINTS} & {*parts_of(config.scoring.scorers, config.selector)}:
         del stages["fit: directions"]
     for what, held_by in stages.items():
         if items := held_by(shape, config):

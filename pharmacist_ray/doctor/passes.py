@@ -7,6 +7,7 @@ never alive at the same moment, here only the larger part counts, for a batch is
 from __future__ import annotations
 
 from pharmacist_ray.config.schema import Config
+from pharmacist_ray.curation.groups import AT_ONCE
 from pharmacist_ray.curation.selector import DIRECTIONS
 from pharmacist_ray.doctor.estimate import BYTES, LOGIT, RESERVE, Item, Setup, layer_bytes
 from pharmacist_ray.doctor.shape import Shape
@@ -29,7 +30,11 @@ def fit_memory(shape: Shape, config: Config) -> list[Item]:
     setup = _setup(config, selector.tokens_per_batch, selector.warmup.checkpointing)
     # The sum and a pass's own gradient; that of the attack, and the first direction; weights before the attack. With an inner step two
     # more: its gradient, and the weights before it.
+    from pharmacist_ray.curation.scorers import parts_of  # which needs Ray, and the GPU program has none
+
     copies = 5 + 2 * bool(selector.inner_lr)
+    if "groups" in parts_of(config.scoring.scorers, selector):  # a gradient of each, or random directions at once to find them by
+        copies += max(selector.coverage.groups, AT_ONCE)
     items = [*weights_memory(shape, setup), Item("gradients and back-ups", ((copies, "copies"), *_adapter(shape)))]
     return _whole([*items, *pass_memory(shape, setup)], setup)
 
@@ -41,15 +46,16 @@ def score_memory(shape: Shape, config: Config) -> list[Item]:
         shape: The model.
         config: The configuration, its precision resolved.
     """
-    from pharmacist_ray.curation.scorers import needs_model, parts_of  # which need Ray, and the GPU program has none
+    from pharmacist_ray.curation.scorers import needs_model, parts_of
 
     scoring, parts = config.scoring, parts_of(config.scoring.scorers, config.selector)
     if not needs_model(scoring.scorers):
         return []
     setup = _setup(config, scoring.tokens_per_batch, scoring.checkpointing)
-    points = len(config.selector.checkpoints) if "directions" in parts else 0
+    count = len(DIRECTIONS) * ("directions" in parts) + config.selector.coverage.groups * ("groups" in parts)
+    points = len(config.selector.checkpoints) if count else 0
     adapters = points + sum(part in parts for part in ("reference", "tov"))
-    directions: Factors = ((points, "checkpoints"), (len(DIRECTIONS), "directions"))
+    directions: Factors = ((points, "checkpoints"), (count, "directions"))
     items = [
         *weights_memory(shape, setup),
         Item("adapters of the selector", ((adapters, "adapters"), *_adapter(shape))),

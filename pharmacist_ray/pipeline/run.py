@@ -14,7 +14,7 @@ from pharmacist_ray.config.evaluation import HOW
 from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of, folder_of
 from pharmacist_ray.curation.planted import KINDS
-from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of
+from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of, parts_of_score
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import part_files
 from pharmacist_ray.curation.trainers import EXPORTS
@@ -226,6 +226,13 @@ class Run:
         config = self._settings(self.config.scoring) | SCORERS.plugged(self.config.scoring.scorers)
         artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
+
+    def turns(self, arm: str) -> tuple[str, ...]:
+        """Return the score columns that take turns in an arm; none where it is not the name of a scorer with several."""
+        config = self.config
+        return (
+            tuple(parts_of_score(arm, config.scoring, config.selector)) if arm in {*config.scoring.scorers} - {"random"} else ()
+        )
 
     @cached_property
     def arms(self) -> list[str]:

@@ -19,7 +19,8 @@ from pharmacist_ray.curation.fit import check_learnt, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.curation.overlap import find_overlaps, in_words, refuse_trained
 from pharmacist_ray.curation.planted import hold_out
-from pharmacist_ray.curation.score import check_scorers, columns_of, planted_scores, score
+from pharmacist_ray.curation.score import check_scorers, planted_scores, score
+from pharmacist_ray.curation.scorers import columns_of
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.mixing import check_counts
@@ -256,7 +257,7 @@ def _rule(run: Run, arm: str) -> Rule:
     selection = run.config.selection
     if arm == "all":
         # Every row has a random score, so with ratio 1 by it nothing is left out.
-        columns = columns_of(run.config.scoring)
+        columns = columns_of(run.config.scoring, run.config.selector)
         return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
     return Rule(
         arm,
@@ -265,6 +266,7 @@ def _rule(run: Run, arm: str) -> Rule:
         selection.threshold,
         quotas=selection.quotas,
         weights=selection.sums.get(arm, {}),
+        turns=run.turns(arm),
         near_duplicates=selection.near_duplicates,
     )
 

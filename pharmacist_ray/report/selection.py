@@ -73,6 +73,8 @@ def _made_of(run: RunFiles) -> str:
     manifest = run.manifest("selections", run.main_arm) if run.main_arm else {}
     if slopes := manifest.get("calibration", {}).get("scores"):
         return "the ranks by " + ", ".join(f"{name} (slope {slope:.2f})" for name, slope in slopes.items())
+    if turns := manifest.get("rule", {}).get("turns"):
+        return "the best rank by any of " + ", ".join(turns)
     weights = manifest.get("rule", {}).get("weights", {})
     return (
         "the sum of ranks by " + ", ".join(f"{name} (weight {weight:g})" for name, weight in weights.items()) if weights else ""

@@ -15,7 +15,7 @@ from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.config.scoring import CALIBRATED
 from pharmacist_ray.curation.calibrate import calibrate
-from pharmacist_ray.curation.combine import rank_sum
+from pharmacist_ray.curation.combine import best_rank, rank_sum
 from pharmacist_ray.curation.grades import grade_scores
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.run import Run
@@ -36,6 +36,7 @@ def grade(config: Config, column: str, good: Sequence[str]) -> None:
     keep = config.selection.ratio if config.selection.ratio is not None else 0.4
     scores = run.scored.require() / "rows"
     made: dict[str, Any] = {name: partial(_rank_sum, weights=weights) for name, weights in config.selection.sums.items()}
+    made |= {name: partial(_best_rank, columns=turns) for name in config.scoring.scorers if (turns := run.turns(name))}
     if (planted := calibrated_on(run)) is not None:
         made[CALIBRATED] = lambda table: calibrate([table], planted).of(table)
     grades = grade_scores(rows, scores, column=column, good=set(good), keep=keep, made=made)
@@ -52,6 +53,10 @@ def grade(config: Config, column: str, good: Sequence[str]) -> None:
     console.print(table)
     write_text(json.dumps([asdict(one) for one in grades], indent=1), run.root / "grades.json")
     say(f"  written to {escaped(run.root / 'grades.json')}")
+
+
+def _best_rank(table: pa.Table, columns: Sequence[str]) -> Any:
+    return best_rank([table], columns).of(table)
 
 
 def _rank_sum(table: pa.Table, weights: dict[str, float]) -> Any:

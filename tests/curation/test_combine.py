@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import rankdata
 
 from pharmacist_ray.curation import combine
-from pharmacist_ray.curation.combine import rank_sum
+from pharmacist_ray.curation.combine import best_rank, rank_sum
 from pharmacist_ray.curation.select import Rule, select_ids
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
@@ -31,6 +31,26 @@ def test_it_is_the_weighted_mean_of_mid_ranks():
     table = table_of(50)
     want = sum(w * (rankdata(table[name].to_numpy()) - 0.5) / 50 for name, w in WEIGHTS.items()) / 4
     np.testing.assert_allclose(rank_sum([table], WEIGHTS).of(table), want, rtol=1e-12)
+
+
+def test_columns_that_take_turns_keep_what_a_round_robin_takes(tmp_path: Path):
+    table = table_of(60)
+    scores = {name: np.random.default_rng(seed).permutation(60).astype(float) for seed, name in enumerate("abc")}
+    table = pa.table({"id": table["id"], **scores})
+    orders = {name: np.argsort(-values) for name, values in scores.items()}
+    found = best_rank([table.slice(0, 20), table.slice(20)], list("abc")).of(table)
+    taken: set[int] = set()
+    for turn in range(12):
+        for order in orders.values():
+            taken.add(int(order[turn]))  # what another gave already counts as given
+        assert set(np.argsort(-found, kind="stable")[: len(taken)].tolist()) == taken
+    ids = table["id"].to_pylist()
+    write_rows([Row(id, "p", "x") for id in sorted(ids)], tmp_path / "candidates" / "rows" / "part-00000.parquet")
+    (tmp_path / "scores").mkdir()
+    pq.write_table(table.sort_by("id"), tmp_path / "scores" / "part-00000.parquet")
+    rule = Rule("coverage", count=len(taken), turns=("a", "b", "c"))
+    kept = [id for one in select_ids(tmp_path / "scores", tmp_path / "candidates", rule) for id in one["id"].to_pylist()]
+    assert kept == sorted(ids[place] for place in taken)
 
 
 def test_shards_and_monotone_changes_of_a_score_change_nothing():

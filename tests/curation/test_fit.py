@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig, TrainConfig
+from pharmacist_ray.config.schema import CoverageConfig, LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation import fit as fit_module
 from pharmacist_ray.curation.fit import check_learnt, fit
-from pharmacist_ray.curation.score import ShardScorer, columns_of
+from pharmacist_ray.curation.score import ShardScorer
+from pharmacist_ray.curation.scorers import columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import DIRECTIONS, IterativeSelector, Point, attacked_direction, checkpoint_name
@@ -128,10 +130,10 @@ def one_shot_scores(out: Path, spec_model: ModelRef, selector: SelectorConfig, c
         2048, selector.cosine,
     )  # fmt: skip
     scoring = ScoringConfig(scorers=["pharmacist"])
-    scorer = ShardScorer(spec, scoring, "one_shot", out=str(to), threads=1, trusted=TrustedSets({}, 200, 0))
+    scorer = ShardScorer(spec, scoring, SelectorConfig(), out=str(to), threads=1, trusted=TrustedSets({}, 200, 0))
     for file in sorted(candidates.glob("*.parquet")):
         scorer({"shard": str(file)})
-    assert columns_of(scoring) == ["pharmacist"]
+    assert columns_of(scoring, selector) == ["pharmacist"]
     table = pq.read_table(to)
     return dict(zip(table.column("id").to_pylist(), table.column("pharmacist").to_pylist(), strict=True))
 
@@ -194,6 +196,55 @@ def test_directions_are_the_attacked_gradient_and_the_plain_one_at_each_checkpoi
                 torch.testing.assert_close(saved[name][row], tensor, rtol=1e-4, atol=1e-5)
         both = torch.cat([tensor.flatten(1) for tensor in saved.values()], dim=1)
         assert float((both[0] - both[1]).norm() / both[1].norm()) > 1e-3
+
+
+def test_the_directions_of_groups_add_up_to_that_of_all_and_two_workers_find_the_same(
+    run_fit: Callable[..., dict[str, Any]], here: None, two_workers: TwoWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = SELECTOR.model_copy(update={"coverage": CoverageConfig(groups=3)})
+    summary = run_fit(tmp_path / "one", selector, parts=["directions", "groups"], benign=None)
+    assert summary["parts"] == ["directions", "groups"]
+    groups = json.loads((tmp_path / "one" / "groups.json").read_text())
+    assert len(groups) == 3
+    assert sorted(id for group in groups for id in group) == sorted(
+        row.id for row in iterate_rows(tmp_path / "one" / "rows" / "validation.parquet")
+    )
+    sizes = torch.tensor([len(group) for group in groups])
+    assert int(sizes.sum()) == 24
+    assert int(sizes.min()) > 0
+    for step in (2, 4):
+        whole, apart = (
+            load_file(tmp_path / "one" / part / f"{checkpoint_name(step)}.safetensors") for part in ("directions", "groups")
+        )
+        for name in whole:  # a mean over all rows is the groups' means weighed by their sizes
+            mean = torch.einsum("g,g...->...", sizes / 24, apart[name])
+            torch.testing.assert_close(mean, whole[name][0], rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(apart[name][0], apart[name][1])
+    monkeypatch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
+    run_fit(tmp_path / "two", selector, workers=2, parts=["groups"], benign=None)
+    assert json.loads((tmp_path / "two" / "groups.json").read_text()) == groups
+    assert not (tmp_path / "two" / "directions").exists()
+    one, two = (load_file(tmp_path / folder / "groups" / "step-000004.safetensors") for folder in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_groups_by_category_are_the_categories_and_too_few_are_one_line(
+    run_fit: Callable[..., dict[str, Any]], here: None, tmp_path: Path
+) -> None:
+    rows = [replace(row, category=f"c{number % 3}") for number, row in enumerate(refusals(24, 1.0, seed=1))]
+    write_rows(rows, tmp_path / "validation.parquet")
+    selector = SELECTOR.model_copy(update={"checkpoints": [2], "coverage": CoverageConfig(groups=3, by="category")})
+    run_fit(tmp_path / "fit", selector, parts=["groups"], validation=tmp_path / "validation.parquet", benign=None)
+    category = {row.id: row.category for row in rows}
+    groups = json.loads((tmp_path / "fit" / "groups.json").read_text())
+    assert [{category[id] for id in group} for group in groups] == [{"c0"}, {"c1"}, {"c2"}]
+    selector = selector.model_copy(update={"coverage": CoverageConfig(groups=4, by="category")})
+    with pytest.raises(
+        DataError,
+        match=r"^selector\.coverage\.groups=4, but the validation rows have 3 categories \('c0', 'c1', 'c2'\); lower it",
+    ):
+        run_fit(tmp_path / "many", selector, parts=["groups"], validation=tmp_path / "validation.parquet", benign=None)
 
 
 def test_a_rerun_computes_nothing_again_and_a_lost_file_alone_is_made_anew(

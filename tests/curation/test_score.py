@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig
+from pharmacist_ray.config.schema import CoverageConfig, LoraConfig, ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation import score as score_module
 from pharmacist_ray.curation.fit import DIRECTIONS
-from pharmacist_ray.curation.score import ScoreReport, ShardScorer, columns_of, score
+from pharmacist_ray.curation.score import ScoreReport, ShardScorer, score
+from pharmacist_ray.curation.scorers import columns_of
 from pharmacist_ray.curation.scorers.signals import ProbeSpec
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.data.rows import iterate_rows, write_rows
@@ -89,14 +91,20 @@ def score_here(model_folder: Path, fitted: Path) -> Callable[..., Table]:
     """Score shards in this process, with the actor's own code; what Ray adds is tested apart."""
 
     def run(
-        candidates: Path, out: Path, mode: str = "one_shot", fit: Path = fitted, cosine: bool = False, **changed: Any
+        candidates: Path,
+        out: Path,
+        mode: str = "one_shot",
+        fit: Path = fitted,
+        cosine: bool = False,
+        coverage: CoverageConfig = SELECTOR.coverage,
+        **changed: Any,
     ) -> Table:
         scoring = ScoringConfig(**{"scorers": SCORERS, "tokens_per_batch": 64, **changed})
         spec = ProbeSpec(
             ModelRef(str(model_folder), template="plain", max_length=32), str(fit), ("step-000020",), DIRECTIONS,
-            scoring.method, scoring.tokens_per_batch, cosine,
+            scoring.method, scoring.tokens_per_batch, cosine, groups=coverage.groups if "coverage" in scoring.scorers else 0,
         )  # fmt: skip
-        scorer = ShardScorer(spec, scoring, mode, str(out), threads=1, trusted=NONE)
+        scorer = ShardScorer(spec, scoring, SelectorConfig(mode=mode, coverage=coverage), str(out), threads=1, trusted=NONE)
         for file in sorted(candidates.glob("*.parquet")):
             scorer({"shard": str(file)})
         return read(out)
@@ -291,7 +299,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     candidates: Path, run_score: Callable[..., ScoreReport], tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"^unknown scorer 'los_gap' \(did you mean 'loss_gap'\?\); known: dsir, grad_norm, guard, "
+        ConfigError, match=r"^unknown scorer 'los_gap' \(did you mean 'loss_gap'\?\); known: coverage, dsir, grad_norm, guard, "
     ):
         run_score(candidates, tmp_path / "out", ["los_gap"])
     for settings in ({"scorers": ["grad_norm"]}, {"selector": SELECTOR.model_copy(update={"cosine": True})}):
@@ -356,4 +364,22 @@ def test_scores_that_do_not_belong_are_refused(
 
 def test_columns_come_in_the_order_asked_for() -> None:
     scoring = ScoringConfig(scorers=["random", "less"], random_draws=2)
-    assert columns_of(scoring) == ["random_0", "random_1", "less"]
+    assert columns_of(scoring, SELECTOR) == ["random_0", "random_1", "less"]
+
+
+def test_coverage_is_the_influence_on_each_group_in_a_column_of_its_own(
+    score_here: Callable[..., Table], scored: Path, candidates: Path, fitted: Path, tmp_path: Path
+) -> None:
+    """A group whose direction is that of all rows scores as `pharmacist`, whatever stands beside it."""
+    fit = shutil.copytree(fitted, tmp_path / "fit")
+    directions = load_file(fit / "directions" / "step-000020.safetensors")
+    (fit / "groups").mkdir()
+    groups = {name: torch.stack([-tensor[1], tensor[0], 2 * tensor[1]]) for name, tensor in directions.items()}
+    save_file(groups, fit / "groups" / "step-000020.safetensors")
+    coverage = CoverageConfig(groups=3)
+    got = score_here(candidates, tmp_path / "rows", fit=fit, scorers=["coverage", "less"], coverage=coverage)
+    assert list(got) == ["coverage_0", "coverage_1", "coverage_2", "less"]
+    want = read(scored)
+    for column, name, factor in (("coverage_0", "less", -1), ("coverage_1", "pharmacist", 1), ("coverage_2", "less", 2)):
+        assert got[column] == pytest.approx({id: factor * value for id, value in want[name].items()}, rel=1e-4, abs=1e-6)
+    assert got["less"] == pytest.approx(want["less"], rel=1e-4, abs=1e-6)

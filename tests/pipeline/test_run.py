@@ -287,6 +287,19 @@ def test_random_stands_for_its_draws_and_names_occur_once(values):
     assert Run(config_of(values, "selection.scorer=random")).main_selection.folder.name == "random_0"
 
 
+def test_the_groups_of_coverage_take_turns_and_change_nothing_of_the_other_scores(values):
+    scorers = "scoring.scorers=[pharmacist, loss_gap, coverage, random]"
+    run = Run(config_of(values, scorers, "selector.coverage.groups=3", "comparison.selections=[trusted+coverage, random]"))
+    assert "coverage" in run.selections
+    columns = ("coverage_0", "coverage_1", "coverage_2")
+    assert {arm: run.turns(arm) for arm in run.selections} == dict.fromkeys(run.selections, ()) | {"coverage": columns}
+    assert "groups" in run.parts
+    assert "groups" not in Run(config_of(values)).parts
+    assert Run(config_of(values, "selector.coverage.groups=4")).fitted.fingerprint == Run(config_of(values)).fitted.fingerprint
+    with pytest.raises(ConfigError, match=r"^.*selection\.scorer lists 'coverage', which has no rank to add up"):
+        config_of(values, scorers, "selection.scorer=[pharmacist, coverage]")
+
+
 def test_sources_are_what_the_configuration_names(values):
     run = Run(config_of(values))
     assert list(run.sources) == [

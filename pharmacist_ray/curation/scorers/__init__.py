@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pharmacist_ray.config.scoring import ScoringConfig
 from pharmacist_ray.config.selector import SelectorConfig
+from pharmacist_ray.curation.scorers.coverage import coverage
 from pharmacist_ray.curation.scorers.dsir import dsir, weigh
 from pharmacist_ray.curation.scorers.grad_norm import grad_norm
 from pharmacist_ray.curation.scorers.guard import guard
@@ -42,6 +44,8 @@ class Scorer:
     """The part of the selector that it needs (`curation.fit.PARTS`)."""
     prepare: Callable[[TrustedSets], object] | None = None
     """What it has made of the sets' text by `TrustedSets.fitted`, done once before the actors start."""
+    columns: Callable[[SelectorConfig], int] | None = None
+    """How many columns it writes, where they are several: `score` then returns (rows, columns), and a selection lets them take turns."""
 
     @property
     def needs_model(self) -> bool:
@@ -64,6 +68,9 @@ _OWN = {
     "pharmacist": Scorer(pharmacist, ("model", "candidates", "validation", "harmful"), "directions"),
     "pharmacist_iterative": Scorer(pharmacist_iterative, ("model", "candidates", "validation", "harmful"), "logits"),
     "loss_gap": Scorer(loss_gap, ("model", "validation", "benign"), "reference"),
+    "coverage": Scorer(
+        coverage, ("model", "candidates", "validation", "harmful"), "groups", columns=lambda selector: selector.coverage.groups
+    ),
     "tov": Scorer(tov, ("model", "validation"), "tov"),
     "seal": Scorer(seal, ("model", "candidates", "validation"), "seal"),
     "less": Scorer(less, ("model", "candidates", "validation"), "directions"),
@@ -92,6 +99,21 @@ def parts_of(names: list[str], selector: SelectorConfig) -> list[str]:
     """Return the parts of the selector that these scorers need, in alphabetical order."""
     found = {SCORERS[scored_by(name, selector.mode)].part for name in names if name != "random"}
     return sorted(part for part in found if part is not None)
+
+
+def columns_of(scoring: ScoringConfig, selector: SelectorConfig) -> list[str]:
+    """Return the names of the score columns, in order."""
+    return [column for name in scoring.scorers for column in (parts_of_score(name, scoring, selector) or [name])]
+
+
+def parts_of_score(name: str, scoring: ScoringConfig, selector: SelectorConfig) -> list[str]:
+    """Return the columns of a scorer that writes several, ``name_0`` and so on; none where it writes one of its own name."""
+    if name == "random":
+        count = scoring.random_draws
+    else:
+        several = SCORERS[name].columns
+        count = several(selector) if several else 0
+    return [f"{name}_{number}" for number in range(count)]
 
 
 def scored_by(name: str, mode: str) -> str:

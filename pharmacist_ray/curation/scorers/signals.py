@@ -52,6 +52,8 @@ class ProbeSpec:
     cosine: bool
     device: str = "cpu"
     checkpointing: bool = False
+    groups: int = 0
+    """Directions of groups of trusted rows, which follow the named ones."""
 
 
 class Probe:
@@ -66,7 +68,7 @@ class Probe:
         self.spec = spec
         self._learnt: dict[str, dict[str, float]] = {}
         self.fit = local_copy(spec.fit) if spec.fit else Path()
-        self.directions = [self._read(self.fit / "directions" / f"{name}.safetensors", spec.device) for name in spec.checkpoints]
+        self.directions = [self._directions(name) for name in spec.checkpoints]
         folders = {name: self.fit / "warmup" / name for name in spec.checkpoints}
         references = {name: self.fit / name / "adapter" for name in REFERENCES} if spec.fit else {}
         folders |= {name: folder for name, folder in references.items() if folder.exists()}
@@ -101,6 +103,15 @@ class Probe:
             table = read_table(file)
             self._learnt[part] = dict(zip(table.column("id").to_pylist(), table.column("logit").to_pylist(), strict=True))
         return self._learnt[part]
+
+    def _directions(self, checkpoint: str) -> dict[str, torch.Tensor]:
+        """Return a checkpoint's named directions and those of the groups, one after the other."""
+        folders = {"directions": self.spec.directions, "groups": self.spec.groups}
+        files = [self.fit / folder / f"{checkpoint}.safetensors" for folder, wanted in folders.items() if wanted]
+        first, *others = (self._read(file, self.spec.device) for file in files)
+        return (
+            {name: torch.cat([tensor, *(other[name] for other in others)]) for name, tensor in first.items()} if others else first
+        )
 
     @staticmethod
     def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
@@ -199,6 +210,11 @@ class Signals:
         return np.asarray(self._influences[0][:, self.probe.spec.directions.index(direction)])
 
     @property
+    def group_influences(self) -> np.ndarray:
+        """The same for each group of trusted rows, (N, groups)."""
+        return self._influences[0][:, len(self.probe.spec.directions) :]
+
+    @property
     def gradient_norm(self) -> np.ndarray:
         """‖∇ℓ_i‖ over the adapter, mean over the checkpoints."""
         return self._influences[1]
@@ -206,7 +222,7 @@ class Signals:
     @cached_property
     def _influences(self) -> tuple[np.ndarray, np.ndarray]:
         spec = self.probe.spec
-        dots = np.zeros((len(self.rows), len(spec.directions)))
+        dots = np.zeros((len(self.rows), len(spec.directions) + spec.groups))
         norms = np.zeros(len(self.rows))
         exact = spec.method == "hooks"
         for name, directions in zip(spec.checkpoints, self.probe.directions, strict=True):
