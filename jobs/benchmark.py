@@ -1,6 +1,7 @@
-"""Measure what each objective costs on one worker of this cluster, or what this machine's GPU does with models of real size.
+"""Measure what each objective costs on one worker of this cluster, what this machine's GPU does, or how well scores find corruption.
 
-`python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed.
+`python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed,
+and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["gpu"]:
         gpu(given[1:])
+    elif given[:1] == ["planted"]:
+        planted(given[1:])
     else:
         objectives(given)
 
@@ -96,6 +99,26 @@ def gpu(arguments: list[str]) -> None:
     )
     with plain_failures():
         show(measure(trial), trial, given.out)
+
+
+def planted(arguments: list[str]) -> None:
+    """Plant corruption in real text, and grade every score, over several seeds."""
+    from pharmacist_ray.benchmarks.planted import SEEDS
+    from pharmacist_ray.benchmarks.planted import planted as measure
+
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark planted",
+        description="Plant known corruption in safety pairs, and grade every score, over several seeds with a tiny base model each.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("safety", type=Path, help="JSONL of trusted prompt/response safety pairs")
+    parser.add_argument("benign", type=Path, help="JSONL of ordinary prompt/response pairs")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the runs by dotted key")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="draws")
+    parser.add_argument("--out", type=Path, default=Path("runs/planted"), help="folder for the runs and planted.json")
+    given = parser.parse_intermixed_args(arguments)
+    with plain_failures():
+        measure(given.safety, given.benign, given.out, given.seeds, given.overrides)
 
 
 if __name__ == "__main__":

@@ -306,7 +306,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_the_example_plugin_runs_in_a_comparison_with_processes_of_ray(installed, model_folder, rows_of, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_example_plugin_runs_in_a_comparison_with_processes_of_ray(workers, installed, model_folder, rows_of, tmp_path):
     counts = {"alignment": 12, "trusted": 4, "harmful": 4, "ask_bad": 3, "ask_good": 3, "test": 3}
     for seed, (name, count) in enumerate(counts.items()):
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{row.raw}\n" for row in rows_of(count, seed=seed)))
@@ -318,7 +319,7 @@ def test_the_example_plugin_runs_in_a_comparison_with_processes_of_ray(installed
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
-        "resources": {"workers": 1, "actors": 1, "parallel_runs": 2, "cpus_per_worker": 0.5},
+        "resources": {"workers": workers, "actors": 1, "parallel_runs": 2, "cpus_per_worker": 0.5},
         "scoring": {"scorers": ["long_answer", "my_module:first_letter"]},
         "selection": {"ratio": 0.5, "scorer": ["long_answer", "my_module:first_letter"]},
         "alignment": {"objective": "scaled", "parameters": {"scaled": {"scale": 0.5}}, "train": TRAIN},

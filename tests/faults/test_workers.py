@@ -65,6 +65,7 @@ def test_a_training_worker_killed(
     assert world.litter() == []
 
 
+@pytest.mark.slow
 def test_the_driver_killed_while_scoring(calm: World, tmp_path: Path) -> None:
     world = calm.copy(tmp_path / "run", "ingest", "fit")
     with command(world, "score") as process:
