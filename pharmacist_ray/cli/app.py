@@ -170,46 +170,20 @@ def ingest(config: ConfigOption, overrides: Overrides = None, strict: Strict = F
     _stage("ingest", config, overrides, strict)
 
 
-@app.command(rich_help_panel=STAGES)
-def fit(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Fit the selector: warm-up, simulated attack, and the direction that candidates are measured along."""
-    _stage("fit", config, overrides)
+def _stage_command(name: str, words: str, panel: str = STAGES) -> None:
+    def command(config: ConfigOption, overrides: Overrides = None) -> None:
+        _stage(name, config, overrides)
+
+    app.command(name, help=words, rich_help_panel=panel)(command)
 
 
-@app.command(rich_help_panel=STAGES)
-def score(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Score every candidate by every configured scorer."""
-    _stage("score", config, overrides)
-
-
-@app.command(rich_help_panel=STAGES)
-def select(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Write the curated subset: the rows to align on."""
-    _stage("select", config, overrides)
-
-
-@app.command(rich_help_panel=STAGES)
-def align(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Align the model on every arm of the comparison."""
-    _stage("align", config, overrides)
-
-
-@app.command(rich_help_panel=STAGES)
-def attack(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Fine-tune the aligned models on a user's task with harmful rows mixed in."""
-    _stage("attack", config, overrides)
-
-
-@app.command(rich_help_panel=STAGES)
-def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Let every model answer, judge the answers, and write evaluation/summary.json."""
-    _stage("evaluate", config, overrides)
-
-
-@app.command(rich_help_panel=RESULTS)
-def report(config: ConfigOption, overrides: Overrides = None) -> None:
-    """Print the comparison as a table, and write it and a page of the whole run to report/."""
-    _stage("report", config, overrides)
+_stage_command("fit", "Fit the selector: warm-up, simulated attack, and the direction that candidates are measured along.")
+_stage_command("score", "Score every candidate by every configured scorer.")
+_stage_command("select", "Write the curated subset: the rows to align on.")
+_stage_command("align", "Align the model on every arm of the comparison.")
+_stage_command("attack", "Fine-tune the aligned models on a user's task with harmful rows mixed in.")
+_stage_command("evaluate", "Let every model answer, judge the answers, and write evaluation/summary.json.")
+_stage_command("report", "Print the comparison as a table, and write it and a page of the whole run to report/.", RESULTS)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -236,6 +210,15 @@ def search(
     from pharmacist_ray.search.search import run_search
 
     run_search(loaded, resume=resume)
+
+
+@app.command(rich_help_panel=RESULTS)
+def redteam(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Let an attacker search for the worst fine-tune of every arm, by the `redteam` section; finished trials are kept."""
+    from pharmacist_ray.config import load_config
+    from pharmacist_ray.search.redteam import run_redteam
+
+    run_redteam(load_config(config, overrides or []))
 
 
 @app.command(rich_help_panel=TESTBED)
@@ -306,7 +289,7 @@ def grade(
 
 @app.command(rich_help_panel=CLUSTER)
 def submit(
-    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search or benchmark.", autocompletion=job_names)],
+    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search, redteam or benchmark.", autocompletion=job_names)],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(

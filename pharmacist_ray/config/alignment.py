@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pharmacist_ray.config.data import SourceConfig
+from pharmacist_ray.config.model import LoraConfig
 from pharmacist_ray.config.section import Count, Section, Share
 from pharmacist_ray.config.training import TrainConfig
 
@@ -45,6 +46,8 @@ class AttackConfig(Section):
     """Share p of them that is harmful (published: 0.1)."""
     adapter: Literal["fresh", "same"] = "fresh"
     """A fresh adapter on the merged model, or training of the alignment's own adapter goes on."""
+    lora: LoraConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The attacker's adapter, where it is a fresh one of another kind than model.lora."""
     train: TrainConfig = TrainConfig(epochs=20, batch_size=10, lr=1e-5)
     """The published strength: 20 epochs, batch 10, learning rate 1e-5. Attack with several: on another model it is another strength."""
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, ComparisonConfig
 from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
+from pharmacist_ray.config.redteam import RedteamConfig
 from pharmacist_ray.config.resources import ResourcesConfig
 from pharmacist_ray.config.scoring import CALIBRATED, COVERAGE, ScoringConfig, SelectionConfig, arm_of
 from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "PromptsConfig",
     "RangeConfig",
+    "RedteamConfig",
     "ResourcesConfig",
     "ScoringConfig",
     "SealConfig",
@@ -47,6 +49,8 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
 ]
+
+_REDTEAM = RedteamConfig()
 
 RESERVED = ("all", "trusted", "none", CALIBRATED)
 """Names of arms that are not scores."""
@@ -73,6 +77,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     search: SearchConfig | None = None
     """Settings to try against each other, for example `{space: {selection.ratio: [0.2, 0.4], selector.intensity: [0.05, 0.5]}}`."""
+    redteam: RedteamConfig = Field(default=_REDTEAM, exclude_if=lambda value: value == _REDTEAM)
+    """How an attacker searches for the worst fine-tune of each arm."""
 
     @property
     def defences(self) -> list[str]:

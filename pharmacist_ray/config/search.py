@@ -93,7 +93,16 @@ class SearchConfig(Section):
                 f"search.scheduler=asha stops trials by one number, but search.algorithm={self.algorithm} weighs four against each "
                 "other; set search.scheduler=none, or algorithm=grid or random"
             )
-        for key, choice in self.space.items():
-            if isinstance(choice, list) and (not choice or any(one in choice[:place] for place, one in enumerate(choice))):
-                raise ValueError(f"search.space.{key} must be a list of at least one value, all different, got {choice}")
+        check_choices(self.space, "search.space")
         return self
+
+
+def check_choices(space: dict[str, list[Any] | RangeConfig], where: str) -> None:
+    """Refuse a list without values, or with one twice.
+
+    Raises:
+        ValueError: Names the key.
+    """
+    for key, choice in space.items():
+        if isinstance(choice, list) and (not choice or any(one in choice[:place] for place, one in enumerate(choice))):
+            raise ValueError(f"{where}.{key} must be a list of at least one value, all different, got {choice}")

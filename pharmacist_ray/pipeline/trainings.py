@@ -133,7 +133,7 @@ def run_attack(run: Run) -> None:
             watched=watched,
             train=_in_steps(variant.attack.train, variant.attack.rows),
             seed=variant.seed + ATTACK_SEED,
-            lora=config.model.lora,
+            lora=variant.attack.lora or config.model.lora,
             start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,
             tracking=config.tracking,
         )

@@ -64,6 +64,14 @@ class Point:
     chosen: bool = False
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a budget buys: (budget, value) pairs, each holding until the next."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
 def histogram(name: str, found: Histogram, description: str, cut: float | None = None) -> Markup:
     """Return the distribution of one score; kept rows are filled, the others hollow, and a line marks the cut.
 
@@ -130,6 +138,32 @@ def curves(title: str, lines: Sequence[Curve], description: str) -> Markup:
                 axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
         axes.set_xlabel("optimiser step")
         axes.set_ylim(bottom=0)
+        axes.locator_params(nbins=5)
+        if len(lines) > 1:
+            _legend(figure, axes)
+    return to_svg(figure, title, description)
+
+
+def staircase(title: str, lines: Sequence[Step], description: str, x: str, y: str) -> Markup:
+    """Return what a budget buys as steps, from 0 to 1; at most `LINES` of them.
+
+    Args:
+        title: Above the panel.
+        lines: The steps.
+        description: The message in words.
+        x: Label below.
+        y: Label at the left, written above the axis.
+    """
+    end = max(line.points[-1][0] for line in lines) * 1.05
+    with panel(title, 2.8) as (figure, axes):
+        for line, (colour, style, width) in zip(lines, _STYLES, strict=False):
+            budgets, values = zip(*line.points, (end, line.points[-1][1]), strict=True)
+            axes.step(budgets, values, where="post", color=colour, linestyle=style, linewidth=width, label=label(line.name))
+        axes.set_xlabel(label(x, 40))
+        axes.text(0.0, 1.0, label(y, 40), transform=axes.transAxes, va="bottom", fontsize=10, color=MUTED)
+        axes.set_title(label(title, 40), pad=18)
+        axes.set_xlim(left=0)
+        axes.set_ylim(-0.02, 1.02)
         axes.locator_params(nbins=5)
         if len(lines) > 1:
             _legend(figure, axes)

@@ -12,6 +12,7 @@ from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.report.blocks import Block, Note, Section, render
 from pharmacist_ray.report.comparison import comparison
 from pharmacist_ray.report.facts import data, reproduce, what_ran
+from pharmacist_ray.report.redteam import redteam
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.scores import read_scores
 from pharmacist_ray.report.selection import distributions, examples
@@ -59,6 +60,7 @@ def _sections(files: RunFiles) -> list[tuple[Section, Callable[[], list[Block]]]
         (Section("examples", "Kept and dropped", by("select")), lambda: scored(examples)),
         (Section("comparison", "What the selection is worth", by("evaluate")), lambda: comparison(files)),
         (Section("search", "Search", by("search")), lambda: search(files)),
+        (Section("redteam", "The attacker's search", by("redteam")), lambda: redteam(files)),
         (Section("training", "Training", by("fit")), lambda: training(files)),
         (Section("reproduce", "How to reproduce", by("run")), lambda: reproduce(files)),
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler
 
-from pharmacist_ray.config.schema import EarlyConfig, SearchConfig
+from pharmacist_ray.config.schema import EarlyConfig
 from pharmacist_ray.data.rows import count_rows, iterate_rows, parquet_files, sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
@@ -32,13 +32,18 @@ SIGNAL, LOOKS = "early_hs", "looks"
 """What a trial reports to Ray Tune: its early harmful score, and 1 for the early look or 2 at its end."""
 
 
-def asha(early: EarlyConfig) -> ASHAScheduler:
-    """Return Ray Tune's scheduler with one rung, the early look."""
+def asha(early: EarlyConfig, mode: str = "min") -> ASHAScheduler:
+    """Return Ray Tune's scheduler with one rung, the early look.
+
+    Args:
+        early: What is looked at.
+        mode: ``min`` keeps trials with a low harmful score, ``max`` those with a high one, which an attacker wants.
+    """
     factor = early.reduction_factor
-    return ASHAScheduler(time_attr=LOOKS, metric=SIGNAL, mode="min", max_t=2, grace_period=1, reduction_factor=factor)
+    return ASHAScheduler(time_attr=LOOKS, metric=SIGNAL, mode=mode, max_t=2, grace_period=1, reduction_factor=factor)
 
 
-def look(run: Run, search: SearchConfig) -> float:
+def look(run: Run, early: EarlyConfig) -> float:
     """Return the early harmful score of a trial whose models are aligned: run one attack and ask a part of the harmful prompts.
 
     The attack is the one that the whole trial needs; only the few answers are given twice if the trial goes on. Of a trial that was
@@ -46,16 +51,16 @@ def look(run: Run, search: SearchConfig) -> float:
 
     Args:
         run: The trial's run.
-        search: The search section.
+        early: Which attack, and how many of the prompts.
 
     Raises:
         DataError: No answer was judged.
     """
     settings = run.config.evaluation
     assert settings is not None  # `check_space` looked
-    only = Run(run.config.model_copy(update={"attacks": [early_attack(search, run.config)]}), base=run.base)
+    only = Run(run.config.model_copy(update={"attacks": [early_attack(early, run.config)]}), base=run.base)
     run_attack(only)
-    rows = asked(run, search.early.prompts)
+    rows = asked(run, early.prompts)
     place = run.root / "search" / "early" / digest([row.id for row in rows])[:8]
 
     def folder(variant: Variant) -> StoragePath:

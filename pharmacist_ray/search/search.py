@@ -7,10 +7,8 @@ So resuming is doing it again: a finished trial answers from its record at once,
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,10 +23,9 @@ from pharmacist_ray.config.schema import Config, ResourcesConfig, SearchConfig
 from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import bar, console, escaped, followed, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.session import TRIAL_CPUS, connected, needed_by
+from pharmacist_ray.pipeline.session import connected, needed_by
 from pharmacist_ray.pipeline.stages import check, run_fit, run_ingest, run_score, run_select
-from pharmacist_ray.runtime.workers import storage_of
-from pharmacist_ray.search.early import LOOKS, SIGNAL, asha
+from pharmacist_ray.search.early import SIGNAL, asha
 from pharmacist_ray.search.front import OBJECTIVES, on_front, recommend
 from pharmacist_ray.search.space import (
     Point,
@@ -41,8 +38,9 @@ from pharmacist_ray.search.space import (
     trial_config,
     trial_name,
 )
-from pharmacist_ray.search.trial import Record, read_record, read_records, record_file, run_trial, write_record
-from pharmacist_ray.storage import StoragePath, json_of, remove_tree, write_parquet, write_text
+from pharmacist_ray.search.trial import Record, read_records, record_file, run_trial, write_record
+from pharmacist_ray.search.tuning import run_trials
+from pharmacist_ray.storage import StoragePath, json_of, write_parquet, write_text
 
 NUMBERS = [f"{name}{end}" for name in ("worst_hs", "mean_hs", "task_accuracy", "over_refusal") for end in ("", "_low", "_high")]
 """A trial's numbers with their intervals."""
@@ -138,26 +136,16 @@ def _prepare(run: Run, points: Sequence[Point]) -> None:
 def _tune(run: Run, points: Sequence[Point], read: Callable[[], list[Record]]) -> None:
     """Let Ray Tune run the trials; it returns when all have ended, one way or the other."""
     search = section(run.config)
-    # Ctrl-C ends the search here as everywhere; and the trials' records are all that is kept.
-    os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    storage = run.root / "search" / ".tune"
-    settings: dict[str, Any] = {"max_concurrent_trials": search.concurrent, "reuse_actors": True}
+    settings: dict[str, Any] = {}
     if points:
         space: dict[str, Any] = {"number": tune.grid_search(list(range(len(points))))}
     else:
         space = {}
         settings |= {"search_alg": _optuna(search, read()), "num_samples": search.trials}
-    callbacks = []
     if search.scheduler == "asha":
         settings |= {"scheduler": asha(search.early)}
-        callbacks = [_Stopped(run.root)]
-    work = tune.with_resources(tune.with_parameters(_trial, base=run, points=list(points)), {"CPU": TRIAL_CPUS})
-    run_config = tune.RunConfig(name=uuid.uuid4().hex[:8], **storage_of(storage), verbose=0, callbacks=callbacks)
-    try:
-        tune.Tuner(work, param_space=space, tune_config=tune.TuneConfig(**settings), run_config=run_config).fit()
-    finally:
-        remove_tree(storage)
+    work = tune.with_parameters(_trial, base=run, points=list(points))
+    run_trials(work, space, root=run.root, kind="search", concurrent=search.concurrent, **settings)
 
 
 def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, Any]:
@@ -167,21 +155,6 @@ def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, A
     if points:
         return run_trial(base, points[drawn["number"]], report=report)
     return run_trial(base, decoded(search, drawn), drawn, report)
-
-
-class _Stopped(tune.Callback):  # type: ignore[misc]  # Ray has no types
-    """Writes down that a trial was stopped: its own process ends where it reported."""
-
-    def __init__(self, root: StoragePath) -> None:
-        self.root = root
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Mark the record of a trial that Ray Tune ended after the early look; one that fails comes to ``on_trial_error``."""
-        last = trial.last_result or {}
-        if last.get(LOOKS) == 1:
-            file = record_file(self.root, last["trial"])
-            if (record := read_record(file)).get("status") == "running":
-                write_record(file, record | {"status": "stopped"})
 
 
 def _optuna(search: SearchConfig, before: Sequence[Record]) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ray import tune
 
 from pharmacist_ray.config.load import assign, located, parse_config
-from pharmacist_ray.config.schema import AttackConfig, Config, RangeConfig, SearchConfig
+from pharmacist_ray.config.schema import AttackConfig, Config, EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.scoring import arm_of
 from pharmacist_ray.errors import ConfigError, unknown_name
 from pharmacist_ray.pipeline.artifacts import digest
@@ -21,6 +21,27 @@ from pharmacist_ray.training.objectives import sections_of, settings_of
 
 Point = dict[str, Any]
 """Dotted key → value: what a trial has otherwise than the configuration."""
+
+
+class Space(Protocol):
+    """What points are drawn from: the section of a search, or of the red team."""
+
+    @property
+    def space(self) -> dict[str, list[Any] | RangeConfig]:
+        """Key → the values to try, or a range."""
+
+    @property
+    def algorithm(self) -> str:
+        """``grid`` takes every combination, ``random`` draws; with any other one the points are not known beforehand."""
+
+    @property
+    def trials(self) -> int | None:
+        """How many are drawn."""
+
+    @property
+    def seed(self) -> int:
+        """Of the draws."""
+
 
 NOT_VARIED = {
     "run_dir": "trials share it",
@@ -80,18 +101,18 @@ def resolved(config: Config, point: Mapping[str, Any]) -> tuple[Point, Config]:
     return {key: _look_up(values, key) for key in point}, trial
 
 
-def early_attack(search: SearchConfig, trial: Config) -> AttackConfig:
+def early_attack(early: EarlyConfig, trial: Config) -> AttackConfig:
     """Return the attack after which a trial is looked at early.
 
     Args:
-        search: The search section.
+        early: What is looked at.
         trial: The trial's configuration.
 
     Raises:
         ConfigError: The trial has no attack of that name.
     """
     names = {attack.name: attack for attack in trial.attacks}
-    name = search.early.attack or next(iter(names))
+    name = early.attack or next(iter(names))
     if name not in names:
         raise unknown_name("attack of search.early.attack", name, list(names))
     return names[name]
@@ -107,7 +128,7 @@ def described(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in point.items())
 
 
-def listed(search: SearchConfig) -> list[Point]:
+def listed(search: Space) -> list[Point]:
     """Return the points that are known beforehand: all of a grid, or the draws of a random search, every point once."""
     if search.algorithm == "grid":
         lists = [[(key, value) for value in choice] for key, choice in search.space.items() if isinstance(choice, list)]
@@ -125,7 +146,7 @@ def listed(search: SearchConfig) -> list[Point]:
     return list(found.values())
 
 
-def domains(search: SearchConfig) -> dict[str, Any]:
+def domains(search: Space) -> dict[str, Any]:
     """Return what Ray Tune draws from; a list is drawn by place, for Optuna knows only plain values."""
     return {
         key: tune.choice(list(range(len(choice)))) if isinstance(choice, list) else _domain(choice)
@@ -133,7 +154,7 @@ def domains(search: SearchConfig) -> dict[str, Any]:
     }
 
 
-def decoded(search: SearchConfig, drawn: Mapping[str, Any]) -> Point:
+def decoded(search: Space, drawn: Mapping[str, Any]) -> Point:
     """Return a point from what was drawn for it."""
     point = {}
     for key, choice in search.space.items():
@@ -166,11 +187,11 @@ def check_space(run: Run) -> list[Point]:
             if key == prefix or key.startswith(f"{prefix}."):
                 raise ConfigError(f"search.space: '{key}' cannot be varied: {why}")
     points = listed(search)
-    for point in points or _probes(search):
+    for point in points or probes(search):
         settled_point, trial = resolved(config, point)
         try:
             check(Run(trial, base=run))
-            early_attack(search, trial)
+            early_attack(search.early, trial)
             sections = sections_of(trial.defences)
             for name, parameters in trial.alignment.parameters.items():
                 for objective in sections[name]:
@@ -180,7 +201,7 @@ def check_space(run: Run) -> list[Point]:
     return points
 
 
-def _probes(search: SearchConfig) -> Iterator[Point]:
+def probes(search: Space) -> Iterator[Point]:
     """Yield the first value of every key, and that with each other value or end, one at a time."""
     values = {key: choice if isinstance(choice, list) else list(choice.ends) for key, choice in search.space.items()}
     first = {key: one[0] for key, one in values.items()}

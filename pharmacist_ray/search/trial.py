@@ -63,24 +63,52 @@ def run_trial(
     same, status = known.get("fingerprint") == fingerprint, known.get("status")
     if same and (status == "finished" or (status == "stopped" and report and known["early"] == how)):
         if report:  # those that come later are compared with it
-            seen = show(known[SIGNAL] if known.get("early") == how else look(run, search))
+            seen = show(known[SIGNAL] if known.get("early") == how else look(run, search.early))
         return seen | {name: known[name] for name in OBJECTIVES if name in known}
     record: Record = {"trial": file.stem, "status": "running", "fingerprint": fingerprint, "parameters": point}
     record |= {"drawn": dict(drawn or {}), "started_at": time.time()}
+
+    def before(stage: str) -> None:
+        nonlocal seen
+        if stage == "attack" and report:
+            write_record(file, record | {"stage": "early look"})
+            record.update({"early": how, SIGNAL: look(run, search.early)})
+            write_record(file, record | {"stage": "early look", "seconds": round(time.time() - record["started_at"], 3)})
+            seen = show(record[SIGNAL])
+
+    go_through(run, file, record, before, measured)
+    return seen | {name: record[name] for name in OBJECTIVES}
+
+
+def go_through(
+    run: Run,
+    file: StoragePath,
+    record: Record,
+    before: Callable[[str], None],
+    measure: Callable[[Sequence[Mapping[str, Any]]], Record],
+) -> None:
+    """Take a trial through all stages, and keep its record, which ends with its numbers or with what went wrong.
+
+    Args:
+        run: The trial's run.
+        file: Where the record lies.
+        record: It, filled in place.
+        before: Called before each stage with its name; what it raises ends the trial.
+        measure: Makes the numbers out of the evaluation's ``table.json``.
+
+    Raises:
+        PharmacistError: What a stage raised, after it was recorded.
+    """
     started = time.perf_counter()
     try:
-        with connected(config.resources):
+        with connected(run.config.resources):
             for stage, work in STAGES.items():
                 if stage == "report":
                     continue
-                if stage == "attack" and report:
-                    write_record(file, record | {"stage": "early look"})
-                    record |= {"early": how, SIGNAL: look(run, search)}
-                    write_record(file, record | {"stage": "early look", "seconds": round(time.perf_counter() - started, 3)})
-                    seen = show(record[SIGNAL])
+                before(stage)
                 write_record(file, record | {"stage": stage})
                 work(run)
-        record |= {"status": "finished"} | measured(json_of(run.evaluated.folder / "table.json"))
+        record |= {"status": "finished"} | measure(json_of(run.evaluated.folder / "table.json"))
     except Exception as error:
         # Ours are one line; a bug keeps its traceback, beside the record.
         text = str(error) if isinstance(error, PharmacistError) else f"{type(error).__name__}: {error}; see {file.stem}.log"
@@ -90,7 +118,6 @@ def run_trial(
     finally:
         if record["status"] != "running":  # what was stopped from outside is not over
             write_record(file, record | {"seconds": round(time.perf_counter() - started, 3)})
-    return seen | {name: record[name] for name in OBJECTIVES}
 
 
 def measured(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -123,9 +150,9 @@ def measured(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def record_file(root: StoragePath, trial: str) -> StoragePath:
-    """Return where a trial's record lies."""
-    return root / "search" / "trials" / f"{trial}.json"
+def record_file(root: StoragePath, trial: str, kind: str = "search") -> StoragePath:
+    """Return where the record of a trial of a kind lies, of the ``search`` or of the ``redteam``."""
+    return root / kind / "trials" / f"{trial}.json"
 
 
 def read_record(file: StoragePath) -> Record:
@@ -136,9 +163,9 @@ def read_record(file: StoragePath) -> Record:
         return {}
 
 
-def read_records(root: StoragePath) -> list[Record]:
-    """Return all records of a search, in the order in which the trials started."""
-    found = [read_record(file) for file in matching(root / "search" / "trials", "*.json")]
+def read_records(root: StoragePath, kind: str = "search") -> list[Record]:
+    """Return all records of a kind, in the order in which the trials started."""
+    found = [read_record(file) for file in matching(root / kind / "trials", "*.json")]
     return sorted((record for record in found if record), key=lambda record: record["started_at"])
 
 

@@ -157,7 +157,7 @@ def test_the_attack_of_the_early_look_must_be_one_of_the_suite(config_of):
     found = refused(config_of({"selection.ratio": [0.2]}, early={"attack": "p11"}))
     assert "unknown attack of search.early.attack 'p11' (did you mean 'p10'?)" in found
     config = config_of({"selection.ratio": [0.2]})
-    assert early_attack(config.search, config).name == "p10"
+    assert early_attack(config.search.early, config).name == "p10"
 
 
 def test_a_search_needs_its_section_and_something_to_judge_by(config_of):
