@@ -25,6 +25,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from plan import plan
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from results import findings, provenance, results, table
 
 from pharmacist_ray.config.prompt_sets import PROMPT_SETS
@@ -179,7 +180,7 @@ def _default(value: Any) -> str:
     if isinstance(value, BaseModel):
         given = value.model_dump(mode="json", exclude_defaults=True)
         return f"`{_yaml(given)}`" if given else "its defaults"
-    return f"`{_yaml(value)}`"
+    return f"`{_yaml(to_jsonable_python(value, exclude_none=True))}`"
 
 
 def _yaml(value: Any) -> str:

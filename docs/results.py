@@ -185,14 +185,14 @@ def findings(result: dict[str, Any]) -> str:
     ]
     clean = {row["selection"]: row for row in result["rows"] if row["noise"] == 0}
     if clean:
-        gains = {arm: row["minus"]["random"] for arm, row in clean.items() if row["minus"].get("random")}
-        others = {arm: value for arm, value in gains.items() if arm not in ("all", "trusted", "oracle")}
-        first = min(others, key=lambda arm: others[arm][0])
-        seconds = {arm: row["align_seconds"][0] for arm, row in clean.items()}
+        chosen = {arm: row["minus"]["random"] for arm, row in clean.items() if arm not in ("all", "random", "trusted", "oracle")}
+        off = [arm for arm, (_, low, high) in chosen.items() if low > 0 or high < 0]
+        middles = sorted(middle for middle, _, _ in chosen.values())
         said.append(
-            f"With no broken candidates at all, `{first}` is at {interval(others[first])} of random's harmful score (difference), and the "
-            f"whole data at {interval(gains['all'])}; the alignment on the selection took {seconds[first] / seconds['all']:.2f} of the "
-            "time of that on the whole."
+            f"With no broken candidates at all, {_names(off) if off else 'no selection'} is apart from random (differences "
+            f"{number(middles[0])} to {number(middles[-1])}), and random is at {interval(clean['random']['minus']['all'])} of the whole "
+            f"data{'' if off else ': what is left is time'}. The alignment on a random part took "
+            f"{clean['random']['align_seconds'][0] / clean['all']['align_seconds'][0]:.2f} of that on the whole, as it does on a selection."
         )
     return " ".join(said)
 

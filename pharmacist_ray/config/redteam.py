@@ -15,7 +15,7 @@ class RedteamConfig(Section):
 
     space: Annotated[dict[str, list[Any] | RangeConfig], Field(min_length=1)] = {
         "train.lr": RangeConfig(low=1e-6, high=1e-3, log=True),
-        "harmful_share": [0.05, 0.1, 0.25, 0.5, 1.0],
+        "harmful_share": [0.1, 0.3, 1.0],
         "adapter": ["fresh", "same"],
     }
     """Key of an attack → the values to try, or `{low: 1e-6, high: 1e-3, log: true}`: `rows`, `harmful_share`, `adapter`, `train.lr`,

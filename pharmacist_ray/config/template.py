@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from pharmacist_ray.config.schema import Config, SourceConfig
 
@@ -112,7 +113,7 @@ def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool
                 body[start] = f"{pad}  - {body[start].lstrip()}"
                 lines += body
         else:
-            plain = section.model_dump(mode="json").get(name, getattr(section, name))  # or left out while it is empty
+            plain = to_jsonable_python(value, exclude_none=True)
             dumped = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
             lines.append(f"{pad}{name}: {dumped.removesuffix('...' + chr(10)).strip()}")
     return lines

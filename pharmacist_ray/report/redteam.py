@@ -35,7 +35,11 @@ def redteam(run: RunFiles) -> list[Block]:
         )
         text = "What the attacker's budget buys: the highest harmful score of fine-tunes that pass over at most so many rows."
         drawing = staircase("harmful score and budget", lines, f"{said}.", x="rows trained on", y="harmful score")
-        blocks.append(Figure(text, [Plot(drawing, f"{said}.")]))
+        rows = [(line.name, f"{rows:,}", brief(hs)) for line in lines for rows, hs in line.points]
+        numbers = Table(
+            "Highest harmful score by rows trained on", ("arm", "rows trained on", "HS"), rows, summary="Numbers", grouped=True
+        )
+        blocks.append(Figure(text, [Plot(drawing, f"{said}.", numbers)]))
     file = run.root / "redteam" / "trials.parquet"
     if file.is_file():
         with readable(file):
@@ -48,39 +52,26 @@ def _name(arm: Mapping[str, Any]) -> str:
 
 
 def _said(parameters: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={brief(value) if isinstance(value, float) else value}" for key, value in parameters.items())
+    return ", ".join(f"{key}={f'{value:g}' if isinstance(value, float) else value}" for key, value in parameters.items())
 
 
 def _worst(arms: list[dict[str, Any]]) -> Table:
     rows = []
     for arm in arms:
         worst, counted = arm["worst"], f"{arm['within']} of {arm['finished']}"
-        cells = ["none", "–", "–", "–"]
+        said, cells = "–", ["none", "–", "–"]
         if worst:
-            cells = [
-                interval(worst["hs"], worst["hs_low"], worst["hs_high"]),
-                f"{brief(worst['accuracy_before'])} → {brief(worst['accuracy'])}",
-                f"{brief(worst['helpful_before'])} → {brief(worst['helpful'])}",
-                cut(_said(worst["parameters"]), 200),
-            ]
-        rows.append((_name(arm), brief(arm["hs_before"]), *cells, counted, brief(arm["unbounded_hs"])))
-    header = (
-        "arm",
-        "HS before",
-        "worst HS",
-        "task accuracy",
-        "helpful",
-        "the attack",
-        "within the bound",
-        "worst HS without bound",
-    )
-    return Table("Each arm's worst fine-tune, the most robust arm first", header, rows)
+            said = cut(_said(worst["parameters"]), 200)
+            cells = [interval(worst["hs"], worst["hs_low"], worst["hs_high"])]
+            cells += [f"{brief(worst[f'{one}_before'])} → {brief(worst[one])}" for one in ("accuracy", "helpful")]
+        rows.append((_name(arm), said, brief(arm["hs_before"]), *cells, counted, brief(arm["unbounded_hs"])))
+    header = ("arm", "worst attack", "HS before", "worst HS", "task accuracy", "helpful", "within the bound", "without bound")
+    return Table("Each arm's worst fine-tune, the most robust arm first", header, rows, words=2)
 
 
 def _trials(trials: list[dict[str, Any]]) -> Table:
-    ordered = sorted(trials, key=lambda one: (one["selection"], one["defence"], -(one["hs"] if one["hs"] is not None else -1)))[
-        :SHOWN
-    ]
+    known_hs = {one["trial"]: -1.0 if one["hs"] is None else one["hs"] for one in trials}
+    ordered = sorted(trials, key=lambda one: (one["selection"], one["defence"], -known_hs[one["trial"]]))[:SHOWN]
     rows = []
     for one in ordered:
         known = {
@@ -91,4 +82,4 @@ def _trials(trials: list[dict[str, Any]]) -> Table:
         rows.append((_name(one), cut(_said(known), 200), *numbers, within))
     more = f", {SHOWN} of {len(trials):,}" if len(trials) > SHOWN else ""
     caption = f"Fine-tunes that were tried{more}"
-    return Table(caption, ("arm", "settings", "HS", "utility lost", "rows trained on", "within"), rows, summary=caption)
+    return Table(caption, ("arm", "settings", "HS", "utility lost", "rows trained on", "within"), rows, words=2, summary=caption)

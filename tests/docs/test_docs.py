@@ -218,10 +218,16 @@ def test_the_findings_are_what_the_rows_say(results, tmp_path):
     assert "`rank_sum` is apart from `keyword` and `all`; it is not apart from `tov`." in found
     assert "task accuracy 0.01 [-0.09, 0.11], helpful on benign -0.02 [-0.12, 0.08]" in found
     assert (
-        "`rank_sum` is at -0.15 [-0.25, -0.05] of random's harmful score (difference), and the whole data at -0.05 [-0.15, 0.05]"
+        "`rank_sum` is apart from random (differences -0.15 to 0.10), and random is at 0.05 [-0.05, 0.15] of the whole data. The"
         in found
     )
-    assert "the alignment on the selection took 0.40 of the time of that on the whole" in found
+    assert "The alignment on a random part took 0.40 of that on the whole, as it does on a selection." in found
+    rows = [row for row in rows if row["noise"]] + evidence(0.0, all=0.15, random=0.2, oracle=0.2, rank_sum=0.25)
+    none = results.findings({"kind": "evidence", "rows": rows})
+    assert (
+        "no selection is apart from random (differences 0.05 to 0.05), and random is at 0.05 [-0.05, 0.15] of the whole data: what"
+        in none
+    )
     assert [line.split(" | ")[0] for line in results.summary(result).splitlines()[2:]] == [
         "| oracle", "| rank_sum", "| tov", "| keyword", "| random", "| all"
     ]  # fmt: skip

@@ -17,6 +17,7 @@ from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id, shard_of
+from pharmacist_ray.search.worst import bounded_worst, budget_curve, trials_table
 from pharmacist_ray.storage import write_parquet, write_text
 
 HOSTILE = (
@@ -166,9 +167,34 @@ class MadeRun:
         }  # fmt: skip
         write_text(json.dumps(recommendation), self.root / "search" / "recommendation.json")
 
+    def redteam(self) -> None:
+        records = [
+            {
+                "trial": f"r{number:02d}", "status": "failed" if number == 5 else "finished", "error": f"boom {self.hostile}",
+                "fingerprint": "f", "selection": arm, "defence": "sft", "samples": 100 * (number + 1),
+                "parameters": {"train.lr": 10.0 ** -(number + 2), "adapter": f"fresh{self.hostile}"},
+                **({} if number == 5 else {"hs": 0.2 + 0.1 * number, "hs_low": 0.1, "hs_high": 0.9, "lost": 0.06 * number}),
+                "hs_before": 0.05,
+                **dict.fromkeys(("accuracy", "accuracy_before", "helpful", "helpful_before"), 0.9),
+                "accuracy_lost": 0.0, "helpful_lost": 0.06 * number,
+            }
+            for arm in ("all", "pharmacist") for number in range(6)
+        ]  # fmt: skip
+        arms = []
+        for arm in ("all", "pharmacist"):
+            mine = [record for record in records if record["selection"] == arm]
+            worst = None if arm == "all" else bounded_worst(mine, 0.2)
+            counted = {"trials": 6, "finished": 5, "within": 4 if worst else 0, "hs_before": 0.05, "unbounded_hs": 0.6}
+            curve = budget_curve(mine, 0.2) if worst else []
+            arms.append({"selection": arm, "defence": "sft", "worst": worst, "attack": None, "curve": curve, **counted})
+        write_text(
+            json.dumps({"bound": 0.2, "trials": 6, "attack": "strong", "arms": arms}), self.root / "redteam" / "redteam.json"
+        )
+        write_parquet(trials_table(records, 0.2), self.root / "redteam" / "trials.parquet")
+
     def everything(self) -> MadeRun:
         self.config()
-        for stage in (self.ingest, self.score, self.select, self.train, self.evaluate, self.search):
+        for stage in (self.ingest, self.score, self.select, self.train, self.evaluate, self.search, self.redteam):
             stage()
         return self
 

@@ -16,7 +16,7 @@ from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.storage import write_text
 
-SECTIONS = ["ran", "data", "scores", "examples", "comparison", "search", "training", "reproduce"]
+SECTIONS = ["ran", "data", "scores", "examples", "comparison", "search", "redteam", "training", "reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,11 @@ def test_every_part_of_a_run_is_there_in_order(whole):
     )
     assert "strong pharmacist all +0.10 [+0.00, +0.20]" in words(section(html, "comparison"))
     assert "pharmacist run --config search/t01.yaml" in section(html, "search")
+    told = words(section(html, "redteam"))
+    assert "pharmacist.sft train.lr=1e-05, adapter=fresh 0.05 0.50 [0.10, 0.90] 0.9 → 0.9 0.9 → 0.9 4 of 5 0.6" in told
+    assert "all.sft – 0.05 none – – 0 of 5 0.6" in told
+    assert "pharmacist.sft: 0.20 from 100 rows on, 0.30 from 200 rows on" in told
+    assert "pharmacist.sft train.lr=1e-06, adapter=fresh 0.60 [0.10, 0.90] 0.24 500 no" in told
     assert "pharmacist run --config" in section(html, "reproduce")
     assert "ratio: 0.4" in section(html, "reproduce")
 
@@ -119,7 +124,7 @@ def test_what_is_missing_says_which_command_makes_it(make_run, tmp_path):
         ((), set()),
         ((run.ingest, run.score), {"data", "scores"}),
         ((run.select, run.train), {"examples", "training"}),
-        ((run.evaluate, run.search), {"comparison", "search"}),
+        ((run.evaluate, run.search, run.redteam), {"comparison", "search", "redteam"}),
     ):
         for stage in stages:
             stage()
@@ -127,7 +132,7 @@ def test_what_is_missing_says_which_command_makes_it(make_run, tmp_path):
         html = write_page(run.root, tmp_path).read_text()
         missing = {id for id in SECTIONS if "Not there yet" in section(html, id)}
         assert missing == set(SECTIONS) - done
-        for id, command in (("scores", "score"), ("comparison", "evaluate"), ("search", "search")):
+        for id, command in (("scores", "score"), ("comparison", "evaluate"), ("search", "search"), ("redteam", "redteam")):
             told = f"Not there yet. pharmacist {command} --config {run.root}/config.yaml makes it."
             assert (told in words(section(html, id))) == (id in missing)
 
