@@ -42,6 +42,7 @@ from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import StoragePath, disk_full_errors, local_copy, replacing, storage_path, write_parquet, write_text
 from pharmacist_ray.training.loop import run_task
@@ -132,13 +133,14 @@ def fit(
         selector=selector,
         **common,  # type: ignore[arg-type]
     )
-    run_on_workers(_work, (tasks, job), name="fit", storage=out / "ray", resources=resources)
+    peak = run_on_workers(_work, (tasks, job), name="fit", storage=out / "ray", resources=resources)
     summary = {
         "mode": selector.mode,
         "checkpoints": selector.checkpoints,
         "directions": list(DIRECTIONS),
         "intensity": selector.intensity,
         "warmup_rows": counts.get("warmup", 0),
+        "usage": {"peak_bytes": peak},
         "parts": [part for part in PARTS if all((out / file).exists() for file in part_files(selector, part))],
     }
     write_text(json.dumps(summary, indent=1), out / "selector.json")
@@ -190,7 +192,8 @@ def check_learnt(parts: Collection[str], selector: SelectorConfig, candidates: C
             )
 
 
-def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
+def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> int:
+    """Make what is missing, and return the most memory that a worker held."""
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
@@ -200,6 +203,7 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> None:
         for part in LEARNT:
             if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
                 _learn(job, part, ranks)
+    return int(ranks.gather(torch.tensor([peak_bytes()], dtype=torch.float64, device=ranks.device)).max())
 
 
 def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:

@@ -36,6 +36,7 @@ from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, parquet_metadata, read_table, row_count, storage_path, write_parquet
 
 RETRIES = 100
@@ -56,6 +57,8 @@ class ScoreReport:
     quarantined: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     """Quarantined rows by reason: ``scorer_error``, ``crashed_scorer`` or ``out_of_memory``."""
+    usage: dict[str, float] = field(default_factory=dict)
+    """``tokens_per_s`` of an actor, and ``peak_bytes`` of the largest; empty where nothing was left to score."""
 
 
 def score(
@@ -100,7 +103,7 @@ def score(
     beside = parquet_files(planted) if planted else []
     units = _missing(shards, out) + (_missing(beside, planted_scores(out), planted=True) if beside else [])
     total = len(shards) + len(beside)
-    done = total - len(units)
+    done, taken = total - len(units), list[dict[str, Any]]()
     if progress:
         progress(done, total)
     if units:
@@ -111,6 +114,7 @@ def score(
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
         for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
             done += 1
+            taken.append(scored)
             if say and scored["attempt"] > 1:
                 say(f"score: a worker died over {scored['shard']}; it was scored again (attempt {scored['attempt']})")
             if say and scored["quarantined"]:
@@ -126,9 +130,8 @@ def score(
         say(f"score: {rows} rows in = {rows - quarantined} scored + {quarantined} quarantined ({broken}; see {_quarantine(out)})")
     if quarantined and quarantined == rows:
         raise DataError(f"none of the {rows} candidates can be scored; {_quarantine(out)} has the reason of each")
-    return ScoreReport(
-        rows, len(shards), columns_of(scoring, selector), time.perf_counter() - started, quarantined, dict(reasons)
-    )
+    columns, seconds = columns_of(scoring, selector), time.perf_counter() - started
+    return ScoreReport(rows, len(shards), columns, seconds, quarantined, dict(reasons), put_together(taken))
 
 
 def planted_scores(out: StoragePath) -> StoragePath:
@@ -219,6 +222,7 @@ class ShardScorer:
 
         self.needs_model = needs_model(scoring.scorers)
         self.loaded = False
+        self.usage = Usage()
 
     @cached_property
     def probe(self) -> Probe:
@@ -227,6 +231,7 @@ class ShardScorer:
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Score a shard, one of planted rows by the scores that are calibrated alone, and return what became of it."""
+        self.usage.taken()
         shard = storage_path(str(unit["shard"]))
         rows = rows_from_table(read_table(shard, schema=ROW_SCHEMA))
         planted = unit.get("planted", False)
@@ -235,7 +240,7 @@ class ShardScorer:
         columns_by = partial(self._columns, calibration_columns(self.scoring.scorers) if planted else self.scoring.scorers)
         if not self.needs_model or not rows:
             write_parquet(pa.table(_in_full(range(len(rows)), rows, columns_by(rows))), out)
-            return {"shard": shard.name, "rows": len(rows), "quarantined": 0, "attempt": 1}
+            return {"shard": shard.name, "rows": len(rows), "quarantined": 0, "attempt": 1} | self.usage.taken()
         isolation = Isolation(shard.name, rows, attempt_file(out))
         if not self.loaded:
             isolation.load(lambda: self.probe)
@@ -244,11 +249,14 @@ class ShardScorer:
         quarantined = isolation.quarantine(_quarantine(folder) / shard.name)
         write_parquet(pa.table(_in_full(places, rows, columns)), out)
         isolation.done()
-        return {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
+        done = {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
+        return done | self.usage.taken()
 
     def _columns(self, scorers: Sequence[str], rows: Sequence[Row]) -> dict[str, Sequence[float]]:
         probe = self.probe if self.needs_model and rows else None
         signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted, guard=self.scoring.guard)
+        if probe is not None:
+            self.usage.tokens += signals.tokens
         columns: dict[str, Sequence[float]] = {}
         for name in scorers:
             if name == "random":

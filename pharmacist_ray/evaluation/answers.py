@@ -24,6 +24,7 @@ from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
 
 PROMPTS_PER_UNIT = 512
@@ -72,7 +73,7 @@ def answer_all(
     resources: ResourcesConfig,
     judgements: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> dict[str, float]:
     """Write ``<folder>/<set>-<start>.parquet`` (`ANSWER_SCHEMA`) for every model and prompt set; what is there stays.
 
     Args:
@@ -82,6 +83,9 @@ def answer_all(
         resources: Actors and what each may use.
         judgements: The folder in which the replies of endpoints are kept.
         progress: Called with (units done, units in all).
+
+    Returns:
+        ``tokens_per_s`` of an actor, prompts and answers together, and ``peak_bytes`` of the largest; empty where all was there.
     """
     wanted = [
         GenerationUnit(str(folder), model, kind, str(rows), start, str(folder / f"{kind}-{start:06d}.parquet"))
@@ -92,7 +96,7 @@ def answer_all(
     missing = [unit for unit in wanted if not storage_path(unit.file).exists()]
     done = len(wanted) - len(missing)
     if not missing:
-        return
+        return {}
     # A model's units lie side by side in one block, so that an actor loads it once.
     blocks: dict[str, list[GenerationUnit]] = {}
     for unit in missing:
@@ -104,10 +108,13 @@ def answer_all(
     actors = max(1, min(resources.actors, len(groups)))
     spec = AnswerSpec(settings, device, threads, judgements, actors)
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
+    taken = []
     for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
         done += answered["units"]
+        taken.append(answered)
         if progress:
             progress(done, len(wanted))
+    return put_together(taken)
 
 
 class Answerer:
@@ -126,6 +133,7 @@ class Answerer:
         self.model: tuple[ModelRef, Any, Renderer] | None = None
         self.prompts: dict[str, list[Row]] = {}
         self.budget = TokenBudget()
+        self.usage = Usage()
         self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges]
 
     def _judge_settings(self, config: JudgeConfig) -> JudgeSettings:
@@ -137,10 +145,11 @@ class Answerer:
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Answer a group of units and return how many it has."""
         group = self.groups[unit["group"]]
+        self.usage.taken()
         for one in group:
             if not storage_path(one.file).exists():  # or an actor that died in this group had answered it
                 write_parquet(self._answer(one), storage_path(one.file))
-        return {"units": len(group)}
+        return {"units": len(group)} | self.usage.taken()
 
     def _answer(self, unit: GenerationUnit) -> pa.Table:
         if self.model is None or self.model[0] != unit.model:
@@ -149,15 +158,17 @@ class Answerer:
         _, model, renderer = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
+        prompts = [renderer.prompt_ids(row) for row in rows]
         answers = generate(
             model,
             renderer.tokenizer,
-            [renderer.prompt_ids(row) for row in rows],
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             end_id=renderer.end_id,
             budget=self.budget,
         )
+        self.usage.tokens += sum(map(len, prompts)) + sum(len(renderer.tokenizer(one).input_ids) for one in answers)
         answers = [without_thoughts(answer) for answer in answers]
         table: dict[str, list[Any]] = {
             "set": [unit.set] * len(rows),

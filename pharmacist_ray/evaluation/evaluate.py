@@ -86,7 +86,7 @@ def evaluate(
         ConfigError: No harmful prompt has the column for groups, or for clusters.
     """
     marks = {name: _marks(rows, settings, name == "harmful") for name, rows in prompts.items()}
-    answer_all(
+    usage = answer_all(
         {subject.answers: subject.model for subject in subjects},
         prompts,
         settings=settings,
@@ -108,6 +108,7 @@ def evaluate(
         "records": len(records),
         "judges": [_described(judge) for judge in settings.judges],
         "unjudged": sum(one.verdict == "unjudged" for answers in judged.values() for one in answers if one.kind != "task"),
+        "usage": usage,
         "warnings": [warning for cell in cells.values() for warning in cell.facts.get("warnings", [])],
     }
     if len(settings.judges) > 1:

@@ -31,6 +31,7 @@ def what_ran(run: RunFiles) -> list[Block]:
             found.setdefault(name, set()).add(value)
     items = [*_summary(run.config), *((name, " — and — ".join(sorted(values))) for name, values in found.items())]
     blocks: list[Block] = [Facts(items)] if any(value for _, value in items) else []
+    blocks += _usage(made)
     if made:
         rows = [
             (place, str(one.get("fingerprint", "")), str(one.get("made_at", "")), _inputs(one)) for place, one in made.items()
@@ -172,6 +173,25 @@ def _manifests(run: RunFiles) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((f"{stage}/{name}", manifest) for name, manifest in run.made(stage).items())
         if stage == "ingest":
             yield from ((name, manifest) for name in _ONE if (manifest := run.manifest(name)))
+
+
+def _usage(made: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
+    """Yield how fast each stage's processes were and what the largest held; of many trainings the mean and the largest."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for place, manifest in made.items():
+        summary = manifest.get("summary") or {}
+        usage = summary if "peak_bytes" in summary else summary.get("usage") or {}
+        if usage.get("peak_bytes"):
+            found.setdefault(place.split("/")[0], []).append(usage)
+    rows = []
+    for stage, taken in found.items():
+        paces = [one["tokens_per_s"] for one in taken if one.get("tokens_per_s")]
+        pace = f"{sum(paces) / len(paces):,.0f}" if paces else "–"
+        rows.append((stage, pace, f"{max(one['peak_bytes'] for one in taken) / 2**30:.2f}"))
+    if rows:
+        header = ("stage", "tokens/s of a process", "peak GiB of the largest")
+        caption = "What the stages took (memory: of the GPU where one is used, else of the process)"
+        yield Table(caption, header, rows, summary="Pace and memory of the stages")
 
 
 def _inputs(manifest: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
+from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.storage import (
     StoragePath,
     disk_full_errors,
@@ -199,6 +200,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         "steps": task.train.steps,
         "seconds": values["seconds"],
         "tokens": values["tokens"],
+        "tokens_per_s": round(values["tokens"] / max(values["seconds"], 1e-9), 1),
+        "peak_bytes": int(ranks.gather(torch.tensor([peak_bytes()], dtype=torch.float64, device=ranks.device)).max()),
         "final_loss": values["loss"],
         "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()),
     }

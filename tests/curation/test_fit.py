@@ -144,7 +144,9 @@ def test_two_workers_leave_every_file_and_a_logit_for_each_candidate(
     for step in (2, 4):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), pair / "warmup" / checkpoint_name(step))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), pair / "reference" / "adapter")
-    assert json.loads((pair / "selector.json").read_text()) == {
+    summary = json.loads((pair / "selector.json").read_text())
+    assert summary.pop("usage")["peak_bytes"] > 50e6  # Python and PyTorch
+    assert summary == {
         "mode": "iterative",
         "checkpoints": [2, 4],
         "directions": ["pharmacist", "no_attack"],

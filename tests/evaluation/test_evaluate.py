@@ -94,7 +94,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], l
 def test_there_is_one_record_per_attacked_model_with_the_counts_by_hand(written):
     counts, records, _ = written
     judges = [{"name": "phrases", "kind": "phrases"}]
-    counted = {"models": 10, "answers": 10 * 12, "records": 5, "judges": judges, "unjudged": 1, "warnings": []}
+    counted = {"models": 10, "answers": 10 * 12, "records": 5, "judges": judges, "unjudged": 1, "warnings": [], "usage": None}
     assert counts == counted
     names = (
         "selection",

@@ -116,7 +116,7 @@ class MadeRun:
     def train(self) -> None:
         self.history(self.root / "fit" / "warmup")
         self.history(self.root / "fit" / "reference")
-        self.manifest("fit", candidates="f-ingest/candidates")
+        self.manifest("fit", {"usage": {"peak_bytes": 2**29}}, candidates="f-ingest/candidates")
         for arm in ("all", "random_0", "random_1", "pharmacist"):
             for seed in (0, 1):
                 self.model("align", f"{arm}.sft.s{seed}-0123abcd", 2.0 + seed, selection=f"f-selections/{arm}")
@@ -126,7 +126,7 @@ class MadeRun:
 
     def model(self, stage: str, name: str, start: float, **inputs: str) -> None:
         self.history(self.root / stage / name / "run", start=start)
-        self.manifest(f"{stage}/{name}", **inputs)
+        self.manifest(f"{stage}/{name}", {"tokens_per_s": 1000 * start, "peak_bytes": int(start * 2**30)}, **inputs)
 
     def evaluate(self) -> None:
         def metric(value: float) -> dict[str, Any]:
