@@ -26,7 +26,8 @@ class ModelConfig(Section):
     """The model to harden."""
 
     path: Location
-    """Folder, hub id or URI of a causal language model with safetensors weights."""
+    """Folder, hub id or URI of a causal language model with safetensors weights. `owner/name@revision` is a branch, a tag or a commit; a
+    run directory keeps to the commit that a name meant when it was begun."""
     template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
     """Prompt template; `auto` takes the model's chat template, else Alpaca's."""
     system: str = Field(default="", exclude_if=lambda value: not value)

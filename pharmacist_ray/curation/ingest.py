@@ -33,7 +33,7 @@ from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import plain_errors
-from pharmacist_ray.storage import RemotePath, StoragePath, local_copy, remove_tree, write_parquet, write_text
+from pharmacist_ray.storage import RemotePath, StoragePath, remove_tree, write_parquet, write_text
 
 if TYPE_CHECKING:
     from pharmacist_ray.data.room import Room
@@ -347,10 +347,10 @@ def _room(model: ModelRef) -> Room:
 
     from pharmacist_ray.data.render import Renderer
     from pharmacist_ray.data.room import Room
+    from pharmacist_ray.models.load import on_disk
 
     try:
-        folder = local_copy(model.path) if "://" in model.path else model.path
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(on_disk(model.path), trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {model.path}: {' '.join(str(error).split())[:300]}") from error
     arguments = dict(model.template_arguments)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pharmacist_ray.config.schema import ModelConfig
 from pharmacist_ray.errors import ModelError
-from pharmacist_ray.models.load import add_lora
+from pharmacist_ray.models.load import add_lora, on_disk
 from pharmacist_ray.models.taps import decoder_layers
 
 
@@ -63,7 +63,7 @@ def shape_of(model: ModelConfig) -> Shape:
     trust = model.trust_remote_code
     try:
         with torch.device("meta"):
-            settings = AutoConfig.from_pretrained(model.path, trust_remote_code=trust)
+            settings = AutoConfig.from_pretrained(on_disk(model.path), trust_remote_code=trust)
             base = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
     except Exception as error:
         first = " ".join(str(error).split())[:300]

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.errors import ModelError, unknown_name
+from pharmacist_ray.models.hub import on_hub, snapshot
 from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.storage import StoragePath, local_copy
 
@@ -41,7 +42,7 @@ def load_tokenizer(path: str | StoragePath, trust_remote_code: bool = False) -> 
     Raises:
         ModelError: There is no such folder or model, or it holds no tokenizer.
     """
-    path = _here(path)
+    path = on_disk(path)
     folder = _folder(path)
     if folder and not trust_remote_code and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise ModelError(f"no tokenizer in '{path}'; save the model's own there (tokenizer.save_pretrained)")
@@ -75,7 +76,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise unknown_name("model dtype", dtype, list(DTYPES))
-    path = _here(path)
+    path = on_disk(path)
     _refuse_pickle(_folder(path), "model*.safetensors*", "*.bin")
     model, info = _get(
         path,
@@ -101,7 +102,7 @@ def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False) -> 
     Raises:
         ModelError: There is no such model.
     """
-    config = _get(_here(path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config = _get(on_disk(path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -112,7 +113,7 @@ def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) ->
     Raises:
         ModelError: There is no such adapter, it is not in safetensors, or it was made for another model.
     """
-    path = _here(path)
+    path = on_disk(path)
     _refuse_pickle(_folder(path), "adapter_model.safetensors", "adapter_model.bin")
     config = _get(path, PeftConfig.from_pretrained)
     if config.peft_type != PeftType.LORA:
@@ -228,8 +229,14 @@ def _merge_sharded(adapted: PeftModel) -> Any:
     return adapted.unload()
 
 
-def _here(path: str | StoragePath) -> str | Path:
-    """Return a model's path as it is, or the local copy of one in an object store."""
+def on_disk(path: str | StoragePath) -> str | Path:
+    """Return where a model's files lie here: the local copy of one in an object store or of a hub's commit; else its path as it is.
+
+    Raises:
+        ModelError: There is nothing at the URI, or the commit cannot be had.
+    """
+    if isinstance(path, str) and "@" in path and on_hub(path):
+        return snapshot(path)
     if isinstance(path, Path) or "://" not in str(path):
         return path if isinstance(path, Path) else str(path)
     try:

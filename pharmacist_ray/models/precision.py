@@ -21,7 +21,11 @@ for gradients, bfloat16 keeps the range and the size."""
 
 
 def with_dtype(config: Config) -> Config:
-    """Return the configuration with the precision that ``auto`` stands for, which is what artifacts depend on."""
+    """Return the configuration with the precision that ``auto`` stands for, which is what artifacts depend on.
+
+    Args:
+        config: Its model at one commit, if it is on a hub.
+    """
     if config.model.dtype != "auto":
         return config
     model = config.model.model_copy(update={"dtype": stored_dtype(config.model.path)})
@@ -74,7 +78,8 @@ def _config(path: str) -> dict[str, Any]:
         return dict(json_of(folder / "config.json"))
     from huggingface_hub import hf_hub_download  # only where a model has a hub id
 
-    return dict(json.loads(Path(hf_hub_download(path, "config.json")).read_text()))
+    name, _, revision = path.partition("@")
+    return dict(json.loads(Path(hf_hub_download(name, "config.json", revision=revision or None)).read_text()))
 
 
 def _most_common(folder: Path) -> str:

@@ -21,6 +21,7 @@ from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.judges import JUDGES
+from pharmacist_ray.models.hub import at_one_commit
 from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
@@ -65,8 +66,8 @@ class Run:
                 lies where the base has it; everything else of the trial lies in folders that carry its fingerprint, so that trials
                 share what they can and never take each other's place.
         """
-        self.config = config = with_dtype(config)
         self.root = config.run_dir
+        self.config: Config = with_dtype(at_one_commit(config, base.config.model.path if base else None))
         self.base = base
         self._known_files: dict[str, Any] = base._known_files if base else {}
 

@@ -15,6 +15,7 @@ from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.evaluation.judges import check_judges
+from pharmacist_ray.models.hub import with_model_path
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
@@ -49,7 +50,7 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
     if config.evaluation is not None and {"evaluate", "run"} & set(names):
         check_judges(config.evaluation.judges, ready=True)
     try:
-        write_text(dump_config(config), run.root / "config.yaml")
+        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {escaped(run.root)}[/]")

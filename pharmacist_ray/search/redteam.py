@@ -25,6 +25,7 @@ from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import check_judges
+from pharmacist_ray.models.hub import with_model_path
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import bar, console, escaped, followed, say
 from pharmacist_ray.pipeline.run import Run
@@ -78,7 +79,7 @@ def run_redteam(config: Config) -> StoragePath:
     assert config.evaluation is not None
     check_judges(config.evaluation.judges, ready=True)
     try:
-        write_text(dump_config(config), run.root / "config.yaml")
+        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {escaped(run.root)}[/]")

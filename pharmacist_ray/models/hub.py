@@ -1,0 +1,100 @@
+"""Models on a hub, held at one commit: what is there under a name can change from one day to the next.
+
+``owner/name@commit`` is a model at a commit. A name alone, or with a branch or a tag behind the @, is resolved once a run, and every
+process then takes the files of that commit, from the hub's cache on its own machine or from the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.errors import ModelError
+
+KEPT = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+"""Files of a model that are taken; not the same weights in other formats."""
+
+_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def on_hub(path: str) -> bool:
+    """Whether a model's path can only be that of a hub: it has the form ``owner/name`` or ``owner/name@revision``, and is nothing here."""
+    return _ID.fullmatch(path) is not None and not path.startswith(".") and not Path(path).exists()
+
+
+def pinned(path: str, before: str = "") -> str:
+    """Return a hub id with the commit that it means, ``owner/name@commit``; any other path, and a commit, as it is.
+
+    Offline, the commit in the hub's cache on this machine counts. Where none can be found, the path stays as it is, and whoever loads
+    the model says what is wrong.
+
+    Args:
+        path: Of a model.
+        before: What the path was pinned to in the same run directory; a name without a revision keeps to that.
+    """
+    if not on_hub(path):
+        return path
+    name, _, revision = path.partition("@")
+    if not revision and before.startswith(f"{name}@"):
+        return before
+    commit = revision if _COMMIT.fullmatch(revision) else _commit(name, revision or "main")
+    return f"{name}@{commit}" if commit else path
+
+
+def at_one_commit(config: Config, before: str | None = None) -> Config:
+    """Return the configuration with a hub's model at one commit; any other model as it is.
+
+    Args:
+        config: A run's.
+        before: What the path was pinned to, by default in the ``config.yaml`` of the run directory.
+    """
+    path = config.model.path
+    if not on_hub(path):
+        return config
+    if before is None:
+        file = config.run_dir / "config.yaml"
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["path"] if file.exists() else ""
+    return with_model_path(config, pinned(path, before))
+
+
+def with_model_path(config: Config, path: str) -> Config:
+    """Return the configuration with its model at another path."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+@cache  # a question a process
+def _commit(name: str, revision: str) -> str | None:
+    from huggingface_hub import HfApi, try_to_load_from_cache  # only where a model has a hub id
+
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=10).sha
+    except Exception:  # noqa: BLE001 - offline, no such model, no access: it raises what it likes
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+        return Path(file).parent.name if isinstance(file, str) else None
+
+
+@cache  # of many loads in a process the first one asks
+def snapshot(path: str) -> Path:
+    """Return the folder on this machine with a model's files at a revision.
+
+    Args:
+        path: ``owner/name@revision``.
+
+    Raises:
+        ModelError: They are not in the cache, and cannot be had from the hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = path.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=KEPT, ignore_patterns=["*/*"]))
+    except Exception as error:
+        first = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"'{path}' is no folder here and cannot be had from the hub: {first} ({type(error).__name__})"
+        ) from error
