@@ -19,6 +19,8 @@ from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
 from pharmacist_ray.curation.scorers import SCORERS, parts_of
 from pharmacist_ray.curation.selector import AT_CHECKPOINTS
 from pharmacist_ray.data.readers import plan
+from pharmacist_ray.data.render import Renderer
+from pharmacist_ray.doctor.doubts import doubts
 from pharmacist_ray.doctor.estimate import EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
@@ -83,7 +85,8 @@ def _configuration(config: Config, gpus: int) -> None:
     run = Run(located(config))
     config = run.config  # whose precision is known
     problems: list[PharmacistError] = []
-    probes: list[Callable[[], object]] = [partial(check, run), run.model.renderer]
+    renderers: list[Renderer] = []
+    probes: list[Callable[[], object]] = [partial(check, run), lambda: renderers.append(run.model.renderer())]
     probes += [partial(_readable, source, path) for source, _ in run.sources.values() for path in source.path]
     for probe in probes:
         try:
@@ -98,6 +101,8 @@ def _configuration(config: Config, gpus: int) -> None:
             f"[yellow]warning[/]  this machine has {gpus} GPU{'s' * (gpus > 1)} and none is asked for: all is computed on the CPU; set "
             "resources.gpus_per_worker=1 (with workers and actors of at least 1)"
         )
+    for line in doubts(config, next(iter(renderers), None)):
+        say(f"[yellow]warning[/]  {escaped(line)}")
     shape = None
     if not any(isinstance(problem, ModelError) for problem in problems):
         try:
