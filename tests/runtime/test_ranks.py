@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.search.test_search import write_config
+
 SEEN = """
 import torch
 torch.cuda.is_available = lambda: True
@@ -33,3 +35,44 @@ def test_no_gpu_of_the_machine_is_touched_where_none_is_asked_for(before):
 
     assert device("") == "cuda cpu"  # what DeepSpeed does by itself
     assert device("stay_on_cpu()") == "cpu cpu"
+
+
+WHOLE = """
+import os
+import sys
+import torch
+torch.cuda.device_count = lambda: 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else 1  # as PyTorch does before it has begun
+torch.cuda.is_available = lambda: torch.cuda.device_count() > 0
+torch.distributed.is_nccl_available = lambda: True
+
+def touching(name):
+    def touched(*_, **__):
+        raise AssertionError(f"the GPU was touched: torch.cuda.{name}")
+    return touched
+
+for name in ("init", "_lazy_init", "set_device", "get_device_properties"):
+    setattr(torch.cuda, name, touching(name))
+moved, to = set(), torch.Tensor.to
+
+def noted(tensor, *arguments, **named):
+    moved.update(str(one) for one in (*arguments, *named.values()) if isinstance(one, str | torch.device))
+    return to(tensor, *arguments, **named)
+
+torch.Tensor.to = noted
+from pharmacist_ray.config.load import load_config
+from pharmacist_ray.pipeline.session import run_stage
+run_stage("run", load_config(sys.argv[1], ["resources={workers: 0, actors: 0}"]))
+from deepspeed.accelerator import get_accelerator
+print("moved to", sorted(moved), "DeepSpeed on", get_accelerator().device_name())
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_touches_nothing_but_the_cpu_where_a_gpu_is_there_and_none_is_asked_for(model_folder, rows_of, tmp_path):
+    """The machine says that it has a GPU; whatever initialises it, or moves a tensor there, ends the run."""
+    file = write_config(tmp_path, model_folder, rows_of)
+    variables = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    done = subprocess.run([sys.executable, "-c", WHOLE, str(file)], capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "moved to ['cpu'] DeepSpeed on cpu"
+    assert (tmp_path / "run" / "evaluation" / "table.json").exists()
