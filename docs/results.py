@@ -3,8 +3,8 @@
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
 takes a finished run, or what a measuring job wrote: the ``benchmark.json`` or ``gpu.json`` of `jobs.benchmark`, the ``growth.json`` of
-`jobs.growth`, the ``evidence.json`` of `jobs.evidence`. Run it on the machine that measured, from the commit that was measured: both go
-into the file.
+`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json`` of `jobs.benchmark planted`.
+Run it on the machine that measured, from the commit that was measured: both go into the file.
 `python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
 
@@ -78,6 +78,8 @@ def measured(source: Path) -> dict[str, Any]:
         return {"kind": "growth", "date": date, "rows": found}
     if "worlds" in found:
         return {"kind": "evidence", "date": date, **{name: found[name] for name in ("worlds", "noises", "rows")}}
+    if "planted" in found:
+        return {"kind": "planted", "date": date, "seeds": found["seeds"], "rows": found["planted"]}
     if "gpu" in found:
         load = {name: found["trial"][name] for name in ("dtype", "length", "rank")}
         return {"kind": "gpu", "date": date, "machine": found["machine"], "load": load, "rows": found["gpu"]}
@@ -145,7 +147,7 @@ def table(result: dict[str, Any]) -> str:
         attacks = [one["name"] for one in result["attacks"]]
         body.sort(key=lambda cells: attacks.index(cells[0]))
     rules = [
-        "---" if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work") else "---:"
+        "---" if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work", "score") else "---:"
         for heading in headings
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *body))
@@ -231,6 +233,10 @@ def _metric(name: str, row: Row) -> str:
     return interval(row[name])
 
 
+def _three(value: list[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+
+
 def _over_worlds(name: str, row: Row) -> str:
     return interval(row.get(name) or [None] * 3)
 
@@ -259,6 +265,14 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "helpful": partial(_over_worlds, "helpful"),
         "helpful before": partial(_over_worlds, "helpful_before"),
         "align s": lambda row: f"{row['align_seconds'][0]:.1f}",
+    },
+    "planted": {
+        "score": lambda row: f"`{row['scorer']}`",
+        "AUROC": lambda row: _three(row["auroc"]),
+        "precision": lambda row: _three(row["precision"]),
+        "mislabelled kept": lambda row: number(row["kept"]["swapped"]),
+        "ordinary kept": lambda row: number(row["kept"]["benign"]),
+        "garbled kept": lambda row: number(row["kept"]["shuffled"]),
     },
     "objectives": {
         "objective": lambda row: f"`{row['objective']}`",

@@ -208,6 +208,7 @@ def test_the_examples_of_the_page_run(values, model_folder, monkeypatch):
     assert {row["selection"] for row in found["table"]} == {"all", "random"}
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_have_types(tmp_path):
     file = tmp_path / "examples.py"
     file.write_text("\n".join(blocks()))

@@ -30,6 +30,7 @@ def test_a_scoring_actor_killed(calm: World, tmp_path: Path, capsys: pytest.Capt
     assert world.litter() == []
 
 
+@pytest.mark.slow
 def test_deaths_beyond_the_bound_end_the_run_in_one_line(calm: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = calm.copy(tmp_path / "run", "ingest", "fit")
     monkeypatch.setattr(score_module, "RETRIES", 0)
