@@ -263,6 +263,8 @@ def _listed(rows: dict[str, tuple[str, ...]], *headings: str) -> str:
 
 
 ABOUT = {
+    "planted": "How well each score finds corruption that was planted in real safety data: means over seeds, each with a tiny base of "
+    "its own, with 95 % t intervals. [What it says](../evidence.md#on-real-text).",
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
     "evidence": "What each arm is worth, over worlds that each have a base model of their own. See [Evidence](../evidence.md).",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
