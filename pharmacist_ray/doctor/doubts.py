@@ -13,7 +13,7 @@ from functools import partial
 import orjson
 
 from pharmacist_ray.config.data import PromptsConfig, SourceConfig
-from pharmacist_ray.config.schema import AttackConfig, Config, TrainConfig
+from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.data.layouts import BadRow, to_row
 from pharmacist_ray.data.readers import plan, read_chunk
 from pharmacist_ray.data.render import Renderer
@@ -21,6 +21,7 @@ from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import PharmacistError
 from pharmacist_ray.evaluation.judges import JUDGES, JudgeConfig, JudgeSettings, Verdict, build_judge
 from pharmacist_ray.evaluation.judges.verdict import PromptKind
+from pharmacist_ray.pipeline.trainings import in_steps
 
 READ = 200
 """Rows of each trusted set that are judged (ours)."""
@@ -112,17 +113,12 @@ def _prompts(config: Config) -> Iterator[str]:
 def _attack(attack: AttackConfig) -> Iterator[str]:
     if attack.harmful_share * attack.rows < 0.5:
         yield f"attack '{attack.name}' has no harmful row: what it does to a model is the task's doing; raise its harmful_share"
-    moved = attack.train.lr * steps_of(attack.train, attack.rows)
+    moved = attack.train.lr * in_steps(attack.train, attack.rows).steps
     if attack.train.weights == "lora" and moved < PUBLISHED / 4:
         yield (
             f"attack '{attack.name}' is weak: learning rate × steps is {moved:.1g}, and {PUBLISHED:.1g} at the published strength; every "
             "arm will look robust. Raise the lr or the epochs of its train, or let `pharmacist redteam` find what hurts"
         )
-
-
-def steps_of(train: TrainConfig, rows: int) -> float:
-    """Return how many steps a fine-tune takes on so many rows."""
-    return train.epochs * rows / train.batch_size if train.epochs is not None else train.steps
 
 
 def _first(source: SourceConfig, count: int = READ) -> list[Row]:

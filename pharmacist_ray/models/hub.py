@@ -57,8 +57,10 @@ def at_one_commit(config: Config, before: str | None = None) -> Config:
     if not on_hub(path):
         return config
     if before is None:
-        file = config.run_dir / "config.yaml"
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["path"] if file.exists() else ""
+        try:
+            before = str(yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8"))["model"]["path"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            before = ""  # nothing was begun there, or nothing that can be read
     return with_model_path(config, pinned(path, before))
 
 

@@ -49,11 +49,7 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
         run.require_evaluation()  # before an attack takes hours
     if config.evaluation is not None and {"evaluate", "run"} & set(names):
         check_judges(config.evaluation.judges, ready=True)
-    try:
-        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
-    say(f"[dim]run directory: {escaped(run.root)}[/]")
+    begin(config, run)
     if names == ("run",):
         left_out = {"evaluate" if config.evaluation is None else "", "attack" if not config.attacks else ""}
         names, headings = [name for name in STAGES if name not in left_out], True
@@ -71,6 +67,19 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
             if headings:
                 say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
     return run
+
+
+def begin(config: Config, run: Run) -> None:
+    """Write down what is run, with a hub's model at the commit that it now means, and say where.
+
+    Raises:
+        ConfigError: The run directory cannot be written to.
+    """
+    try:
+        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
+    say(f"[dim]run directory: {escaped(run.root)}[/]")
 
 
 def needs_ray(run: Run, name: str) -> bool:

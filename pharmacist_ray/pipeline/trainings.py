@@ -50,7 +50,7 @@ def run_align(run: Run) -> None:
     def task(variant: Variant) -> TrainTask:
         described = align_task(run, variant)
         share = config.alignment.replay_share if config.alignment.replay else 0.0
-        train = _in_steps(config.alignment.train, run.kept(variant.selection), share)
+        train = in_steps(config.alignment.train, run.kept(variant.selection), share)
         return replace(described, train=train, replay=replay())
 
     for variant in run.variants:
@@ -79,7 +79,7 @@ def align_task(run: Run, variant: Variant) -> TrainTask:
     )
 
 
-def _in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:
+def in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:
     """Return the settings with steps in the place of epochs."""
     if train.epochs is None:
         return train
@@ -131,7 +131,7 @@ def run_attack(run: Run) -> None:
             model=run.model if same else run.model_of(before),
             rows=(rows,),
             watched=watched,
-            train=_in_steps(variant.attack.train, variant.attack.rows),
+            train=in_steps(variant.attack.train, variant.attack.rows),
             seed=variant.seed + ATTACK_SEED,
             lora=variant.attack.lora or config.model.lora,
             start_adapter=str(run.trained(before).folder / "run" / "adapter") if same else None,

@@ -8,7 +8,7 @@ signal is a harmful score alone, so ASHA knows nothing of accuracy, and a search
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,19 @@ def asha(early: EarlyConfig, mode: str = "min") -> ASHAScheduler:
     """
     factor = early.reduction_factor
     return ASHAScheduler(time_attr=LOOKS, metric=SIGNAL, mode=mode, max_t=2, grace_period=1, reduction_factor=factor)
+
+
+def told(report: Callable[[dict[str, Any]], None] | None, trial: str, signal: float) -> dict[str, Any]:
+    """Report an early look, if there is somebody to hear of it, and return what ASHA wants to hear again at the end.
+
+    Args:
+        report: Ray Tune's; it may end the trial there (it raises ``SystemExit``).
+        trial: The trial's name.
+        signal: Its early harmful score.
+    """
+    if report:
+        report({"trial": trial, SIGNAL: signal, LOOKS: 1})
+    return {"trial": trial, SIGNAL: signal, LOOKS: 2}
 
 
 def look(run: Run, early: EarlyConfig) -> float:

@@ -19,23 +19,22 @@ from typing import Any
 
 from ray import tune
 
-from pharmacist_ray.config.load import assign, dump_config, located, parse_config
+from pharmacist_ray.config.load import assign, located, parse_config
 from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import check_judges
-from pharmacist_ray.models.hub import with_model_path
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import bar, console, escaped, followed, say
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.session import connected
+from pharmacist_ray.pipeline.session import begin, connected
 from pharmacist_ray.pipeline.stages import STAGES, check, reused
-from pharmacist_ray.search.early import LOOKS, SIGNAL, asha, look
+from pharmacist_ray.search.early import SIGNAL, asha, look, told
 from pharmacist_ray.search.search import check_trial_room
-from pharmacist_ray.search.space import Point, decoded, described, domains, listed, probes
-from pharmacist_ray.search.trial import Record, go_through, read_record, read_records, record_file, write_record
-from pharmacist_ray.search.tuning import run_trials
+from pharmacist_ray.search.space import Point, decoded, described, drawn_from, listed, probes
+from pharmacist_ray.search.trial import Record, go_through, look_early, read_record, read_records, record_file, write_record
+from pharmacist_ray.search.tuning import optuna_search, run_trials
 from pharmacist_ray.search.worst import bounded_worst, budget_curve, damage, measured, samples_of, shown, trials_table
 from pharmacist_ray.storage import StoragePath, write_parquet, write_text
 
@@ -78,11 +77,7 @@ def run_redteam(config: Config) -> StoragePath:
     run.require_evaluation()
     assert config.evaluation is not None
     check_judges(config.evaluation.judges, ready=True)
-    try:
-        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
-    say(f"[dim]run directory: {escaped(run.root)}[/]")
+    begin(config, run)
     with connected(config.resources, trials=plan.concurrent):
         check_trial_room(config.resources, plan.concurrent)
         for stage in ("ingest", "fit", "score", "select", "align"):
@@ -160,7 +155,10 @@ def _attack(run: Run, target: Target, points: Sequence[Point]) -> None:
     if points:
         space: dict[str, Any] = {"number": tune.grid_search(list(range(len(points))))}
     else:
-        space, settings = {}, {"search_alg": _optuna(run, target), "num_samples": plan.trials}
+        space, settings = (
+            {},
+            {"search_alg": optuna_search(plan, records_of(run, target), {"damage": "max"}), "num_samples": plan.trials},
+        )
     if plan.scheduler == "asha":
         settings |= {"scheduler": asha(plan.early, mode="max")}
     work = tune.with_parameters(_trial, base=run, target=target, points=list(points))
@@ -205,18 +203,12 @@ def run_attack_trial(
     name = trial_name(target, point)
     file, fingerprint = record_file(base.root, name, KIND), run.evaluated.fingerprint
     known, how, seen = read_record(file), plan.early.model_dump(include={"prompts"}), dict[str, Any]()
-
-    def show(signal: float) -> dict[str, Any]:
-        if report:
-            report({"trial": name, SIGNAL: signal, LOOKS: 1})
-        return {"trial": name, SIGNAL: signal, LOOKS: 2}
-
     if known.get("fingerprint") == fingerprint:
         if known["status"] == "stopped" and report and known["early"] == how:
-            return show(known[SIGNAL]) | {"damage": 0.0}
+            return told(report, name, known[SIGNAL]) | {"damage": 0.0}
         if known["status"] == "finished":
             if report:
-                seen = show(known[SIGNAL] if known.get("early") == how else look(run, plan.early))
+                seen = told(report, name, known[SIGNAL] if known.get("early") == how else look(run, plan.early))
             return seen | {"damage": damage(known, plan.bound)}
     record: Record = {
         "trial": name,
@@ -231,39 +223,10 @@ def run_attack_trial(
     def before(stage: str) -> None:
         nonlocal seen
         if stage == "evaluate" and report:
-            write_record(file, record | {"stage": "early look"})
-            record.update({"early": how, SIGNAL: look(run, plan.early)})
-            write_record(file, record | {"stage": "early look", "seconds": round(time.time() - record["started_at"], 3)})
-            seen = show(record[SIGNAL])
+            seen = look_early(run, file, record, plan.early, how, report)
 
     go_through(run, file, record, before, measured)
     return seen | {"damage": damage(record, plan.bound)}
-
-
-def _optuna(run: Run, target: Target) -> Any:
-    """Return Optuna's searcher, told to begin with what was tried on this arm before."""
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    plan = run.config.redteam
-    known = sorted(records_of(run, target), key=lambda record: record["status"] != "finished")
-    sampler = optuna.samplers.TPESampler(seed=plan.seed + len(known), n_startup_trials=max(2, min(10, plan.trials // 3)))
-    return OptunaSearch(
-        space=OptunaSearch.convert_search_space(domains(plan)),
-        metric="damage",
-        mode="max",
-        sampler=sampler,
-        points_to_evaluate=[record["drawn"] for record in known][: plan.trials],
-    )
-
-
-def _drawn_from(run: Run, drawn: Mapping[str, Any]) -> bool:
-    space = run.config.redteam.space
-    return drawn.keys() == space.keys() and all(
-        drawn[key] in range(len(choice)) if isinstance(choice, list) else choice.low <= drawn[key] <= choice.high
-        for key, choice in space.items()
-    )
 
 
 def records_of(run: Run, target: Target) -> list[Record]:
@@ -274,7 +237,7 @@ def records_of(run: Run, target: Target) -> list[Record]:
         record
         for record in read_records(run.root, KIND)
         if (record["selection"], record["defence"]) == (target.selection, target.defence)
-        and (record["trial"] in known if plan.algorithm == "random" else _drawn_from(run, record["drawn"]))
+        and (record["trial"] in known if plan.algorithm == "random" else drawn_from(plan, record["drawn"]))
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,14 +32,14 @@ from pharmacist_ray.search.space import (
     check_space,
     decoded,
     described,
-    domains,
+    drawn_from,
     resolved,
     section,
     trial_config,
     trial_name,
 )
 from pharmacist_ray.search.trial import Record, read_records, record_file, run_trial, write_record
-from pharmacist_ray.search.tuning import run_trials
+from pharmacist_ray.search.tuning import optuna_search, run_trials
 from pharmacist_ray.storage import StoragePath, json_of, write_parquet, write_text
 
 NUMBERS = [f"{name}{end}" for name in ("worst_hs", "mean_hs", "task_accuracy", "over_refusal") for end in ("", "_low", "_high")]
@@ -141,7 +141,7 @@ def _tune(run: Run, points: Sequence[Point], read: Callable[[], list[Record]]) -
         space: dict[str, Any] = {"number": tune.grid_search(list(range(len(points))))}
     else:
         space = {}
-        settings |= {"search_alg": _optuna(search, read()), "num_samples": search.trials}
+        settings |= {"search_alg": optuna_search(search, read(), OBJECTIVES), "num_samples": search.trials}
     if search.scheduler == "asha":
         settings |= {"scheduler": asha(search.early)}
     work = tune.with_parameters(_trial, base=run, points=list(points))
@@ -157,45 +157,14 @@ def _trial(drawn: dict[str, Any], base: Run, points: list[Point]) -> dict[str, A
     return run_trial(base, decoded(search, drawn), drawn, report)
 
 
-def _optuna(search: SearchConfig, before: Sequence[Record]) -> Any:
-    """Return Optuna's searcher, told to begin with the points that were tried before, those that have finished first."""
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    known = sorted(before, key=lambda record: record["status"] != "finished")
-    # A resumed search draws on, it does not draw the same again.
-    trials, seed = search.trials or 1, search.seed + len(known)
-    sampler = (
-        # Both begin with random draws, by default as many as a small search has trials at all (ours: a third, a quarter).
-        optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, min(10, trials // 3)))
-        if search.algorithm == "tpe"
-        else optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, min(50, trials // 4)))
-    )
-    return OptunaSearch(
-        space=OptunaSearch.convert_search_space(domains(search)),
-        metric=list(OBJECTIVES),
-        mode=list(OBJECTIVES.values()),
-        sampler=sampler,
-        points_to_evaluate=[record["drawn"] for record in known][:trials],
-    )
-
-
 def reader(run: Run, points: Sequence[Point]) -> Callable[[], list[Record]]:
     """Return what reads the records of this search: of its points in their order, or of what was drawn from its space."""
     search = section(run.config)
     if not points:
-        return lambda: [record for record in read_records(run.root) if _drawn_from(search, record["drawn"])]
+        return lambda: [record for record in read_records(run.root) if drawn_from(search, record["drawn"])]
     places = {trial_name(resolved(run.config, point)[0]): place for place, point in enumerate(points)}
     return lambda: sorted(
         (record for record in read_records(run.root) if record["trial"] in places), key=lambda record: places[record["trial"]]
-    )
-
-
-def _drawn_from(search: SearchConfig, drawn: Mapping[str, Any]) -> bool:
-    return drawn.keys() == search.space.keys() and all(
-        drawn[key] in range(len(choice)) if isinstance(choice, list) else choice.low <= drawn[key] <= choice.high
-        for key, choice in search.space.items()
     )
 
 

@@ -166,6 +166,14 @@ def decoded(search: Space, drawn: Mapping[str, Any]) -> Point:
     return point
 
 
+def drawn_from(search: Space, drawn: Mapping[str, Any]) -> bool:
+    """Return whether something was drawn from this space, by `domains`."""
+    return drawn.keys() == search.space.keys() and all(
+        drawn[key] in range(len(choice)) if isinstance(choice, list) else choice.low <= drawn[key] <= choice.high
+        for key, choice in search.space.items()
+    )
+
+
 def check_space(run: Run) -> list[Point]:
     """Find every mistake in the space that can be known before work begins, and return the `listed` points.
 

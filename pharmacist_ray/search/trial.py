@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pharmacist_ray.config.schema import EarlyConfig
 from pharmacist_ray.errors import DataError, PharmacistError
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import connected
 from pharmacist_ray.pipeline.stages import STAGES
-from pharmacist_ray.search.early import LOOKS, SIGNAL, look
+from pharmacist_ray.search.early import SIGNAL, look, told
 from pharmacist_ray.search.front import OBJECTIVES
 from pharmacist_ray.search.space import resolved, section, trial_name
 from pharmacist_ray.storage import StoragePath, json_of, matching, write_text
@@ -53,17 +54,10 @@ def run_trial(
     run, file = Run(config, base=base), record_file(base.root, trial_name(point))
     fingerprint, known = run.evaluated.fingerprint, read_record(file)
     how, seen = search.early.model_dump(include={"attack", "prompts"}), dict[str, Any]()
-
-    def show(signal: float) -> dict[str, Any]:
-        """Report an early look; ASHA wants to hear of it again at the end."""
-        if report:
-            report({"trial": file.stem, SIGNAL: signal, LOOKS: 1})
-        return {"trial": file.stem, SIGNAL: signal, LOOKS: 2}
-
     same, status = known.get("fingerprint") == fingerprint, known.get("status")
     if same and (status == "finished" or (status == "stopped" and report and known["early"] == how)):
         if report:  # those that come later are compared with it
-            seen = show(known[SIGNAL] if known.get("early") == how else look(run, search.early))
+            seen = told(report, file.stem, known[SIGNAL] if known.get("early") == how else look(run, search.early))
         return seen | {name: known[name] for name in OBJECTIVES if name in known}
     record: Record = {"trial": file.stem, "status": "running", "fingerprint": fingerprint, "parameters": point}
     record |= {"drawn": dict(drawn or {}), "started_at": time.time()}
@@ -71,13 +65,34 @@ def run_trial(
     def before(stage: str) -> None:
         nonlocal seen
         if stage == "attack" and report:
-            write_record(file, record | {"stage": "early look"})
-            record.update({"early": how, SIGNAL: look(run, search.early)})
-            write_record(file, record | {"stage": "early look", "seconds": round(time.time() - record["started_at"], 3)})
-            seen = show(record[SIGNAL])
+            seen = look_early(run, file, record, search.early, how, report)
 
     go_through(run, file, record, before, measured)
     return seen | {name: record[name] for name in OBJECTIVES}
+
+
+def look_early(
+    run: Run,
+    file: StoragePath,
+    record: Record,
+    early: EarlyConfig,
+    how: Mapping[str, Any],
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Look at a trial early, keep what was seen in its record, and report it; return what ASHA wants to hear again at the end.
+
+    Args:
+        run: The trial's run.
+        file: Where the record lies.
+        record: It, filled in place.
+        early: After which attack, and with how many prompts.
+        how: What of that a later look must share to be the same.
+        report: Told of it; it may end the trial.
+    """
+    write_record(file, record | {"stage": "early look"})
+    record |= {"early": dict(how), SIGNAL: look(run, early)}
+    write_record(file, record | {"stage": "early look", "seconds": round(time.time() - record["started_at"], 3)})
+    return told(report, record["trial"], record[SIGNAL])
 
 
 def go_through(

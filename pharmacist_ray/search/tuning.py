@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
@@ -13,7 +13,8 @@ from ray import tune
 from pharmacist_ray.pipeline.session import TRIAL_CPUS
 from pharmacist_ray.runtime.workers import storage_of
 from pharmacist_ray.search.early import LOOKS
-from pharmacist_ray.search.trial import read_record, record_file, write_record
+from pharmacist_ray.search.space import Space, domains
+from pharmacist_ray.search.trial import Record, read_record, record_file, write_record
 from pharmacist_ray.storage import StoragePath, remove_tree
 
 
@@ -44,6 +45,37 @@ def run_trials(
         tune.Tuner(trainable, param_space=space, tune_config=tuning, run_config=run_config).fit()
     finally:
         remove_tree(storage)
+
+
+def optuna_search(search: Space, before: Sequence[Record], objectives: Mapping[str, str]) -> Any:
+    """Return Optuna's searcher, told to begin with the points that were tried before, those that have finished first.
+
+    Args:
+        search: What is drawn from; algorithm ``tpe`` or ``nsga2``.
+        before: Records of what was tried.
+        objectives: Number of a trial → ``min`` or ``max``.
+    """
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    known = sorted(before, key=lambda record: record["status"] != "finished")
+    # A resumed search draws on, it does not draw the same again.
+    trials, seed = search.trials or 1, search.seed + len(known)
+    sampler = (
+        # Both begin with random draws, by default as many as a small search has trials at all (ours: a third, a quarter).
+        optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, min(10, trials // 3)))
+        if search.algorithm == "tpe"
+        else optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, min(50, trials // 4)))
+    )
+    one = len(objectives) == 1
+    return OptunaSearch(
+        space=OptunaSearch.convert_search_space(domains(search)),
+        metric=next(iter(objectives)) if one else list(objectives),
+        mode=next(iter(objectives.values())) if one else list(objectives.values()),
+        sampler=sampler,
+        points_to_evaluate=[record["drawn"] for record in known][:trials],
+    )
 
 
 class _Stopped(tune.Callback):  # type: ignore[misc]  # Ray has no types

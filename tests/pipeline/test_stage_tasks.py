@@ -19,7 +19,7 @@ from pharmacist_ray.errors import ArtifactError, ConfigError, ModelError
 from pharmacist_ray.pipeline import stages, trainings
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
-from pharmacist_ray.pipeline.trainings import _in_steps
+from pharmacist_ray.pipeline.trainings import in_steps
 from pharmacist_ray.training.task import TrainTask
 
 TRAIN = {"steps": 2, "batch_size": 4}
@@ -77,7 +77,7 @@ def trained(rows_of: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("epochs", [0.3, 1, 2, 2.5])
 @pytest.mark.parametrize(("rows", "batch_size", "share"), [(40, 4, 0.0), (14, 4, 0.0), (7, 10, 0.0), (40, 10, 0.3), (9, 8, 0.5)])
 def test_epochs_are_as_many_steps_as_it_takes_to_see_the_rows_so_often(rows, batch_size, share, epochs):
-    train = _in_steps(TrainConfig(steps=999, epochs=epochs, batch_size=batch_size), rows, share)
+    train = in_steps(TrainConfig(steps=999, epochs=epochs, batch_size=batch_size), rows, share)
     order = BatchOrder(rows, batch_size, 0, 5 if share else 0, round(share * batch_size))
     drawn = [[row for row in order.batch(step) if row < rows] for step in range(train.steps)]
     assert sum(map(len, drawn[:-1])) < epochs * rows <= sum(map(len, drawn))
@@ -87,7 +87,7 @@ def test_epochs_are_as_many_steps_as_it_takes_to_see_the_rows_so_often(rows, bat
 
 def test_steps_stay_where_no_epochs_are_given():
     train = TrainConfig(steps=7, batch_size=4)
-    assert _in_steps(train, 1000, 0.3) is train
+    assert in_steps(train, 1000, 0.3) is train
 
 
 def test_an_arm_of_fewer_rows_is_aligned_in_fewer_steps_and_replay_rows_do_not_count(run_of, trained, tmp_path):
