@@ -39,28 +39,48 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
+from pharmacist_ray.runtime.ranks import stay_on_cpu
 from tests.families import FAMILIES
 from tests.two_workers import TwoWorkers
 
 torch.set_num_threads(1)
 
+TWO_WORKERS = "the two workers"
+
 LONGEST = (
-    "search/test_search.py", "cluster/test_jobs.py", "faults/test_workers.py", "faults/test_poison_rows.py", "pipeline/test_stages.py",
-    "training/test_layouts.py", "faults/test_nodes.py", "faults/test_disk.py", "cluster/test_slurm.py",
+    TWO_WORKERS, "search/test_search.py", "cluster/test_jobs.py", "faults/test_workers.py", "faults/test_poison_rows.py",
+    "pipeline/test_stages.py", "faults/test_nodes.py", "faults/test_disk.py", "cluster/test_slurm.py",
 )  # fmt: skip
 """What takes minutes, for `make test` to begin with; the rest then fills both processes to the end."""
 
 
-@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the machine's GPUs: all tests but those that `pytest -m gpu` runs compare with what a CPU computes."""
+    if config.option.markexpr != "gpu":
+        stay_on_cpu()
+    config.pluginmanager.register(LongestFirst())
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files where several processes share the tests."""
+    """Let processes share the tests by the file, and keep the files together that use the two workers, who are then started once."""
+    shared = {item.path for item in items if "two_workers" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = TWO_WORKERS if item.path in shared else f"{item.path.parent.name}/{item.path.name}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
-    def place(item: pytest.Item) -> int:
-        file = f"{item.path.parent.name}/{item.path.name}"
-        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=place)
+class LongestFirst:
+    """Begins with the longest files where several processes share the tests."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        def place(item: pytest.Item) -> int:
+            [mark] = item.iter_markers("xdist_group")
+            return LONGEST.index(mark.args[0]) if mark.args[0] in LONGEST else len(LONGEST)
+
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            items.sort(key=place)
 
 
 def pytest_unconfigure() -> None:

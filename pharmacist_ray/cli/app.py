@@ -277,14 +277,23 @@ def plant(
 def grade(
     config: ConfigOption,
     overrides: Overrides = None,
-    column: Annotated[str, typer.Option(help="Column of the candidates with the planted label.")] = "quality",
-    good: Annotated[list[str] | None, typer.Option(help="A label that counts as good; repeat for several.")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of the candidates with the planted label; default: of scoring.planted, else quality."),
+    ] = None,
+    good: Annotated[
+        list[str] | None,
+        typer.Option(help="A label that counts as good; repeat for several. Default: those of scoring.planted, else clean."),
+    ] = None,
 ) -> None:
     """Grade every score against planted labels: AUROC, and precision among as many rows as are kept."""
     from pharmacist_ray.config import load_config
+    from pharmacist_ray.config.scoring import PlantedConfig
     from pharmacist_ray.testbed.grade import grade as grade_run
 
-    grade_run(load_config(config, overrides or []), column, good or ["clean"])
+    loaded = load_config(config, overrides or [])
+    planted = loaded.scoring.planted or PlantedConfig(good=["clean"])
+    grade_run(loaded, column or planted.column, good or planted.good)
 
 
 @app.command(rich_help_panel=CLUSTER)

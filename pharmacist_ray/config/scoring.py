@@ -73,8 +73,8 @@ class SelectionConfig(Section):
     """Which rows are kept."""
 
     scorer: str | Annotated[list[str], Field(min_length=2)] = "pharmacist"
-    """The score to rank by, highest first. Several in a list are ranked by the sum of their ranks. `calibrated` keeps half of the
-    trusted rows out of the fit, breaks them in known ways, and learns from them how to weigh the scores."""
+    """The score to rank by, highest first; of several, the sum of their ranks. `calibrated` keeps half of the trusted rows out of the
+    fit, breaks them in known ways, and learns from them how to weigh the scores."""
     ratio: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.4
     """Share of the candidates to keep; exactly one of ratio, count and threshold is set."""
     count: Count | None = None

@@ -26,7 +26,8 @@ EXAMPLE: dict[str, Any] = {
         "harmful": {"path": "data/harmful.jsonl"},
         "benign": {"path": "data/trusted_benign.jsonl"},
     },
-    "comparison": {"selections": ["all", "random", "pharmacist", "loss_gap"], "seeds": [0, 1, 2]},
+    "selection": {"scorer": "calibrated"},
+    "comparison": {"selections": ["all", "random", "pharmacist", "calibrated"], "seeds": [0, 1, 2]},
     "attacks": [
         {
             "name": "p10",
@@ -40,7 +41,8 @@ EXAMPLE: dict[str, Any] = {
         "task": {"source": {"path": "data/user_task_test.jsonl"}},
     },
 }
-"""What has no default, filled in; and one source in full."""
+"""What has no default, filled in; one source in full; and the score to begin with, which is not the default, for files that do not name
+one keep their meaning."""
 
 _BRIEF = (SourceConfig,)
 """Sections whose defaults are shown once, in `EXAMPLE`, because they occur many times."""

@@ -13,6 +13,7 @@ import ray
 from tenacity import Retrying, retry_if_exception_message, stop_after_attempt
 
 from pharmacist_ray.errors import ResourceError
+from pharmacist_ray.runtime.ranks import gpus_in_sight
 
 ATTEMPTS = 3
 """Times that Ray is started. It ends itself where its agents, two Python processes, are not up within 15 seconds, which no setting
@@ -38,7 +39,7 @@ def start_ray(*, cpus: int, store_bytes: int) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Hide the machine's GPUs from processes that asked for none: PEFT would take any that it sees.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    with _without_log_level_line():
+    with _without_log_level_line(), gpus_in_sight():
         try:
             for attempt in Retrying(
                 stop=stop_after_attempt(ATTEMPTS), retry=retry_if_exception_message(match=_TOO_LATE), reraise=True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -59,14 +60,32 @@ class Ranks:
             dist.barrier()
 
 
+_ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+_before: dict[str, str | None] = {}
+# What these variables were in this process before `stay_on_cpu`, once it was called.
+
+
 def stay_on_cpu() -> None:
     """Let libraries compute on the CPU in this process, whatever GPUs the machine has: DeepSpeed and PEFT take any that they see."""
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    for name in _ON_CPU:
+        _before.setdefault(name, os.environ.get(name))
+    os.environ |= _ON_CPU
     if "deepspeed" in sys.modules:  # has chosen when it was imported
         from deepspeed.accelerator import set_accelerator
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         set_accelerator(CPU_Accelerator())
+
+
+@contextmanager
+def gpus_in_sight() -> Iterator[None]:
+    """Let what is started in the block know of the GPUs that `stay_on_cpu` hid from this process: a Ray that gives them to workers."""
+    hidden = {name: os.environ.pop(name, None) for name in _before}
+    os.environ |= {name: value for name, value in _before.items() if value is not None}
+    try:
+        yield
+    finally:
+        os.environ |= {name: value for name, value in hidden.items() if value is not None}
 
 
 def current_ranks() -> Ranks:

@@ -65,10 +65,11 @@ def kept(run: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(started: Cluster, world: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Return the run directory of a curation that nothing happened to, and what its submitter saw."""
-    started.start_workers(2)
-    run = world / "undisturbed"
-    return run, started.pharmacist("submit", "curate", "--config", world / "config.yaml", f"run_dir={run}", "--id", "undisturbed")
+    """Return the run directory of a curation that nothing happened to, in the job's own process, and what its submitter saw."""
+    started.start_workers(1)  # reads the data; everything else is the job's own process
+    run, alone = world / "undisturbed", "resources={workers: 0, actors: 0}"
+    arguments = ("--config", world / "config.yaml", f"run_dir={run}", alone, "--id", "undisturbed")
+    return run, started.pharmacist("submit", "curate", *arguments)
 
 
 def shards(run: Path) -> set[str]:
@@ -104,7 +105,9 @@ def test_a_submitted_curation_is_followed_to_its_result(undisturbed):
 def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
     run, _ = undisturbed
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != "config.yaml"}
-    again = cluster.pharmacist("submit", "curate", "--config", world / "config.yaml", f"run_dir={run}")
+    again = cluster.pharmacist(
+        "submit", "curate", "--config", world / "config.yaml", f"run_dir={run}", "resources={workers: 0, actors: 0}"
+    )
     assert again.returncode == 0, (again.stdout, again.stderr)
     lines = again.stdout.splitlines()
     for stage in ("ingest", "fit", "score", "select"):
@@ -154,27 +157,27 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
     assert scores[0].equals(scores[1])
 
 
-def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(cluster, world):
+def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started, world):
     """The file and the code travel: the submitter finds an unknown key itself, the job an unknown objective."""
     arguments = ("submit", "curate", "--config", world / "config.yaml", f"run_dir={world / 'never'}", "--working-dir", REPOSITORY)
-    done = cluster.pharmacist(
+    done = started.pharmacist(
         *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
     )
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert "\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: booster, " in done.stdout
     assert "job mistake failed with exit code 2" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
-    variables = cluster.job("mistake")["runtime_env"]["env_vars"]
+    variables = started.job("mistake")["runtime_env"]["env_vars"]
     assert (variables["A_SECRET"], variables["GIVEN"]) == ("hunter2", "x=y")
     assert not (world / "never").exists()
-    code = cluster.pharmacist("job", "logs", "mistake", "--follow")
+    code = started.pharmacist("job", "logs", "mistake", "--follow")
     assert (code.returncode, "unknown objective" in code.stdout) == (2, True)
 
-    known = one_line(cluster.pharmacist(*arguments, "selection.ratoi=1"), 2)
+    known = one_line(started.pharmacist(*arguments, "selection.ratoi=1"), 2)
     assert "unknown key 'selection.ratoi' (did you mean 'ratio'?)" in known
-    assert "run_dir=runs/x is relative" in one_line(cluster.pharmacist(*arguments, "run_dir=runs/x"), 2)
-    assert "curate needs --config FILE" in one_line(cluster.pharmacist("submit", "curate"), 2)
-    taken = one_line(cluster.pharmacist(*arguments, "--id", "mistake"), 2)
+    assert "run_dir=runs/x is relative" in one_line(started.pharmacist(*arguments, "run_dir=runs/x"), 2)
+    assert "curate needs --config FILE" in one_line(started.pharmacist("submit", "curate"), 2)
+    taken = one_line(started.pharmacist(*arguments, "--id", "mistake"), 2)
     assert "--id mistake is taken on this cluster; choose another, or look at that job: pharmacist job logs mistake" in taken
 
 
@@ -215,11 +218,11 @@ def test_ctrl_c_leaves_the_job_running_until_it_is_stopped(cluster, world):
     assert row.split()[:3] == ["long", "curate", "STOPPED"]
 
 
-def test_who_is_refused_is_told_what_to_set(cluster):
-    token = cluster.environment["RAY_AUTH_TOKEN"]
-    missing = one_line(cluster.pharmacist("job", "list", RAY_AUTH_MODE="", RAY_AUTH_TOKEN=""), 6)
+def test_who_is_refused_is_told_what_to_set(started):
+    token = started.environment["RAY_AUTH_TOKEN"]
+    missing = one_line(started.pharmacist("job", "list", RAY_AUTH_MODE="", RAY_AUTH_TOKEN=""), 6)
     assert "Unauthorized" in missing
     assert "wants a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or" in missing
-    wrong = one_line(cluster.pharmacist("job", "list", RAY_AUTH_TOKEN=token[::-1]), 6)
+    wrong = one_line(started.pharmacist("job", "list", RAY_AUTH_TOKEN=token[::-1]), 6)
     assert "refuses this token; RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or the file ~/.ray/auth_token) must hold" in wrong
-    assert "has no job nowhere; `pharmacist job list` shows" in one_line(cluster.pharmacist("job", "logs", "nowhere"), 2)
+    assert "has no job nowhere; `pharmacist job list` shows" in one_line(started.pharmacist("job", "logs", "nowhere"), 2)

@@ -57,7 +57,7 @@ def test_what_is_written_is_what_the_doctor_finds_fit_to_run(made, small_model, 
 def test_the_large_form_has_three_seeds_and_a_grid_of_attacks(tmp_path):
     config = parse_config(settings_of(tmp_path, "large"), where="large.yaml")
     assert config.comparison.seeds == [0, 1, 2]
-    assert [attack.train.lr for attack in config.attacks] == [1e-4, 2e-4, 4e-4]
+    assert [attack.train.lr for attack in config.attacks] == [3e-4, 5e-4, 1e-3]
     sizes = SIZES["large"]
     for attack in config.attacks:
         harmful = round(attack.rows * attack.harmful_share)
@@ -133,7 +133,7 @@ def test_the_reckoning_by_hand(tmp_path):
         "fit": START_S + (12 * 16 * 50 + (2 * 100 + 100) / 2 * 50 + 20 * 16 * 50) / 100,
         "score": START_S + (100 + 250) * 50 * (1 / 100 + 2 / 200),
         "align": START_S + 7 * 24 * 8 * 50 / 100,
-        "attack": START_S + 7 * 30 * 8 * 50 / 100,
+        "attack": START_S + 7 * 60 * 8 * 50 / 100,
         "evaluate": START_S + 7 * 2 * 300 * (30 + 48) / 200,
     }
     assert [in_words(seconds) for seconds in (5, 100, 3600, 9000)] == ["1 min", "2 min", "60 min", "2.5 h"]

@@ -80,6 +80,7 @@ def test_the_driver_killed_while_scoring(calm: World, tmp_path: Path) -> None:
     assert world.litter() == []
 
 
+@pytest.mark.slow
 def test_the_driver_interrupted_while_a_group_trains(aligned_alone: World, tmp_path: Path) -> None:
     world = aligned_alone.copy(tmp_path / "run", "ingest", "fit", "scores", "selections")
     world.values["resources"] = {**world.values["resources"], "workers": 1}

@@ -456,6 +456,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, workers):
     assert {key.split("/")[1] for key in changed} <= {"report", "config.yaml"}
 
 
+@pytest.mark.slow
 def test_a_storage_that_refuses_while_scoring_changes_nothing(done, files, s3):
     root, _ = done
     refused = len(s3.refused)

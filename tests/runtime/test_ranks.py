@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from pharmacist_ray.runtime import ranks
+from pharmacist_ray.runtime.ranks import gpus_in_sight, stay_on_cpu
 from tests.search.test_search import write_config
 
 SEEN = """
@@ -35,6 +37,19 @@ def test_no_gpu_of_the_machine_is_touched_where_none_is_asked_for(before):
 
     assert device("") == "cuda cpu"  # what DeepSpeed does by itself
     assert device("stay_on_cpu()") == "cpu cpu"
+
+
+def test_a_ray_that_is_started_later_knows_of_the_gpus_that_this_process_does_not_see(monkeypatch):
+    """In a notebook, say, a run on the CPU and then one on GPUs."""
+    monkeypatch.setattr(ranks, "_before", {})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    stay_on_cpu()
+    stay_on_cpu()
+    here = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+    with gpus_in_sight():
+        assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("DS_ACCELERATOR")) == ("1", None)
+    assert {name: os.environ.get(name) for name in here} == here == {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 WHOLE = """
