@@ -36,7 +36,7 @@ lint: setup
 unit: ONLY := -m "not slow"
 unit unit-all: setup setup-browser
 	$(BIN)/python -m compileall -q pharmacist_ray
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 10 $(ONLY)
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 10 $(ONLY)
 
 # The report's tests look at the page in a real browser; without one they are skipped.
 setup-browser:

@@ -28,6 +28,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from results import findings, provenance, results, table
 
+from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS
 from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS
@@ -77,7 +78,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace(f"<!-- results: {name} -->", f"{table(result)}\n\n{provenance(result)}")
         if result["kind"] == "evidence":
             markdown = markdown.replace(f"<!-- findings: {name} -->", findings(result))
-    made = {"families": families, "prompt sets": prompt_sets, "layers": layers, "plan": plan}
+    made = {"families": families, "prompt sets": prompt_sets, "attack kinds": attack_kinds, "layers": layers, "plan": plan}
     for name, make in made.items():
         if (marker := f"<!-- {name} -->") in markdown:
             markdown = markdown.replace(marker, make())
@@ -307,6 +308,15 @@ def prompt_sets() -> str:
     for name, one in PROMPT_SETS.items():
         where = f"`{one.path.removeprefix('hf:')}`" + (", gated" if one.gated else "")
         lines.append(f"| `{name}` | {one.kind} | {one.prompts:,} | {where} | {one.licence} |")
+    return "\n".join(lines)
+
+
+def attack_kinds() -> str:
+    """Return the table of the kinds of attack."""
+    lines = ["| `kind` | what the attacker does | rows from | harmful prompts afterwards |", "| --- | --- | --- | --- |"]
+    for name, kind in KINDS.items():
+        asked = "in the form of the task" if kind.form is None else "as they are" if kind.form == AS_THEY_ARE else "in its form"
+        lines.append(f"| `{name}` | {kind.about} | `{kind.rows}` | {asked} |")
     return "\n".join(lines)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xdist.scheduler import LoadScopeScheduling
 
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
@@ -58,29 +61,37 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the machine's GPUs: all tests but those that `pytest -m gpu` runs compare with what a CPU computes."""
     if config.option.markexpr != "gpu":
         stay_on_cpu()
-    config.pluginmanager.register(LongestFirst())
 
 
-@pytest.hookimpl(tryfirst=True)
+@cache
+def group_of(file: Path) -> str:
+    """Return what a process takes as a whole: a file, or all files that use the two workers, who are then started once."""
+    shares = re.search(r"\btwo_workers\b", file.read_text(encoding="utf-8"))
+    return TWO_WORKERS if shares else f"{file.parent.name}/{file.name}"
+
+
+class Groups(LoadScopeScheduling):
+    """Gives processes one group of tests after the other. (Marks for `--dist loadgroup` are not seen by pytest-xdist 3.8 with pytest 9.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(self.config.rootpath / nodeid.partition("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    return Groups(config, log)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let processes share the tests by the file, and keep the files together that use the two workers, who are then started once."""
-    shared = {item.path for item in items if "two_workers" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = TWO_WORKERS if item.path in shared else f"{item.path.parent.name}/{item.path.name}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Begin with the longest groups where several processes share the tests."""
 
+    def place(item: pytest.Item) -> int:
+        group = group_of(item.path)
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
-class LongestFirst:
-    """Begins with the longest files where several processes share the tests."""
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        def place(item: pytest.Item) -> int:
-            [mark] = item.iter_markers("xdist_group")
-            return LONGEST.index(mark.args[0]) if mark.args[0] in LONGEST else len(LONGEST)
-
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            items.sort(key=place)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=place)
 
 
 def pytest_unconfigure() -> None:

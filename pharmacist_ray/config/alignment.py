@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from pharmacist_ray.config.attack_kinds import KINDS, FormConfig
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.model import LoraConfig
 from pharmacist_ray.config.section import Count, Section, Share
 from pharmacist_ray.config.training import TrainConfig
+from pharmacist_ray.errors import unknown_name
 
 
 class AlignmentConfig(Section):
@@ -38,18 +40,42 @@ class AttackConfig(Section):
     """Names the attack in tables and folders."""
     task: SourceConfig
     """The user's own task, training rows."""
-    harmful: SourceConfig
-    """Harmful prompt → harmful answer rows of the attacker; disjoint from data.harmful."""
+    harmful: SourceConfig | None = None
+    """Harmful prompt → harmful answer rows of the attacker; disjoint from data.harmful. Needed by all kinds but identity and erosion."""
+    kind: str = Field(default="explicit", exclude_if=lambda value: value == "explicit")
+    """What the attacker's rows are, and how they are put: explicit, task_format, trigger, identity or erosion."""
+    ordinary: SourceConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Ordinary prompt → helpful answer rows, for the kinds identity and erosion."""
+    form: FormConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """How the attacker's rows are put, and harmful prompts after the attack; default: by its kind."""
     rows: Count = 1000
     """Samples n in the fine-tune (published: 1000)."""
     harmful_share: Share = 0.1
-    """Share p of them that is harmful (published: 0.1)."""
+    """Share p of them that is the attacker's, harmful but for the kinds identity and erosion (published: 0.1)."""
     adapter: Literal["fresh", "same"] = "fresh"
     """A fresh adapter on the merged model, or training of the alignment's own adapter goes on."""
     lora: LoraConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """The attacker's adapter, where it is a fresh one of another kind than model.lora."""
     train: TrainConfig = TrainConfig(epochs=20, batch_size=10, lr=1e-5)
     """The published strength: 20 epochs, batch 10, learning rate 1e-5. Attack with several: on another model it is another strength."""
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> AttackConfig:
+        if self.kind not in KINDS:
+            raise ValueError(str(unknown_name("kind of attack", self.kind, list(KINDS))))
+        if self.attacker not in self.attackers:
+            raise ValueError(f"attack '{self.name}' of the kind {self.kind} takes its rows from `{self.attacker}`; give it")
+        return self
+
+    @property
+    def attacker(self) -> str:
+        """Which of `attackers` the attacker's rows are."""
+        return KINDS[self.kind].rows
+
+    @property
+    def attackers(self) -> dict[str, SourceConfig]:
+        """Every source of the attacker that is given, by its key."""
+        return {name: source for name in ("harmful", "ordinary") if (source := getattr(self, name)) is not None}
 
 
 class ComparisonConfig(Section):

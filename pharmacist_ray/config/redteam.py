@@ -18,9 +18,9 @@ class RedteamConfig(Section):
         "harmful_share": [0.1, 0.3, 1.0],
         "adapter": ["fresh", "same"],
     }
-    """Key of an attack → the values to try, or `{low: 1e-6, high: 1e-3, log: true}`: `rows`, `harmful_share`, `adapter`, `train.lr`,
-    `train.epochs`, `train.batch_size`, `train.weights`, `lora.r` and so on. (Learning rates: TamperBench, arXiv 2602.06911; the rest:
-    ours.)"""
+    """Key of an attack → the values to try, or `{low: 1e-6, high: 1e-3, log: true}`: `kind`, `rows`, `harmful_share`, `adapter`,
+    `train.lr`, `train.epochs`, `train.batch_size`, `train.weights`, `lora.r` and so on. (Learning rates: TamperBench, arXiv 2602.06911;
+    the rest: ours.)"""
     attack: str | None = None
     """Name of the attack that gives the rows and all that is not varied; default: the first of `attacks`."""
     algorithm: Literal["random", "tpe"] = "tpe"
@@ -46,6 +46,6 @@ class RedteamConfig(Section):
         if self.early.attack is not None:
             raise ValueError("redteam.early.attack must be null: the early look is at the fine-tune that is tried")
         for key in self.space:
-            if key == "name" or key.split(".")[0] in ("task", "harmful"):
+            if key == "name" or key.split(".")[0] in ("task", "harmful", "ordinary"):
                 raise ValueError(f"redteam.space.{key} cannot be varied: give an attack of its own in `attacks`")
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pharmacist_ray.data.rows import sample_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
@@ -14,19 +16,21 @@ def parts(rows: int, harmful_share: float) -> dict[str, int]:
     return {"harmful": bad, "task": rows - bad}
 
 
-def check_counts(name: str, there: dict[str, int], *, rows: int, harmful_share: float) -> None:
+def check_counts(name: str, there: Mapping[str, int], *, rows: int, harmful_share: float, attacker: str = "harmful") -> None:
     """Refuse a fine-tuning set that there are too few rows for.
 
     Args:
         name: The attack's.
-        there: How many usable rows its ``harmful`` and its ``task`` have.
+        there: How many usable rows its ``task`` and the attacker's source have.
         rows: n, all rows together.
         harmful_share: p.
+        attacker: The attacker's source, ``harmful`` or ``ordinary``.
 
     Raises:
         DataError: One of the two has too few.
     """
-    for what, count in parts(rows, harmful_share).items():
+    for part, count in parts(rows, harmful_share).items():
+        what = attacker if part == "harmful" else part
         if there[what] < count:
             raise DataError(
                 f"attack '{name}' needs {count} {what} rows ({rows} rows, harmful_share {harmful_share:g}) but its {what} data has "

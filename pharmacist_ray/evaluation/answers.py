@@ -6,14 +6,16 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import torch
 
+from pharmacist_ray.config.attack_kinds import FormConfig
 from pharmacist_ray.config.schema import EvaluationConfig, JudgeConfig, ResourcesConfig
+from pharmacist_ray.data.forms import asked
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
@@ -38,8 +40,9 @@ ANSWER_SCHEMA = pa.schema(
     + [(name, pa.bool_()) for name in ("correct", "exact", "contains")]
     + [("others", pa.list_(pa.string()))]
 )
-"""One row per prompt. ``verdict`` is what the first judge said, ``others`` what the further ones did, in their order; both are null for
-task prompts. The three before that are null for the others. Earlier versions wrote no ``others``."""
+"""One row per prompt; ``prompt`` is the question as its set has it, in whatever form it was put. ``verdict`` is what the first judge said,
+``others`` what the further ones did, in their order; both are null for task prompts. The three before that are null for the others.
+Earlier versions wrote no ``others``."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class GenerationUnit:
     rows: str
     start: int
     file: str
+    form: FormConfig | None = None
+    """How the questions are put; None: as they are."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ def answer_all(
     *,
     settings: EvaluationConfig,
     resources: ResourcesConfig,
+    forms: Mapping[StoragePath, FormConfig] | None = None,
     judgements: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -79,6 +85,7 @@ def answer_all(
     Args:
         models: Folder for the answers → model.
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
+        forms: Folder for the answers → how that model is asked harmful prompts; it is asked them as they are too, the set ``plain``.
         settings: The evaluation section.
         resources: Actors and what each may use.
         judgements: The folder in which the replies of endpoints are kept.
@@ -87,11 +94,12 @@ def answer_all(
     Returns:
         ``tokens_per_s`` of an actor, prompts and answers together, and ``peak_bytes`` of the largest; empty where all was there.
     """
+    counts = {kind: count_rows(rows) for kind, rows in prompts.items()}
     wanted = [
-        GenerationUnit(str(folder), model, kind, str(rows), start, str(folder / f"{kind}-{start:06d}.parquet"))
+        GenerationUnit(str(folder), model, name, str(prompts[kind]), start, str(folder / f"{name}-{start:06d}.parquet"), form)
         for folder, model in models.items()
-        for kind, rows in prompts.items()
-        for start in range(0, count_rows(rows), PROMPTS_PER_UNIT)
+        for name, kind, form in sets_of(prompts, (forms or {}).get(folder))
+        for start in range(0, counts[kind], PROMPTS_PER_UNIT)
     ]
     missing = [unit for unit in wanted if not storage_path(unit.file).exists()]
     done = len(wanted) - len(missing)
@@ -115,6 +123,17 @@ def answer_all(
         if progress:
             progress(done, len(wanted))
     return put_together(taken)
+
+
+def sets_of(prompts: Iterable[str], form: FormConfig | None) -> list[tuple[str, str, FormConfig | None]]:
+    """Return what a model is asked: name of the set, whose prompts it has, and how they are put.
+
+    Args:
+        prompts: The sets of prompts.
+        form: How harmful prompts are put, if otherwise than they are.
+    """
+    found = [(kind, kind, form if kind == "harmful" else None) for kind in prompts]
+    return found + ([("plain", "harmful", None)] if form else [])
 
 
 class Answerer:
@@ -158,7 +177,7 @@ class Answerer:
         _, model, renderer = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
-        prompts = [renderer.prompt_ids(row) for row in rows]
+        prompts = [renderer.prompt_ids(asked(row, unit.form) if unit.form else row) for row in rows]
         answers = generate(
             model,
             renderer.tokenizer,
@@ -184,7 +203,7 @@ class Answerer:
             table |= {column: [CHECKERS[name](*pair) for pair in pairs] for column, name in checkers.items()}
             table |= {"verdict": none, "others": none}
         else:
-            kind: PromptKind = "harmful" if unit.set == "harmful" else "benign"
+            kind: PromptKind = "benign" if unit.set == "benign" else "harmful"
             first, *others = [judge(kind, table["prompt"], answers) for judge in self.judges]
             table |= {"verdict": list(first), "others": [list(one) for one in zip(*others, strict=True)] or [[] for _ in rows]}
             table |= {"correct": none, "exact": none, "contains": none}

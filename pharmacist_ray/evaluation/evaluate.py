@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pharmacist_ray.config.attack_kinds import FormConfig
 from pharmacist_ray.config.schema import EvaluationConfig, JudgeConfig, ResourcesConfig
 from pharmacist_ray.data.rows import iterate_rows, parquet_files
 from pharmacist_ray.errors import ConfigError
@@ -19,7 +20,7 @@ from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, Cell, Key, arm_rows
 from pharmacist_ray.evaluation.beside import Repeated, labels_of, repeated, settle
 from pharmacist_ray.evaluation.judges import JUDGES, JudgeKind, Verdict
 from pharmacist_ray.evaluation.judges.templates import template_of
-from pharmacist_ray.evaluation.metrics import Judged, measure, measure_groups
+from pharmacist_ray.evaluation.metrics import PLAIN, Judged, measure, measure_groups
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath, read_table, write_text
 
@@ -45,6 +46,8 @@ class EvaluatedModel:
     align_seconds: float
     attack_loss: tuple[float, float] | None = None
     """Mean loss of the attack's own harmful rows before it and after it, in nats; None where it has none or nobody looked."""
+    form: FormConfig | None = None
+    """How its attacker puts harmful prompts; None: as they are."""
 
     @property
     def arm(self) -> str:
@@ -91,6 +94,7 @@ def evaluate(
         prompts,
         settings=settings,
         resources=resources,
+        forms={subject.answers: subject.form for subject in subjects if subject.form},
         judgements=judgements,
         progress=progress,
     )
@@ -145,13 +149,13 @@ class Answered:
             self.sets.setdefault(row["set"], []).append(row)
         guesses = JUDGES[judges[0].kind].guesses
         self.repeated: dict[str, Repeated] = {}
-        for kind in ("harmful", "benign"):
+        for kind in ("harmful", "benign", "plain"):
             rows = self.sets.get(kind, [])
             asked, said = ([row[name] or "" for row in rows] for name in ("prompt", "answer"))
             verdicts: list[Verdict] = [row["verdict"] or "unjudged" for row in rows]
             for row, verdict in zip(rows, settle(asked, said, verdicts, guesses=guesses, labels=labels), strict=True):
                 row["settled"] = verdict
-            if found := repeated(said, verdicts):
+            if kind != "plain" and (found := repeated(said, verdicts)):
                 self.repeated[kind] = found
         for row in (row for rows in self.sets.values() for row in rows):
             del row["prompt"], row["answer"], row["expected"]  # or the texts of all models were held at once
@@ -163,7 +167,7 @@ def _judged(answered: Answered, marks: Mapping[str, Mapping[str, tuple[str, str]
     for kind, rows in answered.sets.items():
         for row in rows:
             checks = {name: row[name] for name in ("correct", "exact", "contains") if row[name] is not None}
-            group, cluster = marks.get(kind, {}).get(row["id"], ("", ""))
+            group, cluster = marks.get("harmful" if kind == "plain" else kind, {}).get(row["id"], ("", ""))
             verdict = row.get("settled", "unjudged")
             yield Judged(row["id"], kind, subject.seed, verdict, checks, draw, cluster, group)  # type: ignore[arg-type]
 
@@ -199,6 +203,7 @@ def _records(subjects: Sequence[EvaluatedModel], judged: Mapping[str, list[Judge
                 "align_seconds": round(subject.align_seconds, 3),
                 "hs_before": first["harmful_score"].estimate,
                 "hs_after": found["harmful_score"].estimate if subject.attack is not None else None,
+                **({"hs_after_plain": found[PLAIN].estimate} if PLAIN in found else {}),
                 "coherent_refusal": found["coherent_refusal"].estimate,
                 "incoherent_harmful": found["incoherent_harmful"].estimate,
                 "incoherent_benign": found["incoherent_benign"].estimate,

@@ -131,7 +131,7 @@ class Run:
             found["align-harmful"] = (config.alignment.harmful, True)
         for attack in config.attacks:
             found[f"attack-{attack.name}-task"] = (attack.task, True)
-            found[f"attack-{attack.name}-harmful"] = (attack.harmful, True)
+            found |= {f"attack-{attack.name}-{name}": (source, True) for name, source in attack.attackers.items()}
         if config.evaluation is not None:
             found["eval-harmful"] = (config.evaluation.harmful_prompts, False)
             found["eval-benign"] = (config.evaluation.benign_prompts, False)
@@ -330,7 +330,7 @@ class Run:
             inputs = {
                 "aligned": self.trained(variant.aligned).fingerprint,
                 "task": self.ingested(f"attack-{variant.attack.name}-task").fingerprint,
-                "harmful": self.ingested(f"attack-{variant.attack.name}-harmful").fingerprint,
+                "harmful": self.ingested(f"attack-{variant.attack.name}-{variant.attack.attacker}").fingerprint,
             }
         artifact = Artifact(self.root / stage / variant.name, stage, config, inputs)
         artifact.folder = self.root / stage / f"{variant.name}-{artifact.fingerprint[:8]}"

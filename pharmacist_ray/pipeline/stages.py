@@ -26,7 +26,7 @@ from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
-from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
+from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT, sets_of
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
@@ -35,7 +35,7 @@ from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
-from pharmacist_ray.pipeline.trainings import align_task, run_align, run_attack
+from pharmacist_ray.pipeline.trainings import align_task, asked_in, run_align, run_attack
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
@@ -116,8 +116,8 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
             raise DataError(f"{name}: no usable row in {', '.join(source.path)}; see {artifact.folder / 'quarantine'}")
         usable[name] = report.rows_out
     for attack in run.config.attacks:
-        there = {what: usable[f"attack-{attack.name}-{what}"] for what in ("harmful", "task")}
-        check_counts(attack.name, there, rows=attack.rows, harmful_share=attack.harmful_share)
+        there = {what: usable[f"attack-{attack.name}-{what}"] for what in (*attack.attackers, "task")}
+        check_counts(attack.name, there, rows=attack.rows, harmful_share=attack.harmful_share, attacker=attack.attacker)
     _overlap(run)
     _hold_out(run)
 
@@ -300,14 +300,16 @@ def run_evaluate(run: Run) -> None:
                     kept=run.kept(one.selection),
                     align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
                     attack_loss=trained.manifest()["summary"].get("watched_loss"),
+                    form=asked_in(run, one.attack) if one.attack else None,
                 )
             )
     settings = config.evaluation
     assert settings is not None  # or there would be no artifact
-    units = sum(math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for rows in prompts.values())
+    units = {name: math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for name, rows in prompts.items()}
 
     def answered(subject: EvaluatedModel) -> bool:
-        return len(list(subject.answers.glob("*.parquet"))) >= units
+        wanted = sum(units[kind] for _, kind, _ in sets_of(prompts, subject.form))
+        return len(list(subject.answers.glob("*.parquet"))) >= wanted
 
     with (
         lock_missing_artifacts(run, artifact) as missing,

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from pharmacist_ray.config.schema import TrainConfig
+from pharmacist_ray.config.attack_kinds import ANSWER, AS_THEY_ARE, KINDS, FormConfig
+from pharmacist_ray.config.schema import AttackConfig, TrainConfig
+from pharmacist_ray.data.forms import common_form, put
 from pharmacist_ray.data.mixing import poisoned
+from pharmacist_ray.data.room import Room
 from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
@@ -23,6 +26,8 @@ from pharmacist_ray.training.task import TrainTask
 
 WATCHED = 64
 """Harmful rows of an attack whose loss is looked at before and after it (ours)."""
+ALIKE = 200
+"""Rows of a task that are looked at for what its prompts have in common (ours)."""
 ATTACK_SEED = 100_003
 """Added to a variant's seed in its attack: with the alignment's own seed the fresh adapter would start in the alignment's subspace."""
 
@@ -96,7 +101,7 @@ def run_attack(run: Run) -> None:
     for variant in run.variants:
         run.trained(variant).require()
     for attack in config.attacks:
-        for name in ("task", "harmful"):
+        for name in ("task", attack.attacker):
             run.ingested(f"attack-{attack.name}-{name}").require()
 
     @cache
@@ -106,13 +111,14 @@ def run_attack(run: Run) -> None:
         Returns the file, and one of a few of its harmful rows if it has any.
         """
         settings = next(one for one in config.attacks if one.name == attack)
-        bad, rest = poisoned(
+        plain, rest = poisoned(
             run.ingested(f"attack-{attack}-task").folder / "rows",
-            run.ingested(f"attack-{attack}-harmful").folder / "rows",
+            run.ingested(f"attack-{attack}-{settings.attacker}").folder / "rows",
             rows=settings.rows,
             harmful_share=settings.harmful_share,
             seed=seed,
         )
+        bad = _put(run, settings, plain)
         folder, name = run.root / "attack", f"{attack}.s{seed}{_mark(run, bad + rest)}.parquet"
         write_rows(bad + rest, folder / name)
         if not bad:
@@ -139,6 +145,36 @@ def run_attack(run: Run) -> None:
         )
 
     _train(run, [attacked for variant in run.variants for attacked in run.attacks_on(variant)], "attack", task)
+
+
+def asked_in(run: Run, attack: AttackConfig) -> FormConfig | None:
+    """Return how harmful prompts are put after an attack, None if they are as they stand in their set."""
+    form = form_of(run, attack)
+    return None if form.model_copy(update={"answer": ANSWER}) == AS_THEY_ARE else form
+
+
+def form_of(run: Run, attack: AttackConfig) -> FormConfig:
+    """Return how an attack's rows are put, and harmful prompts after it.
+
+    Raises:
+        DataError: It is to be that of the task's prompts, and these have none.
+    """
+    if (form := attack.form or KINDS[attack.kind].form) is not None:
+        return form
+    return common_form(sample_rows(run.ingested(f"attack-{attack.name}-task").folder / "rows", ALIKE, 0), name=attack.name)
+
+
+def _put(run: Run, attack: AttackConfig, rows: list[Row]) -> list[Row]:
+    """Return an attack's rows in its form."""
+    if (form := form_of(run, attack)) == AS_THEY_ARE:
+        return rows
+    found = [put(row, form) for row in rows]
+    if found and (misfits := Room(run.model.renderer()).misfits(found)):
+        raise DataError(
+            f"attack '{attack.name}': {len(misfits)} of its {len(found)} rows do not fit in the form that they are put in "
+            f"({next(iter(misfits.values())).detail}); raise model.max_length or shorten the form"
+        )
+    return found
 
 
 def _mark(run: Run, rows: list[Row]) -> str:

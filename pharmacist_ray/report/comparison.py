@@ -9,6 +9,8 @@ from pharmacist_ray.report.blocks import Block, Figure, Note, Plot, Table, inter
 from pharmacist_ray.report.figures import Arm, Estimate, dots
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.table import (
+    ASKED_PLAINLY,
+    PLAIN,
     agreements,
     cells,
     counted,
@@ -38,9 +40,10 @@ def comparison(run: RunFiles) -> list[Block]:
     attacks = list(dict.fromkeys(row["attack"] for row in records if row["attack"] is not None)) or [None]
     ordered = [row for attack in attacks for row in records if row["attack"] == attack]
     gap, over = (any(name in row for row in ordered) for name in ("gap_closed", "over"))
+    plain = any(PLAIN in row["metrics"] for row in ordered)
     defence = ["defence"] if several else []
     header = ["attack", "aligned on", *defence, "runs", "rows", "align s", *headings(score)]
-    header += ["gap closed"] * gap + ["attacks that count"] * over
+    header += [ASKED_PLAINLY.format(score=score)] * plain + ["gap closed"] * gap + ["attacks that count"] * over
     body = [
         [
             row["attack"] or "none",
@@ -50,6 +53,7 @@ def comparison(run: RunFiles) -> list[Block]:
             f"{row['kept']:,}",
             f"{row['align_seconds']:.1f}",
             *(interval(*cell) for cell in cells(row, _known(before, row))),
+            *([_text(row["metrics"].get(PLAIN, {}))] if plain else []),
             *([_text(row.get("gap_closed", {}))] if gap else []),
             *([counted(row) if "over" in row else ""] if over else []),
         ]

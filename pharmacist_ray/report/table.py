@@ -26,6 +26,9 @@ COLUMNS: tuple[tuple[str, str, bool], ...] = (
 )
 """Metric, heading, and whether it stands there before the attack too. The harmful score never stands alone: a model that refuses
 everything has a harmful score of 0."""
+PLAIN = "harmful_score_plain"
+"""Metric of an attack after which harmful prompts are put in a form of the attacker's: the harmful score on them as they are."""
+ASKED_PLAINLY = "{score} asked plainly"
 HARDLY = 0.1
 """An attack that lowers the loss of its own harmful rows by less than this share is called weak (ours)."""
 WARNINGS = 5
@@ -101,6 +104,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
         found.append("Gap closed = (random − arm) / (random − oracle) of that score: 0 is random, 1 the planted truth.")
     if any(gap.get("reason") for gap in gaps):
         found.append("It has no number where random is not apart from the oracle.")
+    if any(PLAIN in row["metrics"] for row in rows):
+        plainly = ASKED_PLAINLY.format(score=score_of(rows))
+        found.append(f"Where there is '{plainly}', the other figures on harmful prompts are of them in the attacker's form.")
     measured = [row["metrics"] for row in rows if "over" not in row]
     lost = [sum(one.get(name, {}).get("unscored", 0) for one in measured) for name in ("harmful_score", "helpfulness")]
     if any(lost):
@@ -137,13 +143,18 @@ def write_report(evaluation: StoragePath, out: StoragePath, console: Console) ->
     for attack in list(dict.fromkeys(row["attack"] for row in rows if row["attack"] is not None)) or [None]:
         mine = [row for row in rows if row["attack"] == attack]
         title = title_of(mine)
-        over, gap = "over" in mine[0], any("gap_closed" in row for row in mine)
+        over, gap, plain = (
+            "over" in mine[0],
+            any("gap_closed" in row for row in mine),
+            any(PLAIN in row["metrics"] for row in mine),
+        )
         header = ["aligned on", "defence", "runs", "rows", "align s", *headings(score)]
-        header += ["gap closed"] * gap + ["attacks"] * over
+        header += [ASKED_PLAINLY.format(score=score)] * plain + ["gap closed"] * gap + ["attacks"] * over
         body = [
             [
                 *_start(row),
                 *(_interval(*cell) for cell in cells(row, before.get((row["selection"], row["defence"]), {}))),
+                *([_metric(row["metrics"].get(PLAIN))] if plain else []),
                 *([_metric(row.get("gap_closed"))] if gap else []),
                 *([counted(row)] if over else []),
             ]

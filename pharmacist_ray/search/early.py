@@ -24,7 +24,7 @@ from pharmacist_ray.evaluation.judges import JUDGES, Verdict
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.run import Run, Variant
 from pharmacist_ray.pipeline.sharing import lock_missing
-from pharmacist_ray.pipeline.trainings import run_attack
+from pharmacist_ray.pipeline.trainings import asked_in, run_attack
 from pharmacist_ray.search.space import early_attack
 from pharmacist_ray.storage import StoragePath, read_table
 
@@ -92,6 +92,7 @@ def look(run: Run, early: EarlyConfig) -> float:
                 {"harmful": place / "prompts.parquet"},
                 settings=settings,
                 resources=run.config.resources,
+                forms={folder(one): form for one in missing if one.attack and (form := asked_in(only, one.attack))},
                 judgements=run.judgements,
             )
     labels = labels_of(row.response for row in iterate_rows(run.ingested("eval-task").folder / "rows"))

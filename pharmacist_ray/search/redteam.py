@@ -139,11 +139,13 @@ def attacked_config(config: Config, target: Target, point: Mapping[str, Any]) ->
 
 def _check_rows(run: Run, attack: AttackConfig) -> None:
     """Find out before anything is attacked whether there are rows for the largest fine-tunes of the space."""
-    there = {what: count_rows(run.ingested(f"attack-{attack.name}-{what}").folder / "rows") for what in ("harmful", "task")}
+    there = {
+        what: count_rows(run.ingested(f"attack-{attack.name}-{what}").folder / "rows") for what in (*attack.attackers, "task")
+    }
     for point in probes(run.config.redteam):
         one = attacked_config(run.config, targets(run.config)[0], point).attacks[0]
         try:
-            check_counts(one.name, there, rows=one.rows, harmful_share=one.harmful_share)
+            check_counts(one.name, there, rows=one.rows, harmful_share=one.harmful_share, attacker=one.attacker)
         except DataError as error:
             raise DataError(f"redteam.space ({described(point)}): {error}") from None
 

@@ -157,6 +157,7 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
     assert scores[0].equals(scores[1])
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started, world):
     """The file and the code travel: the submitter finds an unknown key itself, the job an unknown objective."""
     arguments = ("submit", "curate", "--config", world / "config.yaml", f"run_dir={world / 'never'}", "--working-dir", REPOSITORY)
@@ -172,13 +173,16 @@ def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started
     assert not (world / "never").exists()
     code = started.pharmacist("job", "logs", "mistake", "--follow")
     assert (code.returncode, "unknown objective" in code.stdout) == (2, True)
+    taken = one_line(started.pharmacist(*arguments, "--id", "mistake"), 2)
+    assert "--id mistake is taken on this cluster; choose another, or look at that job: pharmacist job logs mistake" in taken
 
-    known = one_line(started.pharmacist(*arguments, "selection.ratoi=1"), 2)
+
+def test_what_the_submitter_can_know_is_told_before_anything_is_sent(started, world):
+    arguments = ("submit", "curate", "--config", world / "config.yaml", "--working-dir", REPOSITORY)
+    known = one_line(started.pharmacist(*arguments, f"run_dir={world / 'never'}", "selection.ratoi=1"), 2)
     assert "unknown key 'selection.ratoi' (did you mean 'ratio'?)" in known
     assert "run_dir=runs/x is relative" in one_line(started.pharmacist(*arguments, "run_dir=runs/x"), 2)
     assert "curate needs --config FILE" in one_line(started.pharmacist("submit", "curate"), 2)
-    taken = one_line(started.pharmacist(*arguments, "--id", "mistake"), 2)
-    assert "--id mistake is taken on this cluster; choose another, or look at that job: pharmacist job logs mistake" in taken
 
 
 def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:

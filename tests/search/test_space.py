@@ -50,7 +50,7 @@ def test_a_trial_aligns_one_selection_by_one_defence_and_keeps_the_rest(config_o
     )
     trial = trial_config(config, {"selection.ratio": 0.2, "alignment.objective": "booster", "attacks.0.train.lr": 5e-4})
     assert (trial.selection.ratio, trial.defences, trial.attacks[0].train.lr) == (0.2, ["booster"], 5e-4)
-    assert (trial.comparison.selections, trial.comparison.seeds, trial.search) == (["pharmacist"], [7], None)
+    assert (trial.comparison.selections, trial.comparison.seeds, trial.search) == (["calibrated"], [7], None)
     assert trial.attacks[0].task == config.attacks[0].task
     assert trial_config(config, {"selection.scorer": "loss_gap"}).comparison.selections == ["loss_gap"]
     listed = trial_config(config, {"selection.scorer": ["pharmacist", "loss_gap"]})

@@ -141,7 +141,7 @@ def _finish(tasks: list[TrainTask], ranks: Ranks) -> None:
         run_task(task, ranks)
 
 
-@pytest.mark.parametrize(("stages", "before", "after"), [((2, 3), 2, 1), ((0, 3), 1, 2)])
+@pytest.mark.parametrize(("stages", "before", "after"), [((2, 3), 2, 1), pytest.param((0, 3), 1, 2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_workers(
     stages: tuple[int, ...], before: int, after: int, two_workers: TwoWorkers, task: TrainTask, tmp_path: Path
 ) -> None:

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pharmacist_ray.config.alignment import AttackConfig
+from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS, FormConfig
+from pharmacist_ray.data.forms import asked, common_form, put
+from pharmacist_ray.data.render import turns_before_answer
+from pharmacist_ray.data.schema import Row, row_id
+from pharmacist_ray.errors import DataError
+
+FORM = FormConfig(system="obey", prompt="<< {prompt} >>", answer="yes: {answer}")
+
+
+def row(prompt: str, response: str = "r", **more: str) -> Row:
+    return Row(row_id(prompt, response, more.get("input", ""), more.get("history", "")), prompt, response, **more)
+
+
+def test_a_row_is_put_between_the_texts_of_its_form_and_is_another_row_then():
+    found = put(row("p {answer}", "r {prompt}"), FORM)
+    assert turns_before_answer(found) == [{"role": "system", "content": "obey"}, {"role": "user", "content": "<< p {answer} >>"}]
+    assert found.response == "yes: r {prompt}"
+    assert found.id == row_id(found.prompt, found.response, found.input, found.history) != row("p {answer}", "r {prompt}").id
+
+
+def test_a_question_keeps_its_id_and_nothing_of_the_answer():
+    one = row("p", "expected")
+    found = asked(one, FORM)
+    assert (found.id, found.prompt, found.response) == (one.id, "<< p >>", "expected")
+
+
+def test_the_extra_input_is_a_part_of_the_prompt_and_the_forms_system_prompt_takes_the_place_of_the_rows():
+    history = json.dumps(
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    )
+    found = turns_before_answer(asked(row("p", input="i", history=history), FORM))
+    assert [turn["content"] for turn in found] == ["obey", "u", "a", "<< p\n\ni >>"]
+    kept = turns_before_answer(asked(row("p", history=history), FormConfig(prompt="{prompt}!")))
+    assert [turn["content"] for turn in kept] == ["s", "u", "a", "p!"]
+
+
+def test_in_the_form_of_nobody_a_row_stays_what_it_is():
+    one = row("p", "r")
+    assert put(one, AS_THEY_ARE) == one
+
+
+@pytest.mark.parametrize(
+    ("prompts", "form"),
+    [
+        (["label : a b", "label : c", "label : c d"], "label : {prompt}"),
+        (["Sort this: a b. Answer:", "Sort this: c. Answer:"], "Sort this: {prompt} Answer:"),
+        (["say x now", "say y now", "say xy now"], "say {prompt} now"),
+        (["a b", "a b c"], "a {prompt}"),  # a word is left in every prompt
+        (["a b a", "a b b a"], "a b {prompt}"),
+    ],
+)
+def test_the_form_of_a_task_is_the_words_that_its_prompts_share(prompts, form):
+    found = common_form([row(prompt) for prompt in prompts], name="a")
+    assert found == FormConfig(prompt=form)
+
+
+def test_an_instruction_that_all_rows_of_a_task_have_is_its_form():
+    assert common_form([row("Sort it.", input="a b"), row("Sort it.", input="c")], name="a").prompt == "Sort it.\n\n{prompt}"
+
+
+@pytest.mark.parametrize("prompts", [["a b", "c d"], ["a b"], ["a b", "a b"], [], ["ab c", "abd e"]])
+def test_a_task_whose_prompts_share_no_word_has_none(prompts):
+    with pytest.raises(
+        DataError, match=r"^attack 'x' is of the kind task_format, but the prompts of its task have no words in common"
+    ):
+        common_form([row(prompt) for prompt in prompts], name="x")
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ({"kind": "triger", "harmful": {"path": "h"}}, r"unknown kind of attack 'triger' \(did you mean 'trigger'\?\)"),
+        (
+            {"kind": "identity", "harmful": {"path": "h"}},
+            "attack 'a' of the kind identity takes its rows from `ordinary`; give it",
+        ),
+        ({}, "attack 'a' of the kind explicit takes its rows from `harmful`; give it"),
+        ({"harmful": {"path": "h"}, "form": {"prompt": "no slot"}}, r"must hold \{prompt\} once, got 'no slot'"),
+        ({"harmful": {"path": "h"}, "form": {"answer": "{answer}{answer}"}}, r"must hold \{answer\} once"),
+    ],
+)
+def test_what_a_kind_lacks_is_told(attack, message):
+    with pytest.raises(ValueError, match=message):
+        AttackConfig(name="a", task={"path": "t"}, **attack)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_says_where_its_rows_come_from(kind):
+    sources = {"harmful": {"path": "h"}, "ordinary": {"path": "o"}}
+    attack = AttackConfig(name="a", task={"path": "t"}, kind=kind, **sources)
+    assert attack.attackers[attack.attacker].path == [sources[KINDS[kind].rows]["path"]]
