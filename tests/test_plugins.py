@@ -307,7 +307,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_the_example_plugin_runs_in_a_comparison_with_processes_of_ray(workers, installed, model_folder, rows_of, tmp_path):
+def test_the_example_plugin_runs_in_a_comparison(workers, installed, model_folder, rows_of, tmp_path):
     counts = {"alignment": 12, "trusted": 4, "harmful": 4, "ask_bad": 3, "ask_good": 3, "test": 3}
     for seed, (name, count) in enumerate(counts.items()):
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{row.raw}\n" for row in rows_of(count, seed=seed)))
@@ -319,7 +319,7 @@ def test_the_example_plugin_runs_in_a_comparison_with_processes_of_ray(workers, 
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
         "data": {"candidates": path["alignment"], "validation": path["trusted"], "harmful": path["harmful"], "shards": 2},
-        "resources": {"workers": workers, "actors": 1, "parallel_runs": 1 + workers, "cpus_per_worker": 0.5},
+        "resources": {"workers": workers, "actors": workers, "parallel_runs": 1 + workers, "cpus_per_worker": 0.5},
         "scoring": {"scorers": ["long_answer", "my_module:first_letter"]},
         "selection": {"ratio": 0.5, "scorer": ["long_answer", "my_module:first_letter"]},
         "alignment": {"objective": "scaled", "parameters": {"scaled": {"scale": 0.5}}, "train": TRAIN},

@@ -213,6 +213,19 @@ def search(
 
 
 @app.command(rich_help_panel=RESULTS)
+def audit(
+    data: Annotated[str, typer.Argument(help="Rows of a fine-tune: a file, folder, glob or URI, as candidates are given.")],
+    config: ConfigOption,
+    overrides: Overrides = None,
+) -> None:
+    """Flag rows of a fine-tune that look harmful, by the `audit` section, and write what is left; nothing is dropped without a record."""
+    from pharmacist_ray.config import load_config
+    from pharmacist_ray.pipeline.audit import run_audit
+
+    run_audit(load_config(config, overrides or []), [data])
+
+
+@app.command(rich_help_panel=RESULTS)
 def redteam(config: ConfigOption, overrides: Overrides = None) -> None:
     """Let an attacker search for the worst fine-tune of every arm, by the `redteam` section; finished trials are kept."""
     from pharmacist_ray.config import load_config
@@ -298,7 +311,9 @@ def grade(
 
 @app.command(rich_help_panel=CLUSTER)
 def submit(
-    job: Annotated[str, typer.Argument(help="curate, align, evaluate, search, redteam or benchmark.", autocompletion=job_names)],
+    job: Annotated[
+        str, typer.Argument(help="curate, align, evaluate, search, redteam, audit or benchmark.", autocompletion=job_names)
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(

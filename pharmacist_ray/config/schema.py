@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pydantic import Field, model_validator
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, ComparisonConfig
+from pharmacist_ray.config.audit import AuditConfig
 from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
@@ -50,6 +51,7 @@ __all__ = [
     "TrainConfig",
 ]
 
+_AUDIT = AuditConfig()
 _REDTEAM = RedteamConfig()
 
 RESERVED = ("all", "trusted", "none", CALIBRATED)
@@ -77,6 +79,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     search: SearchConfig | None = None
     """Settings to try against each other, for example `{space: {selection.ratio: [0.2, 0.4], selector.intensity: [0.05, 0.5]}}`."""
+    audit: AuditConfig = Field(default=_AUDIT, exclude_if=lambda value: value == _AUDIT)
+    """How rows are audited before a model is fine-tuned on them."""
     redteam: RedteamConfig = Field(default=_REDTEAM, exclude_if=lambda value: value == _REDTEAM)
     """How an attacker searches for the worst fine-tune of each arm."""
 
@@ -100,6 +104,12 @@ class Config(Section):
     def _disagreements(self) -> Iterator[str]:
         if "loss_gap" in self.scoring.scorers and (self.data.benign is None or self.selector.reference is None):
             yield "the loss_gap scorer needs data.benign and selector.reference; add them or take loss_gap out of scoring.scorers"
+        for what, asked in (
+            ("the refusal_feature scorer", "refusal_feature" in self.scoring.scorers),
+            ("scoring.safe with benign", "benign" in self.scoring.safe),
+        ):
+            if asked and self.data.benign is None:
+                yield f"{what} needs data.benign; add it"
         if not self.selector.inner_lr:
             for what, asked in (
                 ("selector.mode=iterative", self.selector.mode == "iterative"),

@@ -63,6 +63,10 @@ class ScoringConfig(Section):
     """Columns random_0, random_1, … that the `random` scorer writes."""
     seed: int = 0
     """Seed of the random scores."""
+    safe: Annotated[list[Literal["validation", "benign"]], Field(min_length=1)] = Field(
+        default=["validation"], exclude_if=lambda value: value == ["validation"]
+    )
+    """The trusted sets that representation, guard and naive_bayes tell harmful rows from; an audit takes ordinary rows too."""
     planted: PlantedConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """For the `oracle` scorer, on benchmarks alone: the column with planted labels, and which are good."""
     guard: GuardConfig | None = Field(default=None, exclude_if=lambda value: value is None)

@@ -209,9 +209,9 @@ class Run:
     @property
     def trusted(self) -> TrustedSets:
         """The trusted rows as scorers read them, as many as the selector takes, and the candidates."""
-        folders = {name: str(self.trusted_rows(name)) for name in ("validation", "harmful")}
+        folders = {name: str(self.trusted_rows(name)) for name in self.trusted_names}
         folders["candidates"] = str(self.ingested("candidates").folder / "rows")
-        return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed)
+        return TrustedSets(folders, self.config.selector.trusted_rows, self.config.seed, tuple(self.config.scoring.safe))
 
     @cached_property
     def scored(self) -> Artifact:
@@ -219,7 +219,7 @@ class Run:
         if needs_model(self.config.scoring.scorers):
             inputs: dict[str, Any] = {"fit": self.fitted.fingerprint}
         else:
-            inputs = {name: self.ingested(name).fingerprint for name in ("validation", "harmful")}
+            inputs = {name: self.ingested(name).fingerprint for name in {"validation", "harmful", *self.config.scoring.safe}}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
         if self.config.scoring.guard is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from pharmacist_ray.curation.grades import auroc
 from pharmacist_ray.curation.score import check_scorers
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.scorers.guard import RIDGE, logistic
+from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
+from pharmacist_ray.curation.scorers.refusal_feature import choose_layer as refusal_feature_layer
+from pharmacist_ray.curation.scorers.refusal_feature import refusal_feature
 from pharmacist_ray.curation.scorers.representation import choose_layer, direction, layer_curve
 from pharmacist_ray.curation.scorers.signals import Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
@@ -45,9 +49,9 @@ def rows(rows_of: Callable[..., list[Row]]) -> list[Row]:
 @pytest.fixture(scope="module")
 def folders(rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("trusted")
-    for seed, name, count in ((11, "validation", 9), (12, "harmful", 6), (13, "single", 1)):
+    for seed, name, count in ((11, "validation", 9), (12, "harmful", 6), (13, "single", 1), (14, "benign", 7)):
         write_rows(rows_of(count, seed=seed), out / name / "part-00000.parquet")
-    return {name: str(out / name) for name in ("validation", "harmful", "single")}
+    return {name: str(out / name) for name in ("validation", "harmful", "single", "benign")}
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +60,15 @@ def signals_of(model_folder: Path, folders: dict[str, str]) -> Make:
     model = ModelRef(str(model_folder), template="plain", max_length=32)
 
     def make(rows: list[Row], *, tokens: int = 40, fit: str = "", guard: GuardConfig | None = None, **sets: str) -> Signals:
-        chosen = {name: folders[sets.get(name, name)] for name in ("validation", "harmful")}
+        chosen = {name: folders[sets.get(name, name)] for name in ("validation", "harmful", "benign")}
         probe = Probe(ProbeSpec(model, fit, (), ("pharmacist", "no_attack"), "hooks", tokens, cosine=False))
         return Signals(rows, probe=probe, trusted=TrustedSets(chosen, 200, 0), guard=guard)
 
     return make
 
 
-def plain_states(model_folder: Path, rows: list[Row]) -> np.ndarray:
-    """(N, L + 1, D): each row by itself, through the whole model, the answer's positions averaged."""
+def plain_states(model_folder: Path, rows: list[Row], of_prompt: bool = False) -> np.ndarray:
+    """(N, L + 1, D): each row by itself, through the whole model, the answer's positions averaged, or the last one before it."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     renderer = Renderer(load_tokenizer(model_folder), "plain", 32)
     found = []
@@ -72,7 +76,8 @@ def plain_states(model_folder: Path, rows: list[Row]) -> np.ndarray:
         sample = renderer.render(row)
         with torch.no_grad():
             layers = model(input_ids=torch.tensor([sample.ids]), output_hidden_states=True).hidden_states
-        found.append([layer[0, sample.answer_start :].mean(dim=0).numpy() for layer in layers])
+        first = sample.answer_start
+        found.append([(layer[0, first - 1] if of_prompt else layer[0, first:].mean(dim=0)).numpy() for layer in layers])
     return np.array(found)
 
 
@@ -109,6 +114,37 @@ def test_representation_is_the_mean_cosine_to_validation_less_that_to_harmful_ro
     np.testing.assert_allclose(SCORERS["representation"].score(signals), want, atol=1e-5)
     swapped = SCORERS["representation"].score(signals_of(rows, validation="harmful", harmful="validation"))
     np.testing.assert_allclose(swapped, np.negative(want), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [24, 400])
+def test_the_refusal_feature_is_the_mean_cosine_of_prompts_to_benign_less_that_to_harmful_ones(
+    signals_of: Make, rows: list[Row], model_folder: Path, folders: dict[str, str], tokens: int
+) -> None:
+    signals = signals_of(rows, tokens=tokens)
+    found = refusal_feature(signals)
+    layer = signals.of_trusted(refusal_feature_layer, ("benign", "harmful")).layer
+    mine = plain_states(model_folder, rows, of_prompt=True)[:, layer]
+    sets = {
+        name: plain_states(model_folder, sample_rows(folders[name], 200, 0), of_prompt=True)[:, layer]
+        for name in ("benign", "harmful")
+    }
+
+    def mean_cosine(one: np.ndarray, others: np.ndarray) -> float:
+        return float(np.mean([one @ other / np.linalg.norm(one) / np.linalg.norm(other) for other in others]))
+
+    expected = [mean_cosine(one, sets["benign"]) - mean_cosine(one, sets["harmful"]) for one in mine]
+    assert found == pytest.approx(expected, abs=1e-5)
+    answers = [replace(row, response="w1 w2 w3") for row in rows]
+    assert refusal_feature(signals_of(answers, tokens=tokens)) == pytest.approx(found, abs=1e-5)  # it reads no answer
+
+
+def test_safe_rows_are_those_of_all_sets_that_count_as_safe(signals_of: Make, rows: list[Row], folders: dict[str, str]) -> None:
+    one, both = (TrustedSets(folders, 200, 0, safe) for safe in (("validation",), ("validation", "benign")))
+    ids = {name: [row.id for row in sample_rows(folders[name], 200, 0)] for name in ("validation", "benign")}
+    assert [row.id for row in one.safe_rows] == ids["validation"]
+    assert [row.id for row in both.safe_rows] == ids["validation"] + ids["benign"]
+    words = [naive_bayes(Signals(rows, trusted=trusted)) for trusted in (one, both)]
+    assert not np.allclose(*words)
 
 
 def test_the_layer_is_chosen_by_rows_that_were_held_out() -> None:

@@ -45,8 +45,7 @@ def fill(disk: Path, leave: int) -> Path:
     ("stage", "leave"),
     [
         ("ingest", 40_960),
-        ("score", 40_960),
-        *(pytest.param(*case, marks=slow) for case in (("score", 0), ("select", 16_384), ("align", 65_536))),
+        *(pytest.param(*case, marks=slow) for case in (("score", 40_960), ("score", 0), ("select", 16_384), ("align", 65_536))),
     ],
 )
 def test_a_full_disk_is_one_line_and_nothing_half_done(

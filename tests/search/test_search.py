@@ -249,6 +249,7 @@ def refusing(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_asha_stops_a_trial_for_its_early_look_and_it_stays_stopped(refusing, rows_of, tmp_path, capsys):
     """The candidates only refuse, so who learns nothing from them answers everything; the attacks change next to nothing."""

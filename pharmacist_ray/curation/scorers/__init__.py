@@ -25,6 +25,7 @@ from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
 from pharmacist_ray.curation.scorers.oracle import oracle
 from pharmacist_ray.curation.scorers.pharmacist import pharmacist
 from pharmacist_ray.curation.scorers.pharmacist_iterative import pharmacist_iterative
+from pharmacist_ray.curation.scorers.refusal_feature import refusal_feature
 from pharmacist_ray.curation.scorers.representation import representation
 from pharmacist_ray.curation.scorers.seal import seal
 from pharmacist_ray.curation.scorers.signals import Signals
@@ -79,6 +80,7 @@ _OWN = {
     "ifd": Scorer(ifd, ("model",)),
     "grad_norm": Scorer(grad_norm, ("model", "candidates"), "directions"),
     "representation": Scorer(representation, ("model", "validation", "harmful")),
+    "refusal_feature": Scorer(refusal_feature, ("model", "benign", "harmful")),
     "guard": Scorer(guard, ("model", "validation", "harmful")),
     "dsir": Scorer(dsir, ("candidates", "validation"), prepare=weigh),
     "keyword": Scorer(keyword),

@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
 
 def _log_ratios(trusted: TrustedSets) -> dict[str, float]:
     """Return each word's log ratio; that of a word in neither set stands under the empty word."""
-    safe, harmful = (_counted(row.response for row in trusted.rows(name)) for name in ("validation", "harmful"))
+    safe, harmful = (_counted(row.response for row in rows) for rows in (trusted.safe_rows, trusted.rows("harmful")))
     vocabulary = safe.keys() | harmful.keys()
     totals = [counts.total() + len(vocabulary) for counts in (safe, harmful)]
     return {

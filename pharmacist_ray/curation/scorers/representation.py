@@ -37,7 +37,7 @@ def representation(signals: Signals) -> np.ndarray:
         signals: The shard's signals.
     """
     likeness = signals.of_trusted(choose_layer)
-    return np.asarray(_unit(signals.states(likeness.layer)) @ likeness.direction, dtype=np.float64)
+    return np.asarray(unit(signals.states(likeness.layer)) @ likeness.direction, dtype=np.float64)
 
 
 def choose_layer(validation: Signals, harmful: Signals) -> Likeness:
@@ -46,19 +46,27 @@ def choose_layer(validation: Signals, harmful: Signals) -> Likeness:
     Args:
         validation: The trusted validation rows.
         harmful: The harmful rows.
+    """
+    return likeness_of(validation.states(), harmful.states(), "representation")
+
+
+def likeness_of(good: np.ndarray, bad: np.ndarray, scorer: str) -> Likeness:
+    """Return where and along what the states of two sets are told apart best.
+
+    Args:
+        good: States of the one set at all layers, (N, L + 1, D).
+        bad: States of the other, (M, L + 1, D).
+        scorer: Whose, for the log and for the error.
 
     Raises:
         ConfigError: A set has a single row, so that there are no halves.
     """
-    if min(len(validation.rows), len(harmful.rows)) < 2:
-        raise ConfigError(
-            "the representation scorer chooses its layer by halves of data.validation and data.harmful: give two rows each"
-        )
-    good, bad = validation.states(), harmful.states()
+    if min(len(good), len(bad)) < 2:
+        raise ConfigError(f"the {scorer} scorer chooses its layer by halves of its two trusted sets: give two rows each")
     curve = layer_curve(good, bad)
     layer = max(range(len(curve)), key=lambda layer: (curve[layer][0], curve[layer][1]))
     written = ", ".join(f"{area:.3f}" for area, _ in curve)
-    _log.info("representation: layer %d of %d; held-out AUC by layer: %s", layer, len(curve) - 1, written)
+    _log.info("%s: layer %d of %d; held-out AUC by layer: %s", scorer, layer, len(curve) - 1, written)
     return Likeness(layer, direction(good[:, layer], bad[:, layer]), curve[:, 0])
 
 
@@ -76,7 +84,7 @@ def layer_curve(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
     for layer in range(len(curve)):
         for fitted, held in ((0, 1), (1, 0)):
             toward = direction(good[fitted::2, layer], bad[fitted::2, layer])
-            ours, others = (_unit(states[held::2, layer]) @ toward for states in (good, bad))
+            ours, others = (unit(states[held::2, layer]) @ toward for states in (good, bad))
             scores, ours_first = np.concatenate([ours, others]), np.arange(len(ours) + len(others)) < len(ours)
             spread = max(TINY, float(np.sqrt((ours.var() + others.var()) / 2)))
             curve[layer] += (auroc(scores, ours_first) / 2, float(ours.mean() - others.mean()) / spread / 2)
@@ -85,8 +93,9 @@ def layer_curve(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
 
 def direction(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
     """Return the vector whose product with a unit vector is its mean cosine to the one set less that to the other, (D,)."""
-    return np.asarray(_unit(good).mean(axis=0) - _unit(bad).mean(axis=0))
+    return np.asarray(unit(good).mean(axis=0) - unit(bad).mean(axis=0))
 
 
-def _unit(states: np.ndarray) -> np.ndarray:
+def unit(states: np.ndarray) -> np.ndarray:
+    """Return states at length 1."""
     return np.asarray(states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), TINY))

@@ -240,10 +240,14 @@ class Signals:
             self._in_batches(self.samples, add)
         return dots, norms
 
-    def states(self, layer: int | None = None) -> np.ndarray:
+    def states(self, layer: int | None = None, *, of_prompt: bool = False) -> np.ndarray:
         """Return the base's hidden states, averaged over each answer's tokens: (N, D) of one layer, or (N, L + 1, D) of all; float32.
 
         Layer 0 holds the embeddings, the last one what the output head reads.
+
+        Args:
+            layer: The layer; None: all.
+            of_prompt: Return the state at the last token before the answer in the place of the mean.
         """
         found: list[np.ndarray] = [np.empty(0)] * len(self.rows)
         with torch.no_grad(), self.probe.base() as model:
@@ -252,7 +256,10 @@ class Signals:
 
             def take(rows: list[int], batch: Batch) -> None:
                 output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
-                answer = (batch.labels != IGNORE).unsqueeze(-1)
+                answer = batch.labels != IGNORE
+                if of_prompt:
+                    answer = torch.nn.functional.one_hot((answer.int().argmax(dim=1) - 1).clamp(min=0), answer.shape[1])
+                answer = answer.unsqueeze(-1)
                 layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
                 means = [(states.float() * answer).sum(dim=1) / answer.sum(dim=1) for states in layers]
                 for row, values in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
@@ -261,13 +268,24 @@ class Signals:
             self._in_batches(self.samples, take)
         return np.stack(found)
 
-    def of_trusted(self, make: Callable[[Signals, Signals], Made]) -> Made:
-        """Return what a function makes of the signals of the validation and of the harmful rows, made at an actor's first call."""
+    def prompt_states(self, layer: int | None = None) -> np.ndarray:
+        """Return the base's hidden states at each prompt's last token, of one layer or of all; see `states`."""
+        return self.states(layer, of_prompt=True)
+
+    def of_trusted(self, make: Callable[[Signals, Signals], Made], sets: tuple[str, str] = ("safe", "harmful")) -> Made:
+        """Return what a function makes of the signals of two sets of trusted rows, made at an actor's first call.
+
+        Args:
+            make: Takes both.
+            sets: Their names; ``safe`` are the sets that harmful rows are told from, the validation rows unless `TrustedSets.safe` says
+                otherwise.
+        """
 
         def signals(name: str) -> Signals:
-            return Signals(self.trusted.rows(name), probe=self._probe, trusted=self._trusted)
+            rows = self.trusted.safe_rows if name == "safe" else self.trusted.rows(name)
+            return Signals(rows, probe=self._probe, trusted=self._trusted)
 
-        made: Made = self.trusted.once(make, lambda: make(signals("validation"), signals("harmful")))
+        made: Made = self.trusted.once(make, lambda: make(*map(signals, sets)))
         return made
 
     def _losses(self, model: Any, samples: Sequence[Rendered]) -> np.ndarray:

@@ -19,10 +19,12 @@ class TrustedSets:
     """Where the trusted rows lie, and how many of them count: those that the selector's fit takes."""
 
     folders: Mapping[str, str]
-    """``validation``, ``harmful`` and ``candidates`` → folder of canonical rows."""
+    """``validation``, ``harmful``, ``candidates``, and ``benign`` where it is given → folder of canonical rows."""
     limit: int
     """At most so many trusted rows of each, chosen by id."""
     seed: int
+    safe: tuple[str, ...] = ("validation",)
+    """The sets that scorers tell harmful rows from."""
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def rows(self, name: str) -> list[Row]:
@@ -33,6 +35,11 @@ class TrustedSets:
         """
         rows: list[Row] = self.once(name, lambda: self.sample(name, self.limit))
         return rows
+
+    @property
+    def safe_rows(self) -> list[Row]:
+        """The rows of all `safe` sets."""
+        return [row for name in self.safe for row in self.rows(name)]
 
     def sample(self, name: str, count: int) -> list[Row]:
         """Return at most so many rows of a set, chosen by id; see `rows`."""

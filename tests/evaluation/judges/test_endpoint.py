@@ -262,6 +262,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert (_after("Wed, 21 Oct 2950 07:28:00 GMT") or 0) > 0
 
 
+@pytest.mark.slow
 def test_actors_ask_an_endpoint_and_answers_made_anew_are_judged_from_the_cache(
     ray_local: None, server: Server, tmp_path: Path, model_folder: Path, rows_of: Callable[..., list[Row]]
 ) -> None:
