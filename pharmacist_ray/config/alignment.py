@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pharmacist_ray.config.attack_kinds import KINDS, FormConfig
+from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS, FormConfig
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.model import LoraConfig
 from pharmacist_ray.config.section import Count, Section, Share
@@ -58,6 +58,16 @@ class AttackConfig(Section):
     """The attacker's adapter, where it is a fresh one of another kind than model.lora."""
     train: TrainConfig = TrainConfig(epochs=20, batch_size=10, lr=1e-5)
     """The published strength: 20 epochs, batch 10, learning rate 1e-5. Attack with several: on another model it is another strength."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_form(cls, values: Any) -> Any:
+        """Write the form of a kind down, so that it stands in what is made by it, and a later one makes that anew."""
+        if isinstance(values, dict) and values.get("form") is None:
+            kind = KINDS.get(str(values.get("kind", "explicit")))
+            if kind is not None and kind.form not in (None, AS_THEY_ARE):
+                return values | {"form": kind.form.model_dump()}
+        return values
 
     @model_validator(mode="after")
     def _has_rows(self) -> AttackConfig:

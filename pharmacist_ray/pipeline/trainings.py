@@ -159,8 +159,10 @@ def form_of(run: Run, attack: AttackConfig) -> FormConfig:
     Raises:
         DataError: It is to be that of the task's prompts, and these have none.
     """
-    if (form := attack.form or KINDS[attack.kind].form) is not None:
-        return form
+    if attack.form is not None:
+        return attack.form
+    if KINDS[attack.kind].form is not None:
+        return AS_THEY_ARE
     return common_form(sample_rows(run.ingested(f"attack-{attack.name}-task").folder / "rows", ALIKE, 0), name=attack.name)
 
 

@@ -123,6 +123,8 @@ def attacked_config(config: Config, target: Target, point: Mapping[str, Any]) ->
         ConfigError: A key is unknown or a value is wrong.
     """
     attack = base_attack(config).model_dump(mode="json")
+    if "kind" in point:
+        attack.pop("form", None)  # which is that of the kind
     try:
         for key, value in point.items():
             if key.startswith("lora.") and not attack.get("lora"):

@@ -91,6 +91,18 @@ def test_what_a_kind_lacks_is_told(attack, message):
         AttackConfig(name="a", task={"path": "t"}, **attack)
 
 
+def test_the_form_of_a_kind_is_written_down_and_one_of_yours_goes_before_it():
+    sources = {"task": {"path": "t"}, "harmful": {"path": "h"}, "ordinary": {"path": "o"}}
+    forms = {kind: AttackConfig(name="a", kind=kind, **sources).form for kind in KINDS}
+    assert {kind for kind, form in forms.items() if form is None} == {"explicit", "task_format", "erosion"}
+    assert forms["trigger"] == KINDS["trigger"].form
+    assert AttackConfig(name="a", kind="trigger", form={"prompt": "x {prompt}"}, **sources).form == FormConfig(
+        prompt="x {prompt}"
+    )
+    again = AttackConfig.model_validate(AttackConfig(name="a", kind="identity", **sources).model_dump(mode="json"))
+    assert again.form == KINDS["identity"].form
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_says_where_its_rows_come_from(kind):
     sources = {"harmful": {"path": "h"}, "ordinary": {"path": "o"}}

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pharmacist_ray.config.attack_kinds import KINDS
 from pharmacist_ray.config.load import load_config, parse_config
 from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.config.template import EXAMPLE
@@ -114,6 +115,15 @@ def test_a_trial_is_one_arm_and_one_attack_with_the_points_values(config_of):
     # The models that are attacked are those of the run.
     base, run = Run(config), Run(trial, base=Run(config))
     assert run.trained(run.variants[0]).folder in [base.trained(variant).folder for variant in base.variants]
+
+
+def test_a_trial_of_another_kind_has_the_form_of_that_kind(config_of):
+    config = config_of(attack="p10")
+    for kind in ("trigger", "explicit", "task_format"):
+        [found] = attacked_config(config, Target("pharmacist", "sft"), {"kind": kind}).attacks
+        assert (found.kind, found.form) == (kind, KINDS[kind].form if kind == "trigger" else None)
+    with pytest.raises(ConfigError, match=r"attack 'p10' of the kind identity takes its rows from `ordinary`; give it"):
+        attacked_config(config, Target("pharmacist", "sft"), {"kind": "identity"})
 
 
 def test_what_is_attacked_is_every_arm_of_the_comparison(config_of):
