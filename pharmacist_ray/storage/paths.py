@@ -277,7 +277,7 @@ def patient(where: RemotePath, work: Callable[[], Result]) -> Result:
 
     asked = Retrying(
         retry=retry_if_exception(_passing),
-        wait=wait_exponential_jitter(initial=0.5, max=30),
+        wait=wait_exponential_jitter(multiplier=0.5, max=30),
         stop=stop_after_delay(limit),
         before_sleep=told,
         reraise=True,

@@ -246,7 +246,7 @@ class Endpoint:
         return (shown.replace(self.key, "***") if self.key else shown)[:200]
 
 
-_backoff = wait_exponential_jitter(initial=0.5, max=30)
+_backoff = wait_exponential_jitter(multiplier=0.5, max=30)
 
 
 def _wait(state: RetryCallState) -> float:
