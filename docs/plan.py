@@ -19,8 +19,8 @@ class Plan:
     gpus: int = 512
     peak: float = 989e12
     """FLOP/s of one H100 in bfloat16."""
-    share: float = 0.4
-    """Share of it that is reached."""
+    share: float = 0.34
+    """Share of it that is reached: by an 8B model on one H200, which has the same peak, in `docs/results/gpu.json`."""
     forwards: float = 2.2
     """Forward passes a row and checkpoint, with loss and influence."""
     ingest_s: float = 2e-3
