@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -134,5 +135,7 @@ def on_actors(
             max_restarts=attempts * len(units),
         )
     work.context.max_consecutive_actor_init_deaths = 10  # in a row; these are a broken environment (ours)
+    # Ray Data adds an actor when those there are have this many units each; with one at a time its own 1.75 is never reached.
+    work.context.autoscaling_config = replace(work.context.autoscaling_config, actor_pool_util_upscaling_threshold=1.0)
     with plain_errors(what):
         yield from work.iter_rows()
