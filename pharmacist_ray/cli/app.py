@@ -301,12 +301,9 @@ def grade(
 ) -> None:
     """Grade every score against planted labels: AUROC, and precision among as many rows as are kept."""
     from pharmacist_ray.config import load_config
-    from pharmacist_ray.config.scoring import PlantedConfig
     from pharmacist_ray.testbed.grade import grade as grade_run
 
-    loaded = load_config(config, overrides or [])
-    planted = loaded.scoring.planted or PlantedConfig(good=["clean"])
-    grade_run(loaded, column or planted.column, good or planted.good)
+    grade_run(load_config(config, overrides or []), column, good)
 
 
 @app.command(rich_help_panel=CLUSTER)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.config.scoring import CALIBRATED
+from pharmacist_ray.config.scoring import CALIBRATED, PlantedConfig
 from pharmacist_ray.curation.calibrate import calibrate
 from pharmacist_ray.curation.combine import best_rank, rank_sum
 from pharmacist_ray.curation.grades import grade_scores
@@ -23,14 +23,16 @@ from pharmacist_ray.pipeline.stages import calibrated_on
 from pharmacist_ray.storage import write_text
 
 
-def grade(config: Config, column: str, good: Sequence[str]) -> None:
+def grade(config: Config, column: str | None = None, good: Sequence[str] | None = None) -> None:
     """Print a table of AUROC and precision, of sums of ranks and the calibrated score too, and write it to ``grades.json``.
 
     Args:
         config: The run's configuration.
-        column: Original column with the planted label.
-        good: Labels that count as good.
+        column: Original column with the planted label; default: that of ``scoring.planted``, else ``quality``.
+        good: Labels that count as good; default: those of ``scoring.planted``, else ``clean``.
     """
+    planted_labels = config.scoring.planted or PlantedConfig(good=["clean"])
+    column, good = column or planted_labels.column, good or planted_labels.good
     run = Run(located(config))
     rows = run.ingested("candidates").require() / "rows"
     keep = config.selection.ratio if config.selection.ratio is not None else 0.4

@@ -83,9 +83,9 @@ def rows(rows_of: Callable[..., list[Row]]) -> list[Row]:
 @pytest.fixture(scope="module")
 def folders(rows_of: Callable[..., list[Row]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("trusted")
-    for seed, name in ((11, "validation"), (12, "harmful")):
+    for seed, name in ((11, "validation"), (12, "harmful"), (13, "benign")):
         write_rows(rows_of(7, seed=seed), out / name / "part-00000.parquet")
-    return {name: str(out / name) for name in ("validation", "harmful")}
+    return {name: str(out / name) for name in ("validation", "harmful", "benign")}
 
 
 @pytest.fixture(scope="module")
