@@ -1,8 +1,10 @@
-"""The plan for 10⁹ rows and a 70B model, reckoned from its assumptions: `python docs/plan.py`. Nothing in it is measured."""
+"""The plan for 10⁹ rows and a 70B model, reckoned from its assumptions: `python docs/plan.py`. Only the pace of a GPU is measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import typer
 
@@ -19,10 +21,10 @@ class Plan:
     gpus: int = 512
     peak: float = 989e12
     """FLOP/s of one H100 in bfloat16."""
-    share: float = 0.34
-    """Share of it that is reached: by an 8B model on one H200, which has the same peak, in `docs/results/gpu.json`."""
     forwards: float = 2.2
     """Forward passes a row and checkpoint, with loss and influence."""
+    pace: float = field(default_factory=lambda: _measured("8B", "hooks"))
+    """Tokens a second that one GPU scores with a model of 8B."""
     ingest_s: float = 2e-3
     """CPU seconds a row takes to ingest."""
     cores: int = 1000
@@ -31,10 +33,22 @@ class Plan:
     kept: float = 0.05
     """Share that the small model passes on to the large one."""
 
+    @property
+    def share(self) -> float:
+        """Share of the peak that is reached at that pace; the GPU that was measured, an H200, has the same peak."""
+        return self.pace * self.forwards * 2 * 8e9 / self.peak
+
     def gpu_hours(self, parameters: float, rows: float) -> float:
         """Return the GPU hours of one checkpoint's scores."""
         flop = self.forwards * 2 * parameters * self.tokens * rows
         return flop / (self.peak * self.share) / 3600
+
+
+def _measured(shape: str, work: str) -> float:
+    """Return the tokens a second of a kind of work in ``docs/results/gpu.json``."""
+    file = Path(__file__).parent / "results" / "gpu.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return next(float(row["tokens_per_second"]) for row in rows if (row["shape"], row["work"]) == (shape, work))
 
 
 def plan(given: Plan | None = None) -> str:

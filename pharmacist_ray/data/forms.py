@@ -10,6 +10,7 @@ from itertools import takewhile
 import orjson
 
 from pharmacist_ray.config.attack_kinds import ANSWER, PROMPT, FormConfig
+from pharmacist_ray.data.render import turns_before_answer
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import DataError
 
@@ -37,7 +38,7 @@ def put(row: Row, form: FormConfig) -> Row:
 
 def question(row: Row) -> str:
     """Return the user's turn in one piece."""
-    return f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
+    return turns_before_answer(row)[-1]["content"]
 
 
 def common_form(rows: Sequence[Row], *, name: str) -> FormConfig:

@@ -20,7 +20,6 @@ from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import console, escaped, say
-from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import run_stages
 from pharmacist_ray.storage import StoragePath, read_table, remove_tree, write_text
 
@@ -40,8 +39,7 @@ def run_audit(config: Config, data: Sequence[str] = ()) -> StoragePath:
         PharmacistError: No data is given, what is configured cannot work, or nothing is left.
     """
     plan = config.audit
-    audited = audit_config(config, data)
-    run = run_stages(("ingest", "fit", "score") if Run(audited).needs_selector else ("ingest", "score"), audited)
+    run = run_stages(("ingest", "fit", "score"), audit_config(config, data))
     assert run.planted is not None
     scorers = [name for name in plan.scorers if name in calibration_columns(plan.scorers)]
     known = read_table(planted_scores(run.scored.folder / "rows") / FILE, columns=["id", *scorers])

@@ -283,6 +283,7 @@ def run_evaluate(run: Run) -> None:
     """Let every model answer, judge the answers, and write ``evaluation/summary.json``."""
     config, artifact = run.config, run.evaluated
     prompts = {name: run.ingested(f"eval-{name}").require() / "rows" for name in ("harmful", "benign", "task")}
+    forms = {attack.name: asked_in(run, attack) for attack in config.attacks}
     subjects = []
     for variant in run.variants:
         for one in (variant, *run.attacks_on(variant)):
@@ -300,7 +301,7 @@ def run_evaluate(run: Run) -> None:
                     kept=run.kept(one.selection),
                     align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
                     attack_loss=trained.manifest()["summary"].get("watched_loss"),
-                    form=asked_in(run, one.attack) if one.attack else None,
+                    form=forms[one.attack.name] if one.attack else None,
                 )
             )
     settings = config.evaluation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,18 @@ def test_what_is_missing_is_told_before_anything_runs(place):
 
 
 @pytest.mark.usefixtures("audited")
-def test_the_command_takes_the_rows_and_overrides(place, capsys):
+def test_the_command_takes_the_rows_and_overrides(place, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run")  # what other tests read stays as it is
     with pytest.raises(SystemExit) as ended, plain_failures():
-        app(["audit", str(place / "user.jsonl"), "--config", str(place / "run.yaml"), "audit.agree=9"])
+        app(
+            [
+                "audit",
+                str(place / "user.jsonl"),
+                "--config",
+                str(place / "run.yaml"),
+                f"run_dir={tmp_path / 'run'}",
+                "audit.agree=9",
+            ]
+        )
     assert ended.value.code == 0
     assert "audit: 0 of " in capsys.readouterr().out
