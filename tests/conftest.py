@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -61,6 +62,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide the machine's GPUs: all tests but those that `pytest -m gpu` runs compare with what a CPU computes."""
     if config.option.markexpr != "gpu":
         stay_on_cpu()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection of garbage, of which training makes many."""
+    gc.freeze()
 
 
 @cache

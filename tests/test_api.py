@@ -45,6 +45,7 @@ def files(rows_of: Callable[..., list[Row]], tmp_path: Path, monkeypatch: pytest
     return tmp_path
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_however_they_are_given(files, model_folder, rows_of):
     others: dict[str, Any] = {
         "model": model_folder,

@@ -306,7 +306,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_the_example_plugin_runs_in_a_comparison(workers, installed, model_folder, rows_of, tmp_path):
     counts = {"alignment": 12, "trusted": 4, "harmful": 4, "ask_bad": 3, "ask_good": 3, "test": 3}
     for seed, (name, count) in enumerate(counts.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import uuid
 from collections.abc import Callable
@@ -133,6 +134,7 @@ def _on_worker(config: dict[str, Any]) -> tuple[Any, PharmacistError | None]:
         stay_on_cpu()  # before DeepSpeed is imported with what is unpickled
     work, payload, threads, store = pickle.loads(config["pickled"])  # noqa: S301 - our own
     torch.set_num_threads(threads)
+    gc.freeze()  # the libraries are here to stay: DeepSpeed and we collect after every model, which would walk through them each time
     ranks = replace(current_ranks(), set_status=store.set_status)
     error = store.error()  # of a group before this one
     if error is None:

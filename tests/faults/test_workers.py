@@ -16,6 +16,7 @@ from tests.faults.disturb import INJECT, World, command, kill_one, meanwhile, wa
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
+@pytest.mark.slow
 def test_a_scoring_actor_killed(calm: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = calm.copy(tmp_path / "run", "ingest", "fit")
     with meanwhile(kill_one("ShardScorer", lambda: world.scoring(2, 19))):

@@ -287,6 +287,7 @@ def records(root: Path) -> dict[str, dict[str, Any]]:
     return {one.stem: json.loads(one.read_text()) for one in (root / "search" / "trials").glob("*.json")}
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_the_same_trials_and_makes_nothing_twice(searched, tmp_path, capsys):
     """Optuna's trials are drawn from what finished before, so they have to be told of it again; two at a time."""
     config, _ = searched
