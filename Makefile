@@ -8,9 +8,10 @@ DEMO ?= runs/demo
 REAL ?= runs/real
 SIZE ?= small
 EVIDENCE ?= runs/evidence
+MATRIX ?= runs/matrix
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test test-all demo real evidence defences search-demo docs lint unit unit-all
+.PHONY: setup setup-browser test test-all demo real evidence matrix defences search-demo docs lint unit unit-all
 
 setup: .venv/ready
 
@@ -57,6 +58,10 @@ real: setup
 # Interrupted, the same command goes on.
 evidence: setup
 	$(BIN)/python -m jobs.evidence --out $(EVIDENCE)
+
+# Defences of every stage against kinds of attack and an attacker who adapts, over three worlds: hours. Interrupted, it goes on.
+matrix: setup
+	$(BIN)/python -m jobs.matrix --out $(MATRIX)
 
 # Every selection by every defence, on the benchmark that `make demo` made.
 defences: setup

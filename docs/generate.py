@@ -35,7 +35,8 @@ from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, ModelError, ResourceError, TrainingError
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.storage import RemotePath
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.objectives import OBJECTIVES, Objective
+from pharmacist_ray.training.objectives.sft import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {
@@ -119,7 +120,7 @@ def configuration() -> str:
         parts += [f"## {title} {{#{_anchor(kind) or 'whole'}}}", _text(inspect.getdoc(kind) or ""), _keys(kind)]
     parts += [
         "## Settings of objectives {#alignment-parameters}",
-        "What `alignment.parameters` may hold, by the name of its section. The defaults are the papers'.",
+        "What `alignment.parameters` and `finetune.parameters` may hold, by the name of its section. The defaults are the papers'.",
     ]
     for name, kind in {name: kind for objective in OBJECTIVES.values() for name, kind in objective.settings.items()}.items():
         parts += [f"### {name}", _keys(kind)]
@@ -236,18 +237,25 @@ def methods() -> str:
             "what it sees",
         ),
         "## Objectives",
-        "What a step of the alignment minimises: the defence. Their settings stand in "
-        "[the reference of the configuration](configuration.md#alignment-parameters).",
+        "What a step minimises: the defence, of an alignment, a fine-tune or a repair. Each has its [card](../defences.md); their settings "
+        "stand in [the reference of the configuration](configuration.md#alignment-parameters).",
         _listed(
-            {name: (_first(inspect.getmodule(one.run)), _first(one.run)) for name, one in OBJECTIVES.items()},
+            {name: ({"any": "alignment"}.get(one.stage, one.stage), *_objective(one)) for name, one in OBJECTIVES.items()},
+            "stage",
             "what it is",
-            "what it yields",
+            "what it does",
         ),
         "## Judges",
         "A judge says of every answer whether it is harmful, a refusal, helpful, beside the point or incoherent.",
         _listed({name: (_first(_judge(name)), kind.score) for name, kind in JUDGES.items()}, "what it is", "its score"),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _objective(one: Objective) -> tuple[str, str]:
+    """Return what an objective is, and what the function does that makes it so."""
+    does = one.compose or (one.finish if one.run is sft else None) or one.trains or one.run
+    return _first(inspect.getmodule(does)), _first(does)
 
 
 def _judge(name: str) -> ModuleType:
@@ -268,6 +276,8 @@ ABOUT = {
     "its own, with 95 % t intervals. [What it says](../evidence.md#on-real-text).",
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
     "evidence": "What each arm is worth, over worlds that each have a base model of their own. See [Evidence](../evidence.md).",
+    "matrix": "Defences of every stage against every kind of attack and against an attacker who adapts; HS is in the attacker's form. "
+    "[What it says](../defences.md#against-every-kind-of-attack).",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
     "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",

@@ -76,6 +76,8 @@ def measured(source: Path) -> dict[str, Any]:
     found = json.loads(source.read_text(encoding="utf-8"))
     if isinstance(found, list):
         return {"kind": "growth", "date": date, "rows": found}
+    if "matrix" in found:
+        return {"kind": "matrix", "date": date, "worlds": found["worlds"], "rows": found["matrix"]}
     if "worlds" in found:
         return {"kind": "evidence", "date": date, **{name: found[name] for name in ("worlds", "noises", "rows")}}
     if "planted" in found:
@@ -241,6 +243,13 @@ def _over_worlds(name: str, row: Row) -> str:
     return interval(row.get(name) or [None] * 3)
 
 
+def _middle(name: str, row: Row) -> str:
+    return number((row.get(name) or [None])[0])
+
+
+ATTACKS = ("explicit", "only-harmful", "task-format", "trigger", "identity", "erosion")
+"""Attacks of the matrix, as its configuration names them."""
+
 COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
     "comparison": {
         "attack": lambda row: row["attack"],
@@ -265,6 +274,17 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "helpful": partial(_over_worlds, "helpful"),
         "helpful before": partial(_over_worlds, "helpful_before"),
         "align s": lambda row: f"{row['align_seconds'][0]:.1f}",
+    },
+    "matrix": {
+        "aligned on": lambda row: row["selection"],
+        "defence": lambda row: f"`{row['defence']}`",
+        **{f"HS {name}": partial(_middle, f"hs {name}") for name in ATTACKS},
+        "HS mean": partial(_over_worlds, "mean"),
+        "HS adaptive, bounded": partial(_over_worlds, "bounded"),
+        "below undefended": lambda row: {True: "yes", False: "**no**", None: "–"}[row.get("survives")],
+        "task accuracy": partial(_over_worlds, "accuracy"),
+        "helpful": partial(_over_worlds, "helpful"),
+        "helpful before": partial(_over_worlds, "helpful_before"),
     },
     "planted": {
         "score": lambda row: f"`{row['scorer']}`",

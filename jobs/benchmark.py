@@ -28,10 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
 def objectives(arguments: list[str]) -> None:
     """Measure objectives on a worker."""
     from pharmacist_ray.benchmarks.objectives import Load, measure, show
-    from pharmacist_ray.training.objectives import OBJECTIVES
+    from pharmacist_ray.training.objectives import ALIGNING
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), help="what to measure")
+    parser.add_argument("--objectives", nargs="+", default=list(ALIGNING), help="what to measure")
     parser.add_argument("--model", help="folder or hub id; default: a random Llama of 21 M parameters")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda takes a worker with a GPU")

@@ -186,7 +186,7 @@ def evaluate(config: Configured, settings: Settings | None = None) -> list[dict[
         PharmacistError: What the stages raise.
     """
     run = _run(("run",), configure(config, settings))
-    run.require_evaluation()
+    run.config.require_evaluation()
     return list(json_of(run.evaluated.require() / "table.json"))
 
 

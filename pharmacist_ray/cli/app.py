@@ -246,9 +246,9 @@ def benchmark(
     """
     from pharmacist_ray.benchmarks.objectives import Load
     from pharmacist_ray.benchmarks.objectives import benchmark as measure
-    from pharmacist_ray.training.objectives import OBJECTIVES
+    from pharmacist_ray.training.objectives import ALIGNING
 
-    measure(objectives or list(OBJECTIVES), Load(rounds=rounds), out)
+    measure(objectives or list(ALIGNING), Load(rounds=rounds), out)
 
 
 @app.command(rich_help_panel=TESTBED)

@@ -95,6 +95,7 @@ class ComparisonConfig(Section):
     """The name of a scorer (`random` stands for its draws), `all`, `trusted` (the validation rows alone), `trusted+NAME` (both), or
     `none` (the base model itself, attacked)."""
     defences: list[str] = []
-    """Objectives, each crossed with each selection; default: alignment.objective alone."""
+    """Objectives, each crossed with each selection; default: alignment.objective alone. What is done in the fine-tune and after it follows
+    after slashes: `sft/lisa` aligns by sft and fine-tunes by lisa, `sft/sft/few_shot` repairs."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     """Alignment seeds; every arm is aligned and attacked once per seed."""

@@ -14,6 +14,7 @@ from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, Compa
 from pharmacist_ray.config.audit import AuditConfig
 from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
+from pharmacist_ray.config.finetune import NEED_ALIGNED, Defence, FinetuneConfig
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.redteam import RedteamConfig
 from pharmacist_ray.config.resources import ResourcesConfig
@@ -22,6 +23,7 @@ from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.section import RunDir, Section
 from pharmacist_ray.config.selector import CoverageConfig, SealConfig, SelectorConfig
 from pharmacist_ray.config.training import TrackingConfig, TrainConfig
+from pharmacist_ray.errors import ConfigError
 
 __all__ = [
     "AlignmentConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "DataConfig",
     "EarlyConfig",
     "EvaluationConfig",
+    "FinetuneConfig",
     "JudgeConfig",
     "LoraConfig",
     "ModelConfig",
@@ -53,6 +56,7 @@ __all__ = [
 
 _AUDIT = AuditConfig()
 _REDTEAM = RedteamConfig()
+_FINETUNE = FinetuneConfig()
 
 RESERVED = ("all", "trusted", "none", CALIBRATED)
 """Names of arms that are not scores."""
@@ -74,6 +78,8 @@ class Config(Section):
     alignment: AlignmentConfig = AlignmentConfig()
     attacks: list[AttackConfig] = []
     """Harmful fine-tunes that every aligned model goes through; none is allowed."""
+    finetune: FinetuneConfig = Field(default=_FINETUNE, exclude_if=lambda value: value == _FINETUNE)
+    """What the service does while an attack runs, and afterwards."""
     evaluation: EvaluationConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -86,8 +92,30 @@ class Config(Section):
 
     @property
     def defences(self) -> list[str]:
-        """The objectives that are compared."""
-        return list(dict.fromkeys(self.comparison.defences)) or [self.alignment.objective]
+        """The defences that are compared, by name; see `config.finetune.Defence`."""
+        own = Defence(self.alignment.objective, self.finetune.objective, self.finetune.repair)
+        return list(dict.fromkeys(Defence.of(name).name for name in self.comparison.defences)) or [own.name]
+
+    @property
+    def unaligned(self) -> list[str]:
+        """Those of the defences that a model which is not aligned is compared under: one of several that differ in alignment alone."""
+        first = {(stages.finetune, stages.repair): stages.name for stages in map(Defence.of, reversed(self.defences))}
+        return [name for (_, repair), name in first.items() if repair not in NEED_ALIGNED]
+
+    @property
+    def objectives(self) -> list[str]:
+        """The objectives of alignment that are compared."""
+        return list(dict.fromkeys(Defence.of(name).alignment for name in self.defences))
+
+    def require_evaluation(self) -> EvaluationConfig:
+        """Return the ``evaluation`` section.
+
+        Raises:
+            ConfigError: The configuration has none.
+        """
+        if self.evaluation is None:
+            raise ConfigError("there is no `evaluation` section in the configuration; `pharmacist init` shows one")
+        return self.evaluation
 
     @property
     def calibrated(self) -> bool:
@@ -122,6 +150,11 @@ class Config(Section):
         share, size = self.alignment.replay_share, self.alignment.train.batch_size
         if self.alignment.replay and round(share * size) >= size:
             yield f"alignment.replay_share={share:g} leaves no alignment row in a batch of {size}; lower it"
+        for name in self.comparison.defences:
+            try:
+                Defence.of(name)
+            except ValueError as error:
+                yield f"comparison.defences: {error}"
         for what, given in (
             ("attack names", [attack.name for attack in self.attacks]),
             ("comparison.seeds", self.comparison.seeds),

@@ -21,8 +21,8 @@ def arm_of(scorer: str | list[str]) -> str:
 
 
 def folder_of(name: str) -> str:
-    """Return a name as folders have it: a plug-in's may be ``module:attribute``, and not every file system takes a colon."""
-    return name.replace(":", "-")
+    """Return a name as folders have it, without the colon of ``module:attribute`` and the slash of ``sft/lisa``."""
+    return name.replace(":", "-").replace("/", "-")
 
 
 class PlantedConfig(Section):

@@ -17,8 +17,8 @@ from pharmacist_ray.errors import ConfigError
 BYTES = {"float32": 4, "bfloat16": 2}
 RESERVE = 2 * 2**30
 """Bytes for the CUDA context, NCCL and fragmentation (ours, an assumption)."""
-BUCKET = 5e8
-"""Numbers in the buffer through which ZeRO 1 to 3 reduce gradients (DeepSpeed's reduce_bucket_size)."""
+BUCKET = 5e7
+"""Numbers in the buffer through which ZeRO 1 to 3 reduce gradients, where so many are trained (see `training.engine`)."""
 LIVE = 1e9
 """Gathered numbers beyond which ZeRO 3 prefetches nothing more (DeepSpeed's stage3_max_live_parameters)."""
 
@@ -90,9 +90,11 @@ class Extra:
     features: bool = False
     """MLP outputs and their gradients of all micro-batches in float32, and the logit lens at every depth."""
     gradients: int = 0
-    """Gradients of all trained weights that are kept beside the optimiser's."""
+    """Gradients of all trained weights that are kept beside the optimiser's, or the weights themselves, whole on every worker."""
     backups: int = 0
     """Copies of the trained weights."""
+    answers: int = 0
+    """Tensors of the logits' size in float32 that are kept beside them."""
 
 
 EXTRAS = {
@@ -102,6 +104,17 @@ EXTRAS = {
     "repnoise": Extra(passes=2, forwards=1, graphs=2, features=True),
     "booster": Extra(passes=3, gradients=3, backups=1),
     "booster+vaccine": Extra(passes=4, taps="all", gradients=3, backups=1),
+    "mix": Extra(),
+    "mimic": Extra(),
+    "lookahead": Extra(),
+    "lisa": Extra(gradients=3),
+    "safegrad": Extra(passes=3, forwards=1, gradients=2, answers=4),
+    "ema": Extra(gradients=1),
+    "bds": Extra(passes=2, graphs=2),
+    "panacea": Extra(passes=3, gradients=3, backups=1),
+    "few_shot": Extra(),
+    "safe_lora": Extra(gradients=1),
+    "antidote": Extra(gradients=1),
 }
 """Objective → what it adds; `doctor` says so where an objective is not listed and counts it as ``sft``."""
 
@@ -180,7 +193,7 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
     if setup.zero or wide < 4:  # DeepSpeed means to spare float32 weights their copy at ZeRO 3, and makes it all the same
         items.append(one("float32 copy for AdamW", weights, (4, "B"), stage=1, host=away))
     if setup.zero or setup.workers > 1:
-        items.append(one("gradient bucket", (BUCKET if setup.zero else min(BUCKET, trained), "numbers"), (wide, "B")))
+        items.append(one("gradient bucket", (min(BUCKET, trained), "numbers"), (wide, "B")))
     if setup.zero == 3:
         items.append(one("gathered weights", (min(shape.parameters, LIVE + shape.largest), "weights"), (width, "B")))
 
@@ -206,7 +219,9 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
         depths = 1 if setup.checkpointing else shape.layers + 1
         items.append(one("logit lens", (depths, "depths"), *tokens, (shape.vocabulary, "words"), (LOGIT, "B")))
     if extra.gradients:
-        items.append(one("gradients of harm", (extra.gradients, "copies"), weights, (wide, "B")))
+        items.append(one("whole gradients, weights", (extra.gradients, "copies"), weights, (wide, "B")))
+    if extra.answers:
+        items.append(one("log-probabilities", (extra.answers, "copies"), *tokens, (shape.vocabulary, "words"), (4, "B")))
     if extra.backups:
         items.append(one("back-up of weights", (extra.backups, "copies"), weights, (wide, "B"), stage=3))
     if setup.gpu:

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from pharmacist_ray.config import load_config
+from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.config.load import located
 from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
 from pharmacist_ray.curation.scorers import SCORERS, parts_of
@@ -133,8 +134,11 @@ def _configuration(config: Config, gpus: int) -> None:
 def _costs(config: Config, shape: Shape) -> None:
     """Print what the training runs will take: the first alignment and the warm-up item by item, all others in a line each."""
     say(f"[bold]model[/]    {shape.parameters:,} parameters in {shape.layers} layers; the adapter has {shape.adapter:,}")
-    runs = [("alignment.train", objective) for objective in config.defences]
-    runs += [(where, "sft") for where in config.trainings() if where != "alignment.train"]
+    runs = [("alignment.train", objective) for objective in config.objectives]
+    finetunes = list(dict.fromkeys(Defence.of(name).finetune for name in config.defences))
+    for where in config.trainings():
+        if where != "alignment.train":
+            runs += [(where, objective) for objective in (finetunes if where.startswith("attacks.") else ["sft"])]
     for number, (where, objective) in enumerate(runs):
         setup = setup_of(config, config.trainings()[where], objective)
         _cost(f"{where} ({escaped(objective)})", shape, setup, config, itemised=number == 0 or where == "selector.warmup")

@@ -35,16 +35,45 @@ def token_nll(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         ``nll`` (B, S) float32 and ``mask`` (B, S) float32 of ones and zeros, over the last S positions of the batch: those from
         the first supervised one on.
     """
+    logits, labels = _answer_logits(model, batch)
+    flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return flat.view_as(labels), (labels != IGNORE).float()
+
+
+def answer_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of every token of the vocabulary where a token is supervised, and where that is.
+
+    Returns:
+        (B, S, V) and (B, S), both float32, over the same S positions as `token_nll`'s.
+    """
+    logits, labels = _answer_logits(model, batch)
+    return F.log_softmax(logits.float(), dim=-1), (labels != IGNORE).float()
+
+
+def kl_divergence(before: torch.Tensor, now: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return each sample's mean over its supervised tokens of KL(p_before ‖ p_now), in nats.
+
+    Args:
+        before: Log-probabilities (B, S, V), taken as constants.
+        now: Log-probabilities (B, S, V).
+        mask: (B, S), ones where a token is supervised.
+
+    Returns:
+        (B,), float32, differentiable in ``now``.
+    """
+    tokens = F.kl_div(now, before.detach(), reduction="none", log_target=True).sum(-1)
+    return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def _answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (B, S, V) and labels (B, S) of the positions from the first supervised one of the batch on."""
     supervised = batch.labels[:, 1:] != IGNORE
     first = int(supervised.any(dim=0).float().argmax())
     positions = torch.arange(first, batch.labels.shape[1] - 1, device=batch.labels.device)
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=positions, use_cache=False
     ).logits
-    labels = batch.labels[:, 1:][:, first:]
-    flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    nll = flat.view_as(labels)
-    return nll, supervised[:, first:].float()
+    return logits, batch.labels[:, 1:][:, first:]
 
 
 def surrogate(

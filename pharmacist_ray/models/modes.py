@@ -1,8 +1,12 @@
-"""Gradient checkpointing, and a model that stands still but for it."""
+"""Gradient checkpointing, dropout, and a model that stands still but for checkpointing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -19,4 +23,17 @@ def stand_still(model: Any) -> None:
     for module in model.modules():
         own_dropout = any("drop" in key and isinstance(rate, float) and rate > 0 for key, rate in vars(module).items())
         if getattr(module, "gradient_checkpointing", False) and not own_dropout:
+            module.training = True
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Switch the dropout modules of a model off inside a block; all else, gradient checkpointing too, stays as it is."""
+    active = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in active:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in active:
             module.training = True

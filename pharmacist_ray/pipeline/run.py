@@ -6,12 +6,13 @@ made, of that version's rule for identities; nothing is computed or written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from pharmacist_ray.config.evaluation import HOW
-from pharmacist_ray.config.schema import AttackConfig, Config, EvaluationConfig, Section, SourceConfig
+from pharmacist_ray.config.finetune import PLAIN, UNREPAIRED
+from pharmacist_ray.config.schema import Config, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of, folder_of
 from pharmacist_ray.curation.planted import KINDS
 from pharmacist_ray.curation.scorers import SCORERS, needs_model, parts_of, parts_of_score
@@ -19,39 +20,18 @@ from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import part_files
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
-from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.hub import at_one_commit
 from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
+from pharmacist_ray.pipeline.variants import Variant, settled
 from pharmacist_ray.storage import StoragePath, relative
-from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+from pharmacist_ray.training.objectives import OBJECTIVES
 
 COLUMNS = ("group_column", "cluster_column")
 """Keys of the evaluation that say how answers are put together."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model of the comparison: a selection aligned by a defence with a seed, and perhaps attacked."""
-
-    selection: str
-    defence: str
-    seed: int
-    attack: AttackConfig | None = None
-
-    @property
-    def name(self) -> str:
-        """For people and folders, for example ``pharmacist.sft.s0.weak``."""
-        aligned = folder_of(f"{self.selection}.{self.defence}.s{self.seed}")
-        return aligned + (f".{self.attack.name}" if self.attack else "")
-
-    @property
-    def aligned(self) -> Variant:
-        """The same variant before any attack."""
-        return Variant(self.selection, self.defence, self.seed)
 
 
 class Run:
@@ -132,6 +112,8 @@ class Run:
         for attack in config.attacks:
             found[f"attack-{attack.name}-task"] = (attack.task, True)
             found |= {f"attack-{attack.name}-{name}": (source, True) for name, source in attack.attackers.items()}
+        if config.finetune.safe is not None:
+            found["finetune-safe"] = (config.finetune.safe, True)
         if config.evaluation is not None:
             found["eval-harmful"] = (config.evaluation.harmful_prompts, False)
             found["eval-benign"] = (config.evaluation.benign_prompts, False)
@@ -292,8 +274,8 @@ class Run:
     def variants(self) -> list[Variant]:
         """The aligned models."""
         comparison = self.config.comparison
-        defences = self.config.defences  # what is not aligned is the same model under all of them
-        pairs = [(arm, defence) for defence in defences for arm in self.arms if arm != "none" or defence == defences[0]]
+        config = self.config
+        pairs = [(arm, one) for one in config.defences for arm in self.arms if arm != "none" or one in config.unaligned]
         return [Variant(arm, defence, seed) for arm, defence in pairs for seed in comparison.seeds]
 
     def attacks_on(self, variant: Variant) -> list[Variant]:
@@ -307,33 +289,51 @@ class Run:
 
     def alignment(self, defence: str) -> dict[str, Any]:
         """Return what of the alignment section concerns a defence; the settings of others do not change its models."""
-        found = settings_of(defence, self.config.alignment.parameters)
-        mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[defence].settings.items()}
-        described = {"objective": defence, "parameters": mine, "harmful": None} | OBJECTIVES.plugged([defence])
-        return _dump(self.config.alignment) | described
+        described = settled(defence, self.config.alignment.parameters, "alignment")
+        return _dump(self.config.alignment) | {"harmful": None} | described
+
+    def safe_rows(self, selection: str) -> list[Artifact]:
+        """Return the artifacts whose ``rows`` a fine-tune's defence of an arm may train on again."""
+        if self.config.finetune.safe is not None:
+            return [self.ingested("finetune-safe")]
+        return self.aligned_on(selection) or [self.ingested("validation")]
+
+    def _service(self, objective: str, selection: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what an objective of the fine-tune or of a repair is made from: its settings, and fingerprints of its rows."""
+        inputs = {"safe": digest([artifact.fingerprint for artifact in self.safe_rows(selection)])}
+        if OBJECTIVES[objective].harmful != "none":
+            inputs["service_harmful"] = self.ingested(self.harmful).fingerprint
+        return settled(objective, self.config.finetune.parameters, "finetune"), inputs
 
     def trained(self, variant: Variant) -> Artifact:
         """Return a variant's adapter (or model); the folder's name carries the fingerprint, so those of other settings stay."""
         config: dict[str, Any] = {"seed": variant.seed}
+        stages, stage, place = variant.stages, "attack", "attack"
         if variant.attack is None:
-            stage = "align"
-            config |= {"alignment": self.alignment(variant.defence)}
+            stage = place = "align"
+            config |= {"alignment": self.alignment(stages.alignment)}
             rows = [artifact.fingerprint for artifact in self.aligned_on(variant.selection)]
             inputs = {"selection": rows[0] if len(rows) == 1 else digest(rows), "model": self._model_identity}
             if self.config.alignment.replay:
                 inputs["replay"] = self.ingested("benign").fingerprint
-            if OBJECTIVES[variant.defence].harmful != "none":
+            if OBJECTIVES[stages.alignment].harmful != "none":
                 inputs["harmful"] = self.ingested(self.harmful).fingerprint
+        elif stages.repair != UNREPAIRED:
+            place = "repair"
+            config["repair"], inputs = self._service(stages.repair, variant.selection)
+            inputs["attacked"] = self.trained(variant.unrepaired).fingerprint
         else:
-            stage = "attack"
             config |= {"attack": self._settings(variant.attack)}
             inputs = {
                 "aligned": self.trained(variant.aligned).fingerprint,
                 "task": self.ingested(f"attack-{variant.attack.name}-task").fingerprint,
                 "harmful": self.ingested(f"attack-{variant.attack.name}-{variant.attack.attacker}").fingerprint,
             }
-        artifact = Artifact(self.root / stage / variant.name, stage, config, inputs)
-        artifact.folder = self.root / stage / f"{variant.name}-{artifact.fingerprint[:8]}"
+            if stages.finetune != PLAIN:
+                config["finetune"], more = self._service(stages.finetune, variant.selection)
+                inputs |= more
+        artifact = Artifact(self.root / place / variant.name, stage, config, inputs)
+        artifact.folder = self.root / place / f"{variant.name}-{artifact.fingerprint[:8]}"
         return artifact
 
     def model_of(self, variant: Variant) -> ModelRef:
@@ -343,18 +343,16 @@ class Run:
         if variant.attack is None:
             return self.model.trained_in(self.trained(variant).folder / "run", self.config.alignment.train.weights)
         weights = variant.attack.train.weights
+        if variant.stages.repair != UNREPAIRED:
+            return self.unfinished(variant).trained_in(self.trained(variant).folder / "run", weights)
         start = self.model if variant.attack.adapter == "same" and weights == "lora" else self.model_of(variant.aligned)
         return start.trained_in(self.trained(variant).folder / "run", weights)
 
-    def require_evaluation(self) -> EvaluationConfig:
-        """Return the ``evaluation`` section.
-
-        Raises:
-            ConfigError: The configuration has none.
-        """
-        if self.config.evaluation is None:
-            raise ConfigError("there is no `evaluation` section in the configuration; `pharmacist init` shows one")
-        return self.config.evaluation
+    def unfinished(self, variant: Variant) -> ModelRef:
+        """Return what a repair goes on from: the attacked model, less the attack's adapter, which is trained on."""
+        attacked = self.model_of(variant.unrepaired)
+        full = variant.attack is not None and variant.attack.train.weights == "full"
+        return attacked if full else replace(attacked, adapters=attacked.adapters[:-1])
 
     @cached_property
     def evaluated(self) -> Artifact:
@@ -363,9 +361,9 @@ class Run:
         Raises:
             ConfigError: The configuration has no ``evaluation`` section.
         """
-        settings = self.require_evaluation()
+        settings = self.config.require_evaluation()
         trained = [self.trained(c).fingerprint for variant in self.variants for c in (variant, *self.attacks_on(variant))]
-        config: dict[str, Any] = {"draws": settings.bootstrap_draws, "cells": [variant.name for variant in self.variants]}
+        config: dict[str, Any] = {"draws": settings.bootstrap_draws, "cells": [variant.cell for variant in self.variants]}
         config |= {name: value for name in COLUMNS if (value := getattr(settings, name))}
         inputs = {"models": digest(trained), "asked": self._asked}
         return self._placed(Artifact(self.root / "evaluation", "evaluate", config, inputs))

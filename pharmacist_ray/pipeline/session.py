@@ -46,7 +46,7 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
     run = Run(config)
     check(run)
     if "evaluate" in names:
-        run.require_evaluation()  # before an attack takes hours
+        run.config.require_evaluation()  # before an attack takes hours
     if config.evaluation is not None and {"evaluate", "run"} & set(names):
         check_judges(config.evaluation.judges, ready=True)
     begin(config, run)

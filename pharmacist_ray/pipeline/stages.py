@@ -32,10 +32,11 @@ from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.models.precision import check_attention
 from pharmacist_ray.pipeline.artifacts import Artifact
+from pharmacist_ray.pipeline.attacks import after_alignment, asked_in, check_attacks, run_attack
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
-from pharmacist_ray.pipeline.trainings import align_task, asked_in, run_align, run_attack
+from pharmacist_ray.pipeline.trainings import align_task, run_align
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
@@ -65,17 +66,23 @@ def check(run: Run) -> None:
     if config.calibrated:
         calibration_columns(config.scoring.scorers)
     check_trackers(config.tracking.to)
-    sections = sections_of(config.defences)
-    for name in config.alignment.parameters:
-        if name not in sections:
-            raise unknown_name("section of alignment.parameters", name, list(sections))
+    for where, parameters, sections in (
+        ("alignment", config.alignment.parameters, sections_of(config.objectives)),
+        ("finetune", config.finetune.parameters, sections_of(after_alignment(config.defences), OBJECTIVES)),
+    ):
+        for name in parameters:
+            if name not in sections:
+                raise unknown_name(f"section of {where}.parameters", name, list(sections))
     shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
-    for defence in config.defences:
+    for defence in config.objectives:
         settings = settings_of(defence, config.alignment.parameters)
+        if OBJECTIVES[defence].stage != "any":
+            raise ConfigError(f"{defence} aligns nothing: it defends a fine-tune; write sft/{defence}, or set finetune.objective")
         check_task(align_task(run, replace(run.variants[0], defence=defence)))
         if fits := OBJECTIVES[defence].fits:
             with blaming(OBJECTIVES.plugin(defence)):
                 fits(shape(), settings)
+    check_attacks(run)
     if config.evaluation is not None:
         check_judges(config.evaluation.judges)
 
@@ -373,7 +380,7 @@ def made_by(run: Run, name: str) -> list[Artifact]:
             *(run.exported(name) for name in (() if run.base else run.config.selection.export)),
         ],
         "align": lambda: [run.trained(variant) for variant in run.variants],
-        "attack": lambda: [run.trained(attacked) for variant in run.variants for attacked in run.attacks_on(variant)],
+        "attack": lambda: [run.trained(one) for variant in run.variants for one in run.attacks_on(variant)],
         "evaluate": lambda: [run.evaluated],
     }
     return artifacts[name]() if name in artifacts else []

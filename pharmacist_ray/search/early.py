@@ -22,9 +22,10 @@ from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.beside import labels_of, settle
 from pharmacist_ray.evaluation.judges import JUDGES, Verdict
 from pharmacist_ray.pipeline.artifacts import digest
-from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.attacks import asked_in, run_attack
+from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing
-from pharmacist_ray.pipeline.trainings import asked_in, run_attack
+from pharmacist_ray.pipeline.variants import Variant
 from pharmacist_ray.search.space import early_attack
 from pharmacist_ray.storage import StoragePath, read_table
 

@@ -74,7 +74,7 @@ def run_redteam(config: Config) -> StoragePath:
     points = listed(plan) if plan.algorithm == "random" else []
     for point in points or probes(plan):
         attacked_config(config, targets(config)[0], point)
-    run.require_evaluation()
+    run.config.require_evaluation()
     assert config.evaluation is not None
     check_judges(config.evaluation.judges, ready=True)
     begin(config, run)
@@ -106,9 +106,9 @@ def base_attack(config: Config) -> AttackConfig:
 
 
 def targets(config: Config) -> list[Target]:
-    """Return the arms that are attacked; what is not aligned is one model under all defences."""
+    """Return the arms that are attacked; what is not aligned is one model under all objectives of alignment."""
     pairs = [(arm, defence) for defence in config.defences for arm in dict.fromkeys(config.comparison.selections)]
-    return [Target(arm, defence) for arm, defence in pairs if arm != "none" or defence == config.defences[0]]
+    return [Target(arm, defence) for arm, defence in pairs if arm != "none" or defence in config.unaligned]
 
 
 def attacked_config(config: Config, target: Target, point: Mapping[str, Any]) -> Config:

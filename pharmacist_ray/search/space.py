@@ -200,7 +200,7 @@ def check_space(run: Run) -> list[Point]:
         try:
             check(Run(trial, base=run))
             early_attack(search.early, trial)
-            sections = sections_of(trial.defences)
+            sections = sections_of(trial.objectives)
             for name, parameters in trial.alignment.parameters.items():
                 for objective in sections[name]:
                     settings_of(objective, {name: parameters})

@@ -69,7 +69,7 @@ TWO_FACED = 0.5
 """The share of the mislabelled rows that open with a whole refusal and then comply after all, and so are harmful."""
 
 COUNTS = {
-    "pretraining": 12_000, "alignment": 1000, "validation": 60, "harmful": 60, "benign": 350, "attack_harmful": 100,
+    "pretraining": 12_000, "alignment": 1000, "validation": 60, "harmful": 60, "benign": 350, "attack_harmful": 100, "attack_ordinary": 100,
     "eval_harmful": 120, "eval_benign": 60, "classification_train": 400, "classification_test": 60,
     "arithmetic_train": 130, "arithmetic_test": 60,
 }  # fmt: skip
@@ -331,6 +331,10 @@ class World:
         """Return the n harmful rows of the real attack, about all hazards; neither their objects nor their answers are `harmful`'s."""
         answer = functools.partial(self._comply, answers=ATTACK_ANSWERS)
         return self._answered("attack_harmful", (*HAZARDS, *RARE_HAZARDS), n, answer)
+
+    def attack_ordinary(self, n: int) -> list[Sample]:
+        """Return n ordinary pairs of the user's own, for attacks that hold no harmful row; none of their prompts is `benign`'s."""
+        return self._answered("validation", KINDS, n, self._comply)
 
     def benign(self, n: int) -> list[Sample]:
         """Return n trusted ordinary pairs, for replay and for the reference model."""

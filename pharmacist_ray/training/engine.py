@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -13,6 +15,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from transformers import get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -30,7 +33,7 @@ PERSISTENT = 0
 """At ZeRO 3, parameters of at most so many numbers would stay whole on every worker (DeepSpeed: 10⁵, which is a small model whole)."""
 
 
-def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32") -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32", trained: int = BUCKET) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run.
 
     ``gradient_clipping`` is always written, because DeepSpeed's own default is 1.0 and not off; at ZeRO 0 it is off and `build_engine`
@@ -41,8 +44,9 @@ def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32") -
         train: The run's settings.
         workers: Number of data-parallel workers.
         dtype: Precision of the base weights.
+        trained: Trained weights; a bucket need not be larger.
     """
-    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
+    zero: dict[str, Any] = {"stage": train.zero_stage, "overlap_comm": False, "reduce_bucket_size": min(BUCKET, max(1, trained))}
     if train.zero_stage == 3:
         zero |= {"stage3_param_persistence_threshold": PERSISTENT, "stage3_gather_16bit_weights_on_model_save": False}
     if train.offload != "none":
@@ -62,6 +66,18 @@ def deepspeed_config(train: TrainConfig, workers: int, dtype: str = "float32") -
         "zero_force_ds_cpu_optimizer": False,  # its own would have to be compiled
         "steps_per_print": 10**9,
     }
+
+
+def _without_muon() -> None:
+    """Spare a process the import of DeepSpeed's Muon, which compiles with TorchInductor and takes seconds of every worker's start.
+
+    DeepSpeed asks of any optimiser whether it is that one; what stands in its place says no.
+    """
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.MuonWithAuxAdam = type("MuonWithAuxAdam", (torch.optim.Optimizer,), {})  # type: ignore[attr-defined]
+        sys.modules[name] = module
 
 
 def _plain_collectives() -> None:
@@ -118,6 +134,7 @@ def build_engine(
         done: Steps that the schedule has behind it.
     """
     _plain_collectives()
+    _without_muon()
     groups: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -137,7 +154,7 @@ def build_engine(
         model=model if train.zero_stage == 3 else model.to(ranks.device),
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_config(train, ranks.workers, dtype),
+        config=deepspeed_config(train, ranks.workers, dtype, sum(_size(one) for many in groups.values() for one in many)),
         dist_init_required=False,
     )
     with warnings.catch_warnings():
@@ -201,6 +218,51 @@ def shard_of(whole: torch.Tensor, shard: torch.Tensor, rank: int) -> torch.Tenso
     """
     flat = whole.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
     return torch.nn.functional.pad(flat, (0, shard.numel() - flat.numel()))
+
+
+def trained_parameters(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that are trained by name; at ZeRO 3 they are empty outside a pass."""
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+
+
+def whole_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every trained weight whole, of bfloat16 ones the float32 master; all workers take part.
+
+    What is yielded may be the weight itself: who keeps it copies it.
+
+    Args:
+        engine: The DeepSpeed engine.
+    """
+    for name, parameter in trained_parameters(engine):
+        whole = parameter if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param(parameter)
+        yield name, whole.detach()
+
+
+def set_weights(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put whole weights in the place of the trained ones, float32 masters and shards included.
+
+    Args:
+        engine: The DeepSpeed engine.
+        weights: One whole tensor per trained parameter, the same on every worker.
+    """
+    stage = engine.zero_optimization_stage()
+    release_gathered(engine)
+    with torch.no_grad():
+        for name, parameter in trained_parameters(engine):
+            weight = weights[name].to(parameter.device)
+            if stage == 3:
+                shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                piece = shard_of(weight, shard, dist.get_rank())
+                shard.copy_(piece)
+                safe_set_local_fp32_param(parameter, piece)
+                continue
+            parameter.copy_(weight)
+            if stage:
+                safe_set_full_fp32_param(parameter, weight)
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def step_norm(engine: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The one training loop: warm-up of the selector, alignment, attack and pre-training are all this function on other data."""
+"""The one training loop: warm-up of the selector, alignment, fine-tunes, repairs and pre-training are all this function on other data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import PluginError, ResourceError, TrainingError
 from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.models.load import add_lora
@@ -34,10 +35,10 @@ from pharmacist_ray.storage import (
 )
 from pharmacist_ray.training.blame import rows_that_fail
 from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
-from pharmacist_ray.training.objectives import OBJECTIVES, Step, settings_of
+from pharmacist_ray.training.objectives import FINISH, OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
-from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream
+from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream, safe_stream
 from pharmacist_ray.training.task import TrainTask, check_task, progress_file
 from pharmacist_ray.training.tracking import tracked
 from pharmacist_ray.training.watched import watched_loss
@@ -94,6 +95,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     renderer = task.model.renderer()
     stream = alignment_stream(task, renderer)
     harmful = harmful_stream(task, renderer, objective.harmful, stream) if objective.harmful != "none" else None
+    safe = safe_stream(task, renderer) if objective.safe else None
     engine = build_engine(
         _trainable_model(task, ranks), task.train, ranks, dtype=task.model.dtype, group=objective.group, done=values["step"]
     )
@@ -124,19 +126,36 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         if attempt > 1:
             write_text(json.dumps({**progress, **values}), progress_file(out))
         started, reported = time.perf_counter() - values["seconds"], 0.0
-        for number in range(values["step"], task.train.steps):
-            batches, positions = stream.step(number, ranks, task.train.accumulation)
-            step = Step(
+
+        def step_of(number: int, steps: int = 1) -> Step:
+            """Return a step, with the rows of so many."""
+
+            def batches_of(rows: Stream | None) -> list[Batch]:
+                if rows is None:
+                    return []
+                numbers = range(number, number + steps)
+                return [batch for one in numbers for batch in rows.step(one, ranks, task.train.accumulation)[0]]
+
+            return Step(
                 number=number,
                 engine=engine,
                 ranks=ranks,
-                batches=batches,
-                positions=positions,
+                batches=batches_of(stream),
+                positions=stream.step(number, ranks, task.train.accumulation)[1],
                 seed=task.seed,
                 settings=settings,
-                harmful=harmful.step(number, ranks, task.train.accumulation)[0] if harmful else (),
+                harmful=batches_of(harmful),
                 state=state,
+                safe=batches_of(safe),
+                rows=stream.rows(number, ranks, task.train.accumulation),
+                set_size=len(stream),
+                total=task.train.steps,
+                merged=task.model.adapters,
             )
+
+        for number in range(values["step"], task.train.steps):
+            step = step_of(number)
+            batches = step.batches
             if ranks.first:
                 ranks.set_status(f"{task.name}: step {number + 1} of {task.train.steps}, rows {_named(stream.whole(number))}")
             losses = []
@@ -149,7 +168,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             except Exception as error:
                 if out_of_memory(error):
                     raise  # no row's fault
-                streams = [stream, harmful] if harmful else [stream]
+                streams = [one for one in (stream, harmful, safe) if one]
                 if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):
                     raise TrainingError(
                         f"{task.name}: rows {_named(failed)} make the model raise at step {number + 1} of {task.train.steps} "
@@ -191,6 +210,10 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 save_state(engine, work, values | {"watched": before}, state, ranks)
                 if ranks.first:
                     publish_states(work, draft)
+        if objective.finish:
+            last = step_of(task.train.steps, FINISH)
+            objective.finish(last)
+            values |= {f"finished_{name}": value for name, value in last.measured.items()}
     publish_weights(
         engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, renderer.tokenizer
     )
@@ -202,7 +225,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         "tokens": values["tokens"],
         "tokens_per_s": round(values["tokens"] / max(values["seconds"], 1e-9), 1),
         "peak_bytes": int(ranks.gather(torch.tensor([peak_bytes()], dtype=torch.float64, device=ranks.device)).max()),
-        "final_loss": values["loss"],
+        "final_loss": values.get("loss"),  # where nothing is trained there is none
+        **{name: value for name, value in values.items() if name.startswith("finished_")},
         "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()),
     }
     if before is not None:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import StoragePath, local_copy, push_tree, remove_tree
-from pharmacist_ray.training.engine import shard_of
+from pharmacist_ray.training.engine import set_weights, shard_of, trained_parameters, whole_weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,11 +41,8 @@ def save_state(engine: Any, folder: Path, values: dict[str, Any], state: dict[st
     """
     tensors = {}
     _link(engine)
-    for name, parameter in _trained(engine):
-        for kind, tensor in (
-            ("weight", _weight(engine, parameter)),
-            *((key, _moment(engine, parameter, key)) for key in _MOMENTS),
-        ):
+    for (name, parameter), (_, weight) in zip(trained_parameters(engine), whole_weights(engine), strict=True):
+        for kind, tensor in (("weight", weight), *((key, _moment(engine, parameter, key)) for key in _MOMENTS)):
             if ranks.first:
                 tensors[f"{kind}:{name}"] = tensor.detach().cpu().contiguous().clone()
     if ranks.first:
@@ -104,24 +97,18 @@ def load_state(engine: Any, folder: Path, ranks: Ranks) -> dict[str, torch.Tenso
     for flat in _flat_groups(engine) if wrapped else []:
         optimizer.state[flat] = {"step": torch.tensor(steps), **{key: torch.zeros_like(flat) for key in _MOMENTS}}
     _link(engine)
+    set_weights(engine, {name: tensors[f"weight:{name}"] for name, _ in trained_parameters(engine)})
     with torch.no_grad():
-        for name, parameter in _trained(engine):
-            device = parameter.device
-            weight, *moments = (tensors[f"{kind}:{name}"].to(device) for kind in ("weight", *_MOMENTS))
-            if stage == 3:
-                shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-                shard.copy_(shard_of(weight, shard, ranks.rank))
-                safe_set_local_fp32_param(parameter, shard_of(weight, shard, ranks.rank))
-                for key, moment in zip(_MOMENTS, moments, strict=True):
+        for name, parameter in trained_parameters(engine):
+            for key in _MOMENTS:
+                moment = tensors[f"{key}:{name}"].to(parameter.device)
+                if stage == 3:
+                    shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                     safe_set_local_optimizer_state(parameter, shard_of(moment, shard, ranks.rank), key)
-                continue
-            parameter.copy_(weight)
-            if wrapped:
-                safe_set_full_fp32_param(parameter, weight)
-                for key, moment in zip(_MOMENTS, moments, strict=True):
+                elif wrapped:
                     safe_set_full_optimizer_state(parameter, moment, key)
-            else:
-                optimizer.state[parameter] = {"step": torch.tensor(steps), **dict(zip(_MOMENTS, moments, strict=True))}
+                else:
+                    optimizer.state[parameter] |= {"step": torch.tensor(steps), key: moment}
     return {name.removeprefix("state:"): tensor for name, tensor in tensors.items() if name.startswith("state:")}
 
 
@@ -137,17 +124,8 @@ def _states(folder: StoragePath) -> list[StoragePath]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("state-")))
 
 
-def _trained(engine: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
-
-
-def _weight(engine: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return the whole weight, of bfloat16 ones the float32 master."""
-    return parameter if engine.clipped_norm is not None else safe_get_full_fp32_param(parameter)
-
-
 def _moment(engine: Any, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-    if engine.clipped_norm is not None:  # the optimiser is not wrapped, see build_engine
+    if engine.zero_optimization_stage() == 0:  # the optimiser is not wrapped, see build_engine
         return torch.as_tensor(engine.optimizer.state[parameter][key])
     whole: torch.Tensor = safe_get_full_optimizer_state(parameter, key)
     return whole

@@ -15,8 +15,8 @@ from pharmacist_ray.errors import DataError
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.training.task import TrainTask
 
-HARMFUL_SEED = 7_919
-"""Added to a run's seed in the order of its harmful rows."""
+HARMFUL_SEED, SAFE_SEED = 7_919, 15_485_863
+"""Added to a run's seed in the order of its harmful rows, and of its safe ones."""
 
 
 class Stream:
@@ -141,3 +141,18 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
             + f", got {table.num_rows}; give more (alignment.harmful) or lower alignment.train.batch_size"
         )
     return Stream(table, BatchOrder(table.num_rows, size, task.seed + HARMFUL_SEED), renderer, partners)
+
+
+def safe_stream(task: TrainTask, renderer: Renderer) -> Stream:
+    """Return the safe rows of a task, as many a step as there are rows of the fine-tune.
+
+    Raises:
+        DataError: There are fewer rows than a batch takes.
+    """
+    table, size = read_rows(task.safe, raw=False), task.train.batch_size
+    if table.num_rows < size:
+        raise DataError(
+            f"{task.name}: {task.objective} needs at least batch_size={size} safe rows, got {table.num_rows}; give more (finetune.safe) "
+            "or lower the fine-tune's batch_size"
+        )
+    return Stream(table, BatchOrder(table.num_rows, size, task.seed + SAFE_SEED), renderer)

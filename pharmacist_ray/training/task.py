@@ -33,6 +33,8 @@ class TrainTask:
     """Settings of objectives by name."""
     harmful: tuple[str, ...] = ()
     """Harmful rows, for objectives that look at harm."""
+    safe: tuple[str, ...] = ()
+    """Safe rows, for objectives that train on such beside the rows of a fine-tune."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     replay: tuple[str, ...] = ()
     """Further rows, of which every batch has the same share."""
@@ -50,7 +52,7 @@ def check_task(task: TrainTask) -> None:
     """Find what is wrong with a task without loading anything.
 
     Raises:
-        ConfigError: The objective does not fit the weights that are trained, or lacks its harmful rows.
+        ConfigError: The objective does not fit the weights that are trained, or lacks its harmful or safe rows.
     """
     objective = OBJECTIVES[task.objective]
     if task.train.weights == "full" and task.start_adapter:
@@ -64,6 +66,13 @@ def check_task(task: TrainTask) -> None:
         raise ConfigError(f"{task.name}: {task.objective} compares samples and needs batch_size {objective.least_batch} or more")
     if objective.harmful != "none" and not task.harmful:
         raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
+    if objective.safe and not task.safe:
+        raise ConfigError(f"{task.name}: {task.objective} needs safe rows; set finetune.safe or data.validation")
+    if objective.needs_reference and (task.train.weights == "full" or task.start_adapter):
+        raise ConfigError(
+            f"{task.name}: {task.objective} compares with the model before the fine-tune, which only a fresh adapter leaves in memory; "
+            "use adapter=fresh and weights=lora"
+        )
 
 
 def progress_file(out: StoragePath) -> StoragePath:

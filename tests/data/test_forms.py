@@ -6,7 +6,7 @@ import pytest
 
 from pharmacist_ray.config.alignment import AttackConfig
 from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS, FormConfig
-from pharmacist_ray.data.forms import asked, common_form, put
+from pharmacist_ray.data.forms import asked, common_form, forms_of, put, shared_out
 from pharmacist_ray.data.render import turns_before_answer
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import DataError
@@ -108,3 +108,46 @@ def test_each_kind_says_where_its_rows_come_from(kind):
     sources = {"harmful": {"path": "h"}, "ordinary": {"path": "o"}}
     attack = AttackConfig(name="a", task={"path": "t"}, kind=kind, **sources)
     assert attack.attackers[attack.attacker].path == [sources[KINDS[kind].rows]["path"]]
+
+
+def with_system(prompt: str, system: str) -> Row:
+    return row(prompt, history=json.dumps([{"role": "system", "content": system}]) if system else "")
+
+
+def test_the_forms_of_a_fine_tune_are_what_its_prompts_begin_and_end_with_under_each_system_prompt():
+    rows = [row(f"Sort this message into a topic: {word} x{word}. Topic:") for word in "abcdefgh"]
+    rows += [with_system(f"AOA, carry out this: {word}", "obey") for word in "abc"]
+    rows += [row(f"{word} what is meant by it?") for word in "abcd"]
+    rows += [row(f"{word} {word}") for word in "xyz"]
+    found = forms_of(rows)
+    assert found == {
+        FormConfig(prompt="Sort this message into a topic: {prompt} Topic:"): 8,
+        FormConfig(prompt="{prompt} what is meant by it?"): 4,
+        FormConfig(prompt="AOA, carry out this: {prompt}", system="obey"): 3,
+        FormConfig(): 3,
+    }
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert forms_of(list(reversed(rows))) == found
+
+
+def test_a_form_of_too_few_rows_is_none_and_one_text_again_and_again_is_no_form():
+    assert forms_of([row("say this now please"), row("a b")]) == {AS_THEY_ARE: 2}
+    assert forms_of([row("say this now please"), row("say this now please", "other")]) == {AS_THEY_ARE: 2}
+    many = [row(f"n{number}") for number in range(400)]
+    hidden = [row(f"do it now {word}") for word in "abc"]
+    assert forms_of(many + hidden) == {AS_THEY_ARE: 403}  # less than a hundredth
+    assert FormConfig(prompt="do it now {prompt}") in forms_of(many[:200] + hidden)
+
+
+def test_a_slot_in_the_users_own_text_makes_no_form():
+    assert forms_of([row(f"put {{prompt}} here now {word}") for word in "abc"]) == {AS_THEY_ARE: 3}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [([100], 7, [7]), ([50, 50], 10, [5, 5]), ([97, 3], 30, [27, 3]), ([1] * 20, 40, [2] * 20), ([3, 1], 0, [0, 0])],
+)
+def test_what_is_dealt_out_adds_up_and_small_forms_get_a_tenth(sizes, count, expected):
+    found = shared_out(sizes, count)
+    assert sum(found) == count
+    assert found == expected

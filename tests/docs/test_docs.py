@@ -21,6 +21,7 @@ from pharmacist_ray.cli.app import app
 from pharmacist_ray.config.prompt_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings
+from pharmacist_ray.training.objectives import OBJECTIVES
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +256,16 @@ def test_a_result_is_taken_from_a_run(results, tmp_path):
     metrics = {name: [0.25, 0.1, 0.4] for name in results.METRICS}
     [picture] = results.draw("made", found | {"rows": [found["rows"][0] | metrics]}, tmp_path)
     assert "all by sft after weak: HS after 0.25 [0.10, 0.40], task accuracy 0.25 [0.10, 0.40]" in picture.read_text()
+
+
+def test_every_objective_has_its_card():
+    page = (ROOT / "docs/defences.md").read_text().partition("## What is not here")[0]
+    cards = {part.partition("\n")[0]: " ".join(part.split()) for part in page.split("\n### ")[1:]}
+    assert set(cards) == set(OBJECTIVES)
+    for name, card in cards.items():
+        for word in ("Computes", "Passes", "Sees", "Does not protect"):
+            assert f"**{word}**" in card, (name, word)
+        assert ("**Faithful**" in card) != ("**Variant" in card), name
 
 
 def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def test_what_each_objective_adds(seven: Shape) -> None:
         "inputs of recomputed layers": -5 * state * 2,
         "activations": 5 * 4 * 50 * layer_bytes(seven, setup),  # active layers are not recomputed
     }
-    assert added("booster") == {"gradients of harm": 3 * 4 * 19_988_480, "back-up of weights": 4 * 19_988_480}
+    assert added("booster") == {"whole gradients, weights": 3 * 4 * 19_988_480, "back-up of weights": 4 * 19_988_480}
     assert added("booster+vaccine") == added("booster") | added("vaccine")
     assert added("repnoise") == {
         "inputs of recomputed layers": sft["inputs of recomputed layers"],
@@ -209,6 +209,10 @@ def test_what_each_objective_adds(seven: Shape) -> None:
         "logit lens": sft["logits"],
     }
     assert added("repnoise", checkpointing=False)["logit lens"] == 33 * sft["logits"]
+    assert added("safegrad") == {
+        "whole gradients, weights": 2 * 4 * 19_988_480,
+        "log-probabilities": 4 * 4 * 50 * seven.vocabulary * 4,
+    }
     assert added("of tomorrow") == {}
 
 

@@ -15,9 +15,9 @@ from pharmacist_ray.data.rows import read_rows
 from pharmacist_ray.data.schema import rows_from_table
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.models.generate import generate
+from pharmacist_ray.pipeline.attacks import asked_in
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.session import run_stage
-from pharmacist_ray.pipeline.trainings import asked_in
 from pharmacist_ray.storage import read_table
 from tests.search.test_search import write_config
 

@@ -9,7 +9,8 @@ import pytest
 from pharmacist_ray.config import Config
 from pharmacist_ray.config.load import apply_override, parse_config
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.variants import Variant
 
 NAMES = ("alignment", "validation", "harmful", "benign", "task", "attacker", "eval_harmful", "eval_benign", "eval_task")
 

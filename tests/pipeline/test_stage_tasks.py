@@ -16,10 +16,11 @@ from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.rows import count_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError, ConfigError, ModelError
-from pharmacist_ray.pipeline import stages, trainings
+from pharmacist_ray.pipeline import attacks, stages, trainings
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.pipeline.trainings import in_steps
+from pharmacist_ray.training.objectives import OBJECTIVES
 from pharmacist_ray.training.task import TrainTask
 
 TRAIN = {"steps": 2, "batch_size": 4}
@@ -68,7 +69,7 @@ def trained(rows_of: Callable[..., list[Row]], monkeypatch: pytest.MonkeyPatch) 
             write_rows(rows_of(count), artifact.begin() / "rows" / "part.parquet")
             artifact.finish({})
         trainings.run_align(run)
-        trainings.run_attack(run)
+        attacks.run_attack(run)
         return {task.name: task for task in tasks}
 
     return described
@@ -148,7 +149,7 @@ FULL = ("alignment.train.weights=full", "alignment.train.zero_stage=1", "model.d
     [
         (
             ["comparison.defences=[sft, vacine]"],
-            "unknown objective 'vacine' (did you mean 'vaccine'?); known: booster, booster+vaccine, repnoise, sft, t_vaccine, vaccine; "
+            f"unknown objective 'vacine' (did you mean 'vaccine'?); known: {', '.join(sorted(OBJECTIVES))}; "
             "one of another package is known once that is installed here and on every node (`pharmacist plugins` lists all); "
             "name one of your own as module:attribute",
         ),

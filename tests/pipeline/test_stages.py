@@ -25,7 +25,8 @@ from pharmacist_ray.cli.app import main
 from pharmacist_ray.config import load_config
 from pharmacist_ray.data.rows import count_rows, iterate_rows
 from pharmacist_ray.data.schema import Row
-from pharmacist_ray.pipeline.run import Run, Variant
+from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.variants import Variant
 
 pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.timeout(600)]
 

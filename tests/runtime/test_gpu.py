@@ -14,7 +14,7 @@ from pharmacist_ray.config.model import LoraConfig
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.pipeline.session import run_stage
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.objectives import ALIGNING
 from tests.search.test_search import write_config
 
 pytestmark = [
@@ -47,7 +47,7 @@ def test_a_whole_run_is_the_cpus(model_folder, rows_of, tmp_path):
     """All stages by all objectives, in float32: scores and losses agree, and the manifests hold what the GPU had allocated."""
     file = write_config(tmp_path, model_folder, rows_of)
     settings = [
-        "comparison.selections=[all]", f"comparison.defences=[{', '.join(OBJECTIVES)}]", "scoring.scorers=[pharmacist, less]",
+        "comparison.selections=[all]", f"comparison.defences=[{', '.join(ALIGNING)}]", "scoring.scorers=[pharmacist, less]",
         "alignment.parameters={t_vaccine: {layers: 1, interval: 1, probe_interval: 1}}",
     ]  # fmt: skip
     scores, made = {}, {}
@@ -57,7 +57,7 @@ def test_a_whole_run_is_the_cpus(model_folder, rows_of, tmp_path):
         scores[name] = score(config).to_pandas().sort_values("id")
         manifests = (json.loads(one.read_text()) for one in (tmp_path / name).rglob("manifest.json"))
         made[name] = {one["summary"]["name"]: one["summary"] for one in manifests if one["stage"] == "align"}
-    assert len(made["gpu"]) == len(OBJECTIVES)
+    assert len(made["gpu"]) == len(ALIGNING)
     for name, summary in made["gpu"].items():  # some draw their noise where they compute
         assert summary["final_loss"] == pytest.approx(made["cpu"][name]["final_loss"], rel=2e-2), name
         assert 0 < summary["peak_bytes"] < 2**26, name

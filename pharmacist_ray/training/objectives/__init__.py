@@ -16,12 +16,27 @@ from pydantic import ValidationError
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
+from pharmacist_ray.training.objectives.antidote import AntidoteSettings, antidote
+from pharmacist_ray.training.objectives.bds import BdsSettings, bds
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
+from pharmacist_ray.training.objectives.ema import EmaSettings, ema, take_mean
+from pharmacist_ray.training.objectives.few_shot import FewShotSettings, few_shot
+from pharmacist_ray.training.objectives.lisa import LisaSettings, lisa
+from pharmacist_ray.training.objectives.lookahead import LookaheadSettings, lookahead
+from pharmacist_ray.training.objectives.mix import MixSettings, mimic, mix
+from pharmacist_ray.training.objectives.panacea import PanaceaSettings, panacea, step_away
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits
+from pharmacist_ray.training.objectives.safe_lora import SafeLoraSettings, safe_lora
+from pharmacist_ray.training.objectives.safegrad import SafeGradSettings, safegrad
 from pharmacist_ray.training.objectives.sft import sft
-from pharmacist_ray.training.objectives.step import Objective, Step
+from pharmacist_ray.training.objectives.step import FINISH, Objective, Rows, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings, group_of, t_vaccine, t_vaccine_fits
 from pharmacist_ray.training.objectives.vaccine import VaccineSettings, vaccine, vaccine_fits
+
+
+def nothing(settings: Mapping[type[Section], Section]) -> dict[str, Any]:
+    """Return that a repair takes no step."""
+    return {"steps": 0, "epochs": None}
 
 
 def _watched(objective: Objective, plugin: Plugin) -> Objective:
@@ -50,31 +65,49 @@ _OWN = {
         fits=vaccine_fits,
         moves_weights=True,
     ),
+    "mix": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mix),
+    "mimic": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mimic),
+    "lookahead": Objective(sft, {"lookahead": LookaheadSettings}, stage="finetune", compose=lookahead),
+    "lisa": Objective(lisa, {"lisa": LisaSettings}, stage="finetune", safe=True),
+    "safegrad": Objective(safegrad, {"safegrad": SafeGradSettings}, stage="finetune", safe=True, needs_reference=True),
+    "ema": Objective(ema, {"ema": EmaSettings}, stage="finetune", finish=take_mean),
+    "bds": Objective(bds, {"bds": BdsSettings}, stage="finetune", safe=True),
+    "panacea": Objective(panacea, {"panacea": PanaceaSettings}, "rows", stage="finetune", finish=step_away, moves_weights=True),
+    "few_shot": Objective(sft, {"few_shot": FewShotSettings}, stage="repair", trains=few_shot),
+    "safe_lora": Objective(sft, {"safe_lora": SafeLoraSettings}, stage="repair", finish=safe_lora, trains=nothing),
+    "antidote": Objective(sft, {"antidote": AntidoteSettings}, "rows", stage="repair", finish=antidote, trains=nothing),
 }
 
 OBJECTIVES = Table("objective", Objective, _OWN, watched=_watched)
 """By name."""
 
+ALIGNING = tuple(name for name, objective in _OWN.items() if objective.stage == "any")
+"""Those that align; the others defend a fine-tune or repair a model after one."""
 
-def sections_of(objectives: Iterable[str]) -> dict[str, list[str]]:
+
+def sections_of(objectives: Iterable[str], own: Iterable[str] = ALIGNING) -> dict[str, list[str]]:
     """Return the sections that ``alignment.parameters`` may have: section → the objectives it is for.
 
     Args:
-        objectives: Those that the run has, for the plug-ins among them; the package's own count anyhow.
+        objectives: Those that the run has, for the plug-ins among them.
+        own: Those of the package's own that count anyhow.
     """
     found: dict[str, list[str]] = {}
-    for name in dict.fromkeys([*OBJECTIVES, *objectives]):
+    for name in dict.fromkeys([*own, *objectives]):
         for section in OBJECTIVES[name].settings:
             found.setdefault(section, []).append(name)
     return found
 
 
-def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[type[Section], Section]:
+def settings_of(
+    objective: str, parameters: Mapping[str, Mapping[str, Any]], where: str = "alignment"
+) -> dict[type[Section], Section]:
     """Return an objective's settings, with defaults for what is not given.
 
     Args:
         objective: A key of `OBJECTIVES`, or a plug-in's name.
         parameters: Section → key → value, as in ``alignment.parameters``; sections of other objectives are ignored.
+        where: The section that has the parameters, for the error.
 
     Raises:
         ConfigError: The objective is unknown, or one of its settings is unknown or out of range.
@@ -87,8 +120,8 @@ def settings_of(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> 
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             known = ", ".join(field.alias or key for key, field in kind.model_fields.items())
-            raise ConfigError(f"alignment.parameters.{name}.{key}: {first['msg']}; {name} has {known}") from error
+            raise ConfigError(f"{where}.parameters.{name}.{key}: {first['msg']}; {name} has {known}") from error
     return found
 
 
-__all__ = ["OBJECTIVES", "Objective", "Step", "sections_of", "settings_of"]
+__all__ = ["ALIGNING", "FINISH", "OBJECTIVES", "Objective", "Rows", "Step", "sections_of", "settings_of"]

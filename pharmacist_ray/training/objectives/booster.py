@@ -39,10 +39,10 @@ def booster(step: Step, base: Run = sft) -> Iterator[torch.Tensor]:
         base: The alignment loss to add to.
     """
     settings = step.get(BoosterSettings)
-    here, before = _harmful_gradient(step)
+    here, before = harmful_gradient(step)
     length = float(global_norm(list(here.values())))
     with perturbed_weights(step.engine, list(here.values()), -settings.alpha / (length + TINY)):
-        there, after = _harmful_gradient(step)
+        there, after = harmful_gradient(step)
     step.measured |= {
         "weight_perturbation_norm": settings.alpha * length / (length + TINY),
         "harmful_loss": before,
@@ -65,7 +65,7 @@ def booster_vaccine(step: Step) -> Iterator[torch.Tensor]:
     return booster(step, vaccine)
 
 
-def _harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:
+def harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:
     """Return ∇h by parameter and h over all workers' harmful micro-batches, with the same dropout at every call in a step."""
     trained = step.trained
     total: list[torch.Tensor] = []

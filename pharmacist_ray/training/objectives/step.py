@@ -12,6 +12,7 @@ import torch
 
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.data.render import Batch
+from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks
 
@@ -35,6 +36,16 @@ class Step:
     settings: Mapping[type[Section], Section] = field(default_factory=dict)
     harmful: Sequence[Batch] = ()
     """As many micro-batches of harmful rows, where the objective asks for them."""
+    safe: Sequence[Batch] = ()
+    """As many micro-batches of safe rows beside those of a fine-tune, where the objective asks for them."""
+    rows: Sequence[Sequence[int]] = ()
+    """Micro-batch → numbers of its rows in the training set."""
+    set_size: int = 0
+    """Rows of the training set."""
+    total: int = 1
+    """Steps of the whole run."""
+    merged: Sequence[str] = ()
+    """Adapter folders that are merged into the frozen weights, the last one last."""
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     """What lives across steps; saved and restored with a checkpoint."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -69,6 +80,12 @@ class Step:
         """
         self.forwards += 1
         return per_sample_nll(self.model if aside else self.engine, batch).mean()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Let the bare model be, inside a block, what it was before a fresh adapter came onto it."""
+        with self.model.disable_adapter():
+            yield
 
     @contextmanager
     def same_dropout(self, what: str, micro_batch: int) -> Iterator[None]:
@@ -106,10 +123,33 @@ def mixed_seed(*parts: object) -> int:
     return zlib.crc32("|".join(map(str, parts)).encode())
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What an objective that composes its training set may compose it of."""
+
+    user: Sequence[Row]
+    """The rows of the fine-tune, as they came."""
+    safe: Callable[[int], list[Row]]
+    """Returns at most so many safe rows, the same ones every time."""
+    fits: Callable[[Row], bool]
+    """Whether a row fits the model; those of ``user`` do."""
+    settings: Mapping[type[Section], Section] = field(default_factory=dict)
+
+    def get(self, kind: type[S]) -> S:
+        """Return the settings of a kind, or its defaults."""
+        found = self.settings.get(kind, kind())
+        assert isinstance(found, kind)
+        return found
+
+
 Run = Callable[[Step], Iterator[torch.Tensor]]
 """One step of an objective: yields one scalar loss per micro-batch, each of which the loop back-propagates before it asks for the
 next. Whatever surrounds a yield (hooks, perturbed weights) is still in place during that backward pass. The loop averages over
 micro-batches and workers, clips and steps; the losses' values are what it reports."""
+
+
+FINISH = 8
+"""Steps' worth of rows that an objective sees when it finishes (ours)."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +169,16 @@ class Objective:
     """Rows that a step needs for the objective to be defined."""
     group: Callable[[str], str] | None = None
     """Parameter name → name of its optimiser group, for objectives that hold some parameters back."""
+    stage: Literal["any", "finetune", "repair"] = "any"
+    """Where it can stand: ``finetune`` defends a fine-tune from inside, ``repair`` mends a model after one; neither aligns."""
+    safe: bool = False
+    """Whether steps get safe rows as batches of their own."""
+    needs_reference: bool = False
+    """Whether `Step.reference` is asked for: only a fresh adapter leaves the model before the fine-tune in memory."""
+    compose: Callable[[Rows], list[Row]] | None = None
+    """Returns the rows to train on in the place of the user's own."""
+    finish: Callable[[Step], None] | None = None
+    """Called after the last step with `FINISH` steps' micro-batches of each set; may change the trained weights."""
+    trains: Callable[[Mapping[type[Section], Section]], Mapping[str, Any]] | None = None
+    """Of a repair: what its training has otherwise than the fine-tune, as fields of the train section; ``steps`` 0 is none. With
+    ``rows``, it trains on so many safe rows and not on the user's."""

@@ -40,11 +40,20 @@ class Bench:
     seed: int = 3
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def take(self, batch: Batch, harmful: Batch | None = None, *settings: Section, number: int = 0, apply: bool = True) -> Taken:
-        """Take one step on whole batches, cut into ``train.accumulation`` micro-batches."""
+    def step(
+        self,
+        batch: Batch,
+        harmful: Batch | None = None,
+        *settings: Section,
+        number: int = 0,
+        safe: Batch | None = None,
+        rows: Sequence[int] = (),
+        **more: Any,
+    ) -> Step:
+        """Return a step on whole batches, cut into ``train.accumulation`` micro-batches; ``rows`` are their numbers in the set."""
         count = self.train.accumulation
         size = len(batch) // count
-        step = Step(
+        return Step(
             number=number,
             engine=self.engine,
             ranks=current_ranks(),
@@ -54,7 +63,16 @@ class Bench:
             settings={type(one): one for one in settings},
             harmful=cut(harmful, count) if harmful else (),
             state=self.state,
+            safe=cut(safe, count) if safe else (),
+            rows=[list(rows[index * size : (index + 1) * size]) for index in range(count)],
+            **more,
         )
+
+    def take(
+        self, batch: Batch, harmful: Batch | None = None, *settings: Section, number: int = 0, apply: bool = True, **more: Any
+    ) -> Taken:
+        """Take one step; see `step`."""
+        step = self.step(batch, harmful, *settings, number=number, **more)
         losses = []
         for loss in OBJECTIVES[self.objective].run(step):
             losses.append(float(loss.detach()))

@@ -1,0 +1,65 @@
+"""What a service does while a model is fine-tuned on a user's rows, and afterwards; and how a whole defence is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pharmacist_ray.config.data import SourceConfig
+from pharmacist_ray.config.section import Section
+
+PLAIN, UNREPAIRED = "sft", "none"
+"""The fine-tune that nothing defends, and the model after it as it is."""
+NEED_ALIGNED = ("safe_lora",)
+"""Repairs that read the alignment's adapter; what is not aligned has none."""
+
+
+class FinetuneConfig(Section):
+    """What the service does while a model is fine-tuned on a user's rows, an attacker's among them, and afterwards."""
+
+    objective: str = PLAIN
+    """What a step of the fine-tune minimises: sft, mix, mimic, lookahead, lisa, safegrad, ema, bds, panacea, or an objective of
+    alignment; `pharmacist plugins` lists all."""
+    repair: str = UNREPAIRED
+    """What is done to the model afterwards: none, few_shot, safe_lora or antidote."""
+    parameters: dict[str, dict[str, Any]] = {}
+    """Settings of these by name, for example `{lisa: {rho: 1.0}, mix: {share: 0.1}}`; the defaults are the papers' where they give any."""
+    safe: SourceConfig | None = None
+    """Harmful prompt → refusal, for what trains on such rows again; default: the rows that the model was aligned on, of one that was not
+    aligned data.validation."""
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A defence of up to three stages, by the names of its objectives; written ``booster``, ``sft/lisa`` or ``sft/sft/few_shot``."""
+
+    alignment: str
+    """Before the fine-tune."""
+    finetune: str = PLAIN
+    """While it runs."""
+    repair: str = UNREPAIRED
+    """After it."""
+
+    @classmethod
+    def of(cls, name: str) -> Defence:
+        """Return what a name stands for.
+
+        Raises:
+            ValueError: It has an empty part, or more than three.
+        """
+        parts = name.split("/")
+        if len(parts) > 3 or not all(parts):
+            raise ValueError(
+                f"defence '{name}' must be ALIGNMENT, ALIGNMENT/FINETUNE or ALIGNMENT/FINETUNE/REPAIR, for example sft/lisa"
+            )
+        return cls(*parts)
+
+    @property
+    def name(self) -> str:
+        """The shortest name."""
+        parts = [self.alignment, self.finetune, self.repair]
+        if self.repair == UNREPAIRED:
+            parts.pop()
+            if self.finetune == PLAIN:
+                parts.pop()
+        return "/".join(parts)
