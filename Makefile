@@ -21,10 +21,13 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# What guards every change, in a coffee break; `test-all` has the long cases of each kind as well.
-test: setup lint unit
+# What guards every change, in a coffee break; `test-all` has the long cases of each kind as well. The checks of the code run beside the
+# tests, which often wait.
+test: setup setup-browser
+	+$(MAKE) --no-print-directory --jobs 2 lint unit
 
-test-all: setup lint unit-all
+test-all: setup setup-browser
+	+$(MAKE) --no-print-directory --jobs 2 lint unit-all
 
 lint: setup
 	$(BIN)/ruff check .

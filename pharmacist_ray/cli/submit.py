@@ -25,7 +25,7 @@ from pharmacist_ray.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOBS = ("curate", "align", "evaluate", "search", "redteam", "audit", "benchmark")
+JOBS = ("curate", "align", "evaluate", "search", "redteam", "audit", "finetune", "benchmark")
 """The modules of `jobs/`."""
 
 PACKAGE_LIMIT = 100 << 20

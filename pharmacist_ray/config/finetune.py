@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.section import Section
+from pharmacist_ray.config.training import TrainConfig
 
 PLAIN, UNREPAIRED = "sft", "none"
 """The fine-tune that nothing defends, and the model after it as it is."""
@@ -24,6 +25,12 @@ class FinetuneConfig(Section):
     """What is done to the model afterwards: none, few_shot, safe_lora or antidote."""
     parameters: dict[str, dict[str, Any]] = {}
     """Settings of these by name, for example `{lisa: {rho: 1.0}, mix: {share: 0.1}}`; the defaults are the papers' where they give any."""
+    data: SourceConfig | None = None
+    """The user's rows that `pharmacist finetune` trains on; a path on the command line goes before it. Audit them first."""
+    train: TrainConfig = TrainConfig(epochs=3, batch_size=16, lr=1e-4)
+    """How `pharmacist finetune` trains (ours: little drift needs a low rate, few passes and no small batch, arXiv 2508.12531)."""
+    adapter: Literal["fresh", "same"] = "fresh"
+    """A fresh adapter on the aligned model, or training of the alignment's own goes on."""
     safe: SourceConfig | None = None
     """Harmful prompt → refusal, for what trains on such rows again; default: the rows that the model was aligned on, of one that was not
     aligned data.validation."""

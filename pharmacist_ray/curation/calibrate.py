@@ -109,8 +109,12 @@ class Calibrated(Ranks):
         }
 
 
-def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
+def calibration_columns(scorers: Sequence[str], where: str = "scoring.scorers") -> tuple[str, ...]:
     """Return which scores take part: those that see the model or trusted rows and no labels, and can score any row.
+
+    Args:
+        scorers: Names of scores.
+        where: The key that lists them, for the error.
 
     Raises:
         ConfigError: None does.
@@ -123,7 +127,7 @@ def calibration_columns(scorers: Sequence[str]) -> tuple[str, ...]:
     )
     if not found:
         raise ConfigError(
-            "a calibrated selection weighs scores that see the model or trusted rows, and scoring.scorers has none: "
+            f"only scores that see the model or trusted rows can be held against known ones, and {where} has none: "
             "add pharmacist, for example"
         )
     return found

@@ -41,7 +41,7 @@ def run_audit(config: Config, data: Sequence[str] = ()) -> StoragePath:
     plan = config.audit
     run = run_stages(("ingest", "fit", "score"), audit_config(config, data))
     assert run.planted is not None
-    scorers = [name for name in plan.scorers if name in calibration_columns(plan.scorers)]
+    scorers = plan.scorers
     known = read_table(planted_scores(run.scored.folder / "rows") / FILE, columns=["id", *scorers])
     kinds = read_table(run.planted.folder / "rows" / FILE, columns=["category"])["category"].to_pylist()
     found = thresholds(known, kinds, scorers, plan.alarm)
@@ -92,7 +92,12 @@ def audit_config(config: Config, data: Sequence[str] = ()) -> Config:
         raise ConfigError("there is nothing to audit: give a file, or audit.data")
     if config.data.benign is None:
         raise ConfigError("an audit needs data.benign, trusted ordinary rows: most rows of a fine-tune are ordinary; add it")
-    calibration_columns(plan.scorers)
+    usable = calibration_columns(plan.scorers, "audit.scorers")
+    if left_out := [name for name in plan.scorers if name not in usable]:
+        raise ConfigError(
+            f"audit.scorers: {', '.join(left_out)} cannot flag rows, for no threshold can be set by known ones: only scores that see the "
+            f"model or trusted rows have one; take out what has none and leave {', '.join(usable)}"
+        )
     values["data"] |= {"candidates": source, "shards": None}
     values["scoring"] |= {"scorers": plan.scorers, "safe": ["validation", "benign"]}
     values["selection"] = {"scorer": CALIBRATED}

@@ -18,6 +18,7 @@ from pharmacist_ray.errors import PluginError, ResourceError, TrainingError
 from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
+from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.storage import (
@@ -212,7 +213,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                     publish_states(work, draft)
         if objective.finish:
             last = step_of(task.train.steps, FINISH)
-            objective.finish(last)
+            with blaming(OBJECTIVES.plugin(task.objective)):
+                objective.finish(last)
             values |= {f"finished_{name}": value for name, value in last.measured.items()}
     publish_weights(
         engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, renderer.tokenizer

@@ -99,6 +99,22 @@ def test_states_are_the_bases_own_averaged_over_the_answer_with_and_without_a_se
             np.testing.assert_allclose(signals.states(layer), want[:, layer], rtol=1e-4, atol=1e-5)
 
 
+def test_what_was_asked_of_one_shard_comes_out_of_one_pass_over_the_next(
+    signals_of: Make, rows: list[Row], model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = signals_of(rows, tokens=1000)
+    second = Signals(rows[::-1], probe=first.probe)
+    passes = []
+    whole = Signals._passed
+    monkeypatch.setattr(Signals, "_passed", lambda self, keys: passes.append(list(keys)) or whole(self, keys))
+    for signals in (first, second):
+        found = [signals.states(1), signals.prompt_states(0), signals.states(-1), signals.states(1)]
+    assert [len(keys) for keys in passes] == [1, 1, 1, 3]
+    answers, prompts = (plain_states(model_folder, rows[::-1], of_prompt=one) for one in (False, True))
+    for mine, want in zip(found, (answers[:, 1], prompts[:, 0], answers[:, -1], answers[:, 1]), strict=True):
+        np.testing.assert_allclose(mine, want, rtol=1e-4, atol=1e-5)
+
+
 def test_representation_is_the_mean_cosine_to_validation_less_that_to_harmful_rows(
     signals_of: Make, rows: list[Row], model_folder: Path, folders: dict[str, str]
 ) -> None:

@@ -101,8 +101,13 @@ def test_what_is_missing_is_told_before_anything_runs(place):
     with pytest.raises(ConfigError, match=r"^an audit needs data.benign, trusted ordinary rows"):
         run_audit(lacking, ["x.jsonl"])
     blind = load_config(place / "run.yaml", ["audit.scorers=[keyword]"])
-    with pytest.raises(ConfigError, match="a calibrated selection weighs scores that see the model or trusted rows"):
+    with pytest.raises(ConfigError, match=r"can be held against known ones, and audit\.scorers has none: add"):
         run_audit(blind, ["x.jsonl"])
+    half_blind = load_config(place / "run.yaml", ["audit.scorers=[keyword, guard]"])
+    with pytest.raises(
+        ConfigError, match=r"^audit.scorers: keyword cannot flag rows, .* take out what has none and leave guard$"
+    ):
+        run_audit(half_blind, ["x.jsonl"])
 
 
 @pytest.mark.usefixtures("audited")

@@ -413,7 +413,8 @@ def test_a_calibrated_selection_holds_out_half_of_the_trusted_rows_and_says_what
     )
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, workers):
     """No stage needs the driver's disk: every file of the run is in the bucket, and a second look finds it all.
 

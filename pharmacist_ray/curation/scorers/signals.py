@@ -32,6 +32,8 @@ from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import local_copy, read_table
 
 Made = TypeVar("Made")
+StatesKey = tuple[int | None, bool]
+"""A layer, None for all, and whether the state is the prompt's."""
 
 REFERENCES = ("reference", "tov")
 """Models tuned on trusted sets, by the folder of the selector in which they lie."""
@@ -66,6 +68,7 @@ class Probe:
             ArtifactError: A file of the selector is missing.
         """
         self.spec = spec
+        self.states_asked: set[StatesKey] = set()
         self._learnt: dict[str, dict[str, float]] = {}
         self.fit = local_copy(spec.fit) if spec.fit else Path()
         self.directions = [self._directions(name) for name in spec.checkpoints]
@@ -146,6 +149,7 @@ class Signals:
         self.guard = guard
         self._probe = probe
         self._trusted = trusted
+        self._states: dict[StatesKey, np.ndarray] = {}
 
     @property
     def probe(self) -> Probe:
@@ -249,7 +253,18 @@ class Signals:
             layer: The layer; None: all.
             of_prompt: Return the state at the last token before the answer in the place of the mean.
         """
-        found: list[np.ndarray] = [np.empty(0)] * len(self.rows)
+        key = (layer, of_prompt)
+        if key not in self._states:
+            # What was asked of an earlier shard will be asked of this one: all of it comes out of one pass.
+            wanted = {key} if layer is None else {key} | self.probe.states_asked
+            self._states |= self._passed(sorted(wanted - self._states.keys(), key=str))
+            if layer is not None:
+                self.probe.states_asked.add(key)
+        return self._states[key]
+
+    def _passed(self, keys: Sequence[StatesKey]) -> dict[StatesKey, np.ndarray]:
+        """Return what `states` is asked for by layer and place, of one pass over the rows."""
+        found: dict[StatesKey, list[np.ndarray]] = {key: [np.empty(0)] * len(self.rows) for key in keys}
         with torch.no_grad(), self.probe.base() as model:
             # Without the output head, which takes a good part of a small model's pass.
             body = (model.get_base_model() if self.probe.adapters else model).base_model
@@ -257,16 +272,16 @@ class Signals:
             def take(rows: list[int], batch: Batch) -> None:
                 output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
                 answer = batch.labels != IGNORE
-                if of_prompt:
-                    answer = torch.nn.functional.one_hot((answer.int().argmax(dim=1) - 1).clamp(min=0), answer.shape[1])
-                answer = answer.unsqueeze(-1)
-                layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
-                means = [(states.float() * answer).sum(dim=1) / answer.sum(dim=1) for states in layers]
-                for row, values in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
-                    found[row] = values if layer is None else values[0]
+                last = torch.nn.functional.one_hot((answer.int().argmax(dim=1) - 1).clamp(min=0), answer.shape[1])
+                for (layer, of_prompt), values in found.items():
+                    weights = (last if of_prompt else answer).unsqueeze(-1)
+                    layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
+                    means = [(states.float() * weights).sum(dim=1) / weights.sum(dim=1) for states in layers]
+                    for row, mean in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
+                        values[row] = mean if layer is None else mean[0]
 
             self._in_batches(self.samples, take)
-        return np.stack(found)
+        return {key: np.stack(values) for key, values in found.items()}
 
     def prompt_states(self, layer: int | None = None) -> np.ndarray:
         """Return the base's hidden states at each prompt's last token, of one layer or of all; see `states`."""

@@ -52,7 +52,12 @@ def lisa(step: Step) -> Iterator[torch.Tensor]:
     held = settings.rho > 0 and step.number >= settings.free_share * step.total
     # Every micro-batch carries its share, so that the loop's sum over them gives back the whole.
     share = settings.rho / len(step.batches)
-    pull = {name: partial(torch.add, other=one, alpha=share) for name, one in away.items()} if held else {}
+    pull = {name: partial(_plus, other=one, share=share) for name, one in away.items()} if held else {}
     for index, batch in enumerate(step.safe if place < safe_steps else step.batches):
         with step.same_dropout("align", index), step.changed_gradients(pull):
             yield step.loss(batch)
+
+
+def _plus(gradient: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """Return a gradient, in its own precision, plus a share of a float32 tensor."""
+    return torch.add(gradient, other.to(gradient.dtype), alpha=share)
