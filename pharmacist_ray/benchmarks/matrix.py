@@ -37,7 +37,7 @@ SELECTIONS = ("none", "all", CURATED)
 DEFENCES = (
     "sft", "vaccine", "t_vaccine", "repnoise", "booster",
     "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea",
-    "sft/sft/few_shot", "sft/sft/safe_lora", "sft/sft/antidote",
+    "sft/sft/few_shot", "sft/sft/forget", "sft/sft/safe_lora", "sft/sft/antidote",
     "booster/mimic", "booster/safegrad",
 )  # fmt: skip
 """Defences of every stage, and two of several."""

@@ -232,6 +232,29 @@ def finetune(
 
 
 @app.command(rich_help_panel=RESULTS)
+def push(
+    what: Annotated[str, typer.Argument(help="curated, the selection's data files, or adapter, that of an aligned model.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; made if it is not there.")],
+    config: ConfigOption,
+    overrides: Overrides = None,
+    arm: Annotated[str | None, typer.Option(help="Which arm; default: the main selection.")] = None,
+    defence: Annotated[str | None, typer.Option(help="Which defence aligned it; default: the first.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For example apache-2.0; default: what the source states.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base's name on the hub, where model.path is a folder.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+) -> None:
+    """Publish the curated set or an aligned adapter on a hub, with a card; private unless --public. The token is HF_TOKEN's."""
+    from pharmacist_ray.config import load_config
+    from pharmacist_ray.pipeline.push import run_push
+
+    loaded = load_config(config, overrides or [])
+    run_push(loaded, what, repo, arm=arm, defence=defence, licence=licence, base=base, public=public, dry_run=dry_run)
+
+
+@app.command(rich_help_panel=RESULTS)
 def redteam(config: ConfigOption, overrides: Overrides = None) -> None:
     """Let an attacker search for the worst fine-tune of every arm, by the `redteam` section; finished trials are kept."""
     from pharmacist_ray.config import load_config

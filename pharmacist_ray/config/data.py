@@ -16,7 +16,9 @@ class SourceConfig(Section):
 
     path: Paths
     """File, glob, folder, URI (s3://, gs://) or Hugging Face data set; one or a list."""
-    layout: Literal["auto", "prompt_response", "instruction", "messages", "prompt_completion"] = "auto"
+    layout: Literal[
+        "auto", "prompt_response", "instruction", "messages", "prompt_completion", "sharegpt", "preference", "preference_messages"
+    ] = "auto"
     """How a record is laid out; `auto` decides by its keys."""
     columns: dict[str, str] = {}
     """Your column names, where they differ: canonical name (prompt, response, input) → column."""

@@ -76,8 +76,18 @@ LAYOUTS: dict[str, Layout] = {
     "instruction": Layout(prompt="instruction", response="output", input="input"),
     "messages": Layout(messages="messages"),
     "prompt_completion": Layout(prompt="prompt", response="completion"),
+    "sharegpt": Layout(messages="conversations"),
+    "preference": Layout(prompt="prompt", response="chosen"),
+    "preference_messages": Layout(messages="chosen"),
 }
-"""The layouts by name: plain pairs, Alpaca, and TRL's two (conversational where the columns hold message lists)."""
+"""The layouts by name: plain pairs, Alpaca, TRL's two (conversational where the columns hold message lists), ShareGPT, and TRL's preference
+pairs with and without a prompt of their own, of which the chosen answer is read: what is kept is the record, so pairs stay pairs."""
+
+LATER = ("sharegpt", "preference", "preference_messages")
+"""Layouts that are looked for only where the columns fit none of the others."""
+
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+"""ShareGPT's word in a turn's ``from`` → its role."""
 
 
 def to_row(
@@ -164,10 +174,11 @@ def check_columns(layout: str, columns: Mapping[str, str]) -> None:
     for name in columns:
         if name not in Layout.__slots__:
             raise unknown_name("name in columns", name, list(Layout.__slots__))
-    if "messages" in columns and (len(columns) > 1 or layout not in ("auto", "messages")):
+    whole = layout != "auto" and bool(LAYOUTS[layout].messages)
+    if "messages" in columns and (len(columns) > 1 or not (whole or layout == "auto")):
         raise ConfigError("columns.messages holds the whole conversation; give it alone, with layout 'auto' or 'messages'")
-    if layout == "messages" and set(columns) - {"messages"}:
-        raise ConfigError("layout 'messages' reads one column; name it with columns.messages")
+    if whole and set(columns) - {"messages"}:
+        raise ConfigError(f"layout '{layout}' reads one column; name it with columns.messages")
 
 
 @lru_cache(maxsize=256)  # the rows of a file have the same columns, and this would cost more than the rest of `to_row`
@@ -183,6 +194,8 @@ def _choose(
         return Layout(**columns)
     candidates = {replace(known, **columns): known_as for known_as, known in LAYOUTS.items() if not (known.messages and columns)}
     fitting = [layout for layout in candidates if filled.issuperset(layout.required)]
+    fitting = [layout for layout in fitting if candidates[layout] not in LATER] or fitting
+    fitting = [one for one in fitting if not any(set(one.required) < set(other.required) for other in fitting)]
     if not fitting and not require_response:
         # Without an answer the two prompt layouts are one and the same; the first is as good as the second.
         fitting = list({one.prompt: one for one in reversed(candidates) if one.required[0] in filled}.values())
@@ -208,7 +221,10 @@ def _turns(record: Mapping[str, Any], layout: Layout, require_response: bool) ->
             continue
         value = _present(record, column)
         if isinstance(value, list):
-            turns += _messages(value, column)
+            found = _messages(value, column)
+            if role == "assistant" and found and found[0]["role"] != "assistant":
+                return found  # the whole conversation, its prompt once more
+            turns += found
         else:
             turns.append({"role": role, "content": _text(record, column)})
     return turns
@@ -218,10 +234,16 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
     """Return a message list with nothing but roles and texts."""
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise BadRow("wrong_type", f"'{column}' is not a list of messages")
+    turns = []
     for turn in value:
-        if turn.get("role") not in ROLES:
-            raise BadRow("bad_turns", f"'{column}' has a turn with role {turn.get('role')!r}; known: {', '.join(ROLES)}")
-    return [{"role": turn["role"], "content": _text(turn, "content")} for turn in value]
+        told = "from" in turn and "role" not in turn
+        role = SHAREGPT.get(str(turn["from"])) if told else turn.get("role")
+        if role not in ROLES:
+            said = turn["from" if told else "role"] if told or "role" in turn else None
+            known = SHAREGPT if told else ROLES
+            raise BadRow("bad_turns", f"'{column}' has a turn with role {said!r}; known: {', '.join(known)}")
+        turns.append({"role": role, "content": _text(turn, "value" if told else "content")})
+    return turns
 
 
 def _present(record: Mapping[str, Any], column: str) -> Any:

@@ -27,6 +27,11 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
         ("prompt_completion", {"prompt": "q", "completion": "a"}, ""),
         ("prompt_completion", {"prompt": [USER], "completion": [ANSWER]}, ""),
         ("prompt_response", {"prompt": [USER], "response": "a"}, ""),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ""),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, ""),
+        ("preference", {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, ""),
+        ("preference", {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, ""),
+        ("preference_messages", {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, ""),
     ],
 )
 def test_each_layout_is_read_and_recognised(name, record, input_text):
@@ -59,6 +64,16 @@ def test_named_columns_replace_the_layouts_own():
     assert to_row({"chat": [USER, ANSWER]}, columns={"messages": "chat"}).prompt == "q"
 
 
+def test_a_pair_or_a_conversation_beside_an_answer_changes_nothing():
+    beside = {"chosen": "b", "rejected": "c", "conversations": [{"from": "human", "value": "x"}]}
+    assert to_row({"prompt": "q", "response": "a", **beside}).response == "a"
+    assert to_row({"messages": [USER, ANSWER], **beside}).response == "a"
+    assert (
+        to_row({"turns": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, columns={"messages": "turns"}).prompt
+        == "q"
+    )
+
+
 def test_a_named_input_column_has_to_be_there():
     with pytest.raises(BadRow, match="missing_field: 'typo' is missing"):
         to_row({"prompt": "q", "response": "a"}, columns={"prompt": "prompt", "response": "response", "input": "typo"})
@@ -83,6 +98,9 @@ def test_a_named_input_column_has_to_be_there():
         ({"messages": [ANSWER]}, "bad_turns", "user's"),
         ({"messages": [USER, ANSWER, ANSWER]}, "bad_turns", "user's"),
         ({"messages": [{"role": "human", "content": "q"}, ANSWER]}, "bad_turns", "role 'human'"),
+        ({"conversations": [{"from": "bot", "value": "q"}]}, "bad_turns", "role 'bot'; known: human, gpt"),
+        ({"conversations": [{"from": "human", "text": "q"}]}, "missing_field", "'value' is missing"),
+        ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing_field", "'chosen' is null"),
         ({"text": "q"}, "unknown_layout", "columns text fit no layout"),
         ({}, "unknown_layout", "(none)"),
         ({"prompt": "q", "response": "a", "completion": "b"}, "ambiguous_layout", "prompt_response and prompt_completion"),

@@ -21,6 +21,7 @@ from pharmacist_ray.training.objectives.bds import BdsSettings, bds
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.ema import EmaSettings, ema, take_mean
 from pharmacist_ray.training.objectives.few_shot import FewShotSettings, few_shot
+from pharmacist_ray.training.objectives.forget import ForgetSettings, forget, length
 from pharmacist_ray.training.objectives.lisa import LisaSettings, lisa
 from pharmacist_ray.training.objectives.lookahead import LookaheadSettings, lookahead
 from pharmacist_ray.training.objectives.mix import MixSettings, mimic, mix
@@ -74,6 +75,7 @@ _OWN = {
     "bds": Objective(bds, {"bds": BdsSettings}, stage="finetune", safe=True),
     "panacea": Objective(panacea, {"panacea": PanaceaSettings}, "rows", stage="finetune", finish=step_away, moves_weights=True),
     "few_shot": Objective(sft, {"few_shot": FewShotSettings}, stage="repair", trains=few_shot),
+    "forget": Objective(forget, {"forget": ForgetSettings}, "rows", stage="repair", safe=True, trains=length, moves_weights=True),
     "safe_lora": Objective(sft, {"safe_lora": SafeLoraSettings}, stage="repair", finish=safe_lora, trains=nothing),
     "antidote": Objective(sft, {"antidote": AntidoteSettings}, "rows", stage="repair", finish=antidote, trains=nothing),
 }
