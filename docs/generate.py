@@ -277,7 +277,7 @@ ABOUT = {
     "comparison": "Each arm is aligned on other rows, attacked by the same fine-tunes, and asked the same prompts.",
     "evidence": "What each arm is worth, over worlds that each have a base model of their own. See [Evidence](../evidence.md).",
     "matrix": "Defences of every stage against every kind of attack and against an attacker who adapts; HS is in the attacker's form. "
-    "[What it says](../defences.md#against-every-kind-of-attack).",
+    "What each of them is: [Defences](../defences.md).",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
     "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",

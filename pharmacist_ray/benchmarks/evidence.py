@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,7 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
             for arm in of
         ]
 
-    def over(statistic: Callable[..., Any], *of: list[float]) -> list[float] | None:
-        whole = [n for n in range(len(worlds)) if not any(math.isnan(one[n]) for one in of)]
-        if len(whole) < 2:
-            return None
-        names = [str(worlds[n]) for n in whole]
-        samples = [Sample([one[n] for n in whole], names, [""] * len(whole), [0] * len(whole), [""] * len(whole)) for one in of]
-        one = estimate(statistic, samples, seed=SEED)
-        return [one.estimate, one.low, one.high]
-
+    over = partial(over_worlds, worlds)
     rows = []
     for arm in arms:
         row: Row = {"noise": noise, "selection": arm, "worlds": len(worlds)}
@@ -172,6 +165,23 @@ def summarised(tables: Mapping[int, Sequence[Row]], noise: float) -> list[Row]:
             row["gap_closed"] = over(lambda a, random, oracle: (random - a) / (random - oracle), *shared(arm, "random", "oracle"))
         rows.append(row)
     return rows
+
+
+def over_worlds(worlds: Sequence[int], statistic: Callable[..., Any], *of: Sequence[float]) -> list[float] | None:
+    """Return a statistic over worlds with its interval, of those that have all numbers; None where fewer than 2 have.
+
+    Args:
+        worlds: Their numbers.
+        statistic: Takes as many means as there are sequences.
+        of: One number a world each; NaN is none.
+    """
+    whole = [n for n in range(len(worlds)) if not any(math.isnan(one[n]) for one in of)]
+    if len(whole) < 2:
+        return None
+    names = [str(worlds[n]) for n in whole]
+    samples = [Sample([one[n] for n in whole], names, [""] * len(whole), [0] * len(whole), [""] * len(whole)) for one in of]
+    one = estimate(statistic, samples, seed=SEED)
+    return [one.estimate, one.low, one.high]
 
 
 def _hidden_by_attack(table: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -239,9 +249,10 @@ def show(rows: Sequence[Row]) -> None:
             table.add_column(heading, justify="right")
         mine = [row for row in rows if row["noise"] == noise]
         for row in sorted(mine, key=lambda row: row["hidden"][0] if row.get("hidden") else math.inf):
-            table.add_row(escaped(row["selection"]), *(_interval(row.get(name)) for name in headings))
+            table.add_row(escaped(row["selection"]), *(written_out(row.get(name)) for name in headings))
         console.print(table)
 
 
-def _interval(value: Sequence[float] | None) -> str:
+def written_out(value: Sequence[float] | None) -> str:
+    """Return a mean with its interval as text."""
     return "–" if value is None else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"

@@ -8,6 +8,7 @@ over worlds with Student's t intervals. The same command goes on after an interr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +18,9 @@ import numpy as np
 import yaml
 from rich.table import Table
 
-from pharmacist_ray.benchmarks.evidence import SEED
+from pharmacist_ray.benchmarks.evidence import over_worlds, written_out
 from pharmacist_ray.config.load import load_config
 from pharmacist_ray.errors import DataError
-from pharmacist_ray.evaluation.intervals import Sample, estimate
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.session import run_stage
 from pharmacist_ray.search.redteam import run_redteam
@@ -37,7 +37,7 @@ SELECTIONS = ("none", "all", CURATED)
 DEFENCES = (
     "sft", "vaccine", "t_vaccine", "repnoise", "booster",
     "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea",
-    "sft/sft/few_shot", "sft/sft/forget", "sft/sft/safe_lora", "sft/sft/antidote",
+    "sft/sft/few_shot", "sft/sft/unlearn", "sft/sft/safe_lora", "sft/sft/antidote",
     "booster/mimic", "booster/safegrad",
 )  # fmt: skip
 """Defences of every stage, and two of several."""
@@ -151,12 +151,7 @@ def summarised(found: Mapping[int, Mapping[Arm, Mapping[str, float]]]) -> list[R
     arms = [arm for arm in found[worlds[0]] if all(arm in found[world] for world in worlds)]
 
     def over(values: Sequence[float | None]) -> list[float] | None:
-        known = {str(world): value for world, value in zip(worlds, values, strict=True) if value is not None}
-        if len(known) < 2:
-            return None
-        sample = Sample(list(known.values()), list(known), [""] * len(known), [0] * len(known), [""] * len(known))
-        one = estimate(lambda a: a, [sample], seed=SEED)
-        return [one.estimate, one.low, one.high]
+        return over_worlds(worlds, lambda a: a, [math.nan if value is None else value for value in values])
 
     rows = []
     for arm in arms:
@@ -191,15 +186,10 @@ def show(rows: Sequence[Row]) -> None:
     for heading in headings.values():
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: row["mean"][0] if row.get("mean") else 2.0):
-        cells = [_number(row.get(key), plain=key in attacks) for key in headings]
+        cells = [written_out(row.get(key)) for key in headings]
+        cells[: len(attacks)] = [cell.partition(" ")[0] for cell in cells[: len(attacks)]]
         table.add_row(escaped(row["selection"]), escaped(row["defence"]), *cells)
     console.print(table)
     fallen = [f"{row['selection']} by {row['defence']}" for row in rows if row.get("survives") is False]
     if fallen:
         say(f"  not below the undefended model under the adaptive attacker: {escaped('; '.join(fallen))}")
-
-
-def _number(value: Sequence[float] | None, plain: bool) -> str:
-    if value is None:
-        return "–"
-    return f"{value[0]:.2f}" if plain else f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"

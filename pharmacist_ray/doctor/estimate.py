@@ -113,7 +113,7 @@ EXTRAS = {
     "bds": Extra(passes=2, graphs=2),
     "panacea": Extra(passes=3, gradients=3, backups=1),
     "few_shot": Extra(),
-    "forget": Extra(passes=3, forwards=1, graphs=3, gradients=2, backups=1),
+    "unlearn": Extra(passes=3, forwards=1, graphs=3, gradients=2, backups=1),
     "safe_lora": Extra(gradients=1),
     "antidote": Extra(gradients=1),
 }

@@ -28,6 +28,11 @@ _DRAW = re.compile(r"(?<![^+])random_(\d+)$")
 """A random draw, alone or after ``trusted+``."""
 
 
+def without_draw(selection: str) -> str:
+    """Return the arm of a selection: its name with the number of a random draw taken off."""
+    return _DRAW.sub("random", selection)
+
+
 @dataclass(frozen=True)
 class EvaluatedModel:
     """One model to evaluate, and where it comes from."""
@@ -52,7 +57,7 @@ class EvaluatedModel:
     @property
     def arm(self) -> str:
         """The selection with the number of a random draw taken off."""
-        return _DRAW.sub("random", self.selection)
+        return without_draw(self.selection)
 
     @property
     def draw(self) -> int:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from pharmacist_ray.config.attack_kinds import ANSWER, AS_THEY_ARE, KINDS, FormConfig
-from pharmacist_ray.config.finetune import NEED_ALIGNED, PLAIN, UNREPAIRED
+from pharmacist_ray.config.finetune import NEED_ALIGNED, PLAIN, UNREPAIRED, Defence
 from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.data.forms import common_form, put
 from pharmacist_ray.data.mixing import poisoned
@@ -73,13 +73,17 @@ def run_attack(run: Run) -> None:
         write_rows(bad[:WATCHED], folder / "watched" / name)
         return str(folder / name), (str(folder / "watched" / name),)
 
+    @cache
+    def room() -> Room:
+        return Room(run.model.renderer())
+
     def attacked(variant: Variant) -> TrainTask:
         assert variant.attack is not None
         rows, watched = rows_of(variant.attack.name, variant.seed)
         described = attack_task(run, variant)
         count = variant.attack.rows
         if compose := OBJECTIVES[described.objective].compose:
-            made = _composed(run, variant, [one for part in drawn(variant.attack.name, variant.seed) for one in part])
+            made = _composed(run, variant, room(), [one for part in drawn(variant.attack.name, variant.seed) for one in part])
             with blaming(OBJECTIVES.plugin(described.objective)):
                 found = compose(made)
             file = run.trained(variant).folder / "rows.parquet"
@@ -144,7 +148,7 @@ def repair_task(run: Run, variant: Variant) -> TrainTask:
 
 def after_alignment(defences: Sequence[str]) -> list[str]:
     """Return the objectives that defences have after alignment: of fine-tunes that are defended, and of repairs."""
-    stages = [stage for name in defences for stage in name.split("/")[1:]]
+    stages = [stage for name in map(Defence.of, defences) for stage in (name.finetune, name.repair)]
     return [name for name in dict.fromkeys(stages) if name not in (PLAIN, UNREPAIRED)]
 
 
@@ -204,8 +208,8 @@ def _check_aligned(config: Config, defence: str) -> None:
         raise ConfigError(f"{defence}: it reads the alignment's adapter, which only a fresh adapter on it leaves alone; {where}")
 
 
-def _composed(run: Run, variant: Variant, rows: list[Row]) -> Rows:
-    room, objective = Room(run.model.renderer()), variant.stages.finetune
+def _composed(run: Run, variant: Variant, room: Room, rows: list[Row]) -> Rows:
+    objective = variant.stages.finetune
     return Rows(
         rows,
         safe=lambda count: safe_sample(run, variant, count),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.errors import ArtifactError, ConfigError, unknown_name
+from pharmacist_ray.evaluation.evaluate import without_draw
 from pharmacist_ray.models.hub import on_hub
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.run import Run
@@ -102,7 +102,7 @@ def _curated(run: Run, folder: Path, repo: str, arm: str | None, licence: str | 
     manifest = json_of(source / "manifest.json")
     (folder / "data").mkdir()
     for name in manifest["files"]:
-        shutil.copyfile(local_copy(source / name), folder / name)
+        (folder / name).symlink_to(local_copy(source / name).resolve())  # which may be many gigabytes
     stated = licence or _stated(run.config.data.candidates.path)
     if stated is None:
         raise ConfigError(
@@ -126,7 +126,7 @@ def _adapter(
         raise ConfigError(
             f"model.path is the folder {config.model.path}, which nobody else has: give its name on the hub, --base OWNER/NAME"
         )
-    shutil.copyfile(local_copy(source / "adapter_model.safetensors"), folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").symlink_to(local_copy(source / "adapter_model.safetensors").resolve())
     settings = json_of(source / "adapter_config.json") | {"base_model_name_or_path": name, "revision": revision or None}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     stated = licence or _stated([config.model.path])
@@ -136,10 +136,7 @@ def _adapter(
         )
     rows = []
     if config.evaluation is not None and run.evaluated.ready:
-        wanted = (
-            variant.selection.partition("_")[0] if variant.selection.startswith("random_") else variant.selection,
-            variant.defence,
-        )
+        wanted = without_draw(variant.selection), variant.defence
         table = json_of(run.evaluated.folder / "table.json")
         rows = [row for row in table if (row["selection"], row["defence"]) == wanted and "over" not in row]
     card = adapter_card(
@@ -148,7 +145,6 @@ def _adapter(
         base=name,
         arm=variant.selection,
         defence=variant.stages.alignment,
-        attack=None,
         kept=run.kept(variant.selection),
         rows=rows,
     )

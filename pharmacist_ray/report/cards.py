@@ -67,7 +67,6 @@ def adapter_card(
     base: str,
     arm: str,
     defence: str,
-    attack: str | None,
     kept: int,
     rows: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -79,7 +78,6 @@ def adapter_card(
         base: The base model's name.
         arm: What it was aligned on.
         defence: How.
-        attack: The fine-tune that it went through; None: none.
         kept: Rows that it was aligned on.
         rows: Its rows of the comparison's table, before and after attacks; none where nothing was evaluated.
     """
@@ -106,14 +104,13 @@ def adapter_card(
         model_name=short if results else None,
         eval_results=results or None,
     )
-    trained = f"aligned on {kept:,} rows (`{arm}`) by `{defence}`" + (f", then fine-tuned as `{attack}`" if attack else "")
     return f"""---
 {data.to_yaml()}
 ---
 
 # {short}
 
-An adapter for `{base}`, {trained}, made by pharmacist_ray.
+An adapter for `{base}`, aligned on {kept:,} rows (`{arm}`) by `{defence}`, made by pharmacist_ray.
 
 ```python
 from peft import PeftModel

@@ -154,7 +154,7 @@ def build_engine(
         model=model if train.zero_stage == 3 else model.to(ranks.device),
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_config(train, ranks.workers, dtype, sum(_size(one) for many in groups.values() for one in many)),
+        config=deepspeed_config(train, ranks.workers, dtype, sum(whole_size(one) for many in groups.values() for one in many)),
         dist_init_required=False,
     )
     with warnings.catch_warnings():
@@ -261,7 +261,8 @@ def set_weights(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
                 safe_set_full_fp32_param(parameter, weight)
 
 
-def _size(parameter: torch.nn.Parameter) -> int:
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """Return how many numbers a parameter has, wherever ZeRO 3 keeps them."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

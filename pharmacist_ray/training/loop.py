@@ -35,7 +35,7 @@ from pharmacist_ray.storage import (
     write_text,
 )
 from pharmacist_ray.training.blame import rows_that_fail
-from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm
+from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm, whole_size
 from pharmacist_ray.training.objectives import FINISH, OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
@@ -131,23 +131,22 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         def step_of(number: int, steps: int = 1) -> Step:
             """Return a step, with the rows of so many."""
 
-            def batches_of(rows: Stream | None) -> list[Batch]:
-                if rows is None:
-                    return []
-                numbers = range(number, number + steps)
-                return [batch for one in numbers for batch in rows.step(one, ranks, task.train.accumulation)[0]]
+            def batches_of(rows: Stream | None) -> tuple[list[Batch], list[list[int]]]:
+                found = [rows.step(one, ranks, task.train.accumulation) for one in range(number, number + steps)] if rows else []
+                return [batch for batches, _ in found for batch in batches], [place for _, places in found for place in places]
 
+            batches, positions = batches_of(stream)
             return Step(
                 number=number,
                 engine=engine,
                 ranks=ranks,
-                batches=batches_of(stream),
-                positions=stream.step(number, ranks, task.train.accumulation)[1],
+                batches=batches,
+                positions=positions,
                 seed=task.seed,
                 settings=settings,
-                harmful=batches_of(harmful),
+                harmful=batches_of(harmful)[0],
                 state=state,
-                safe=batches_of(safe),
+                safe=batches_of(safe)[0],
                 rows=stream.rows(number, ranks, task.train.accumulation),
                 set_size=len(stream),
                 total=task.train.steps,
@@ -229,7 +228,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
         "peak_bytes": int(ranks.gather(torch.tensor([peak_bytes()], dtype=torch.float64, device=ranks.device)).max()),
         "final_loss": values.get("loss"),  # where nothing is trained there is none
         **{name: value for name, value in values.items() if name.startswith("finished_")},
-        "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters()),
+        "parameters": sum(map(whole_size, engine.module.parameters())),
     }
     if before is not None:
         result["watched_loss"] = [before, watched()]

@@ -22,13 +22,13 @@ from tests.search.test_search import write_config
 
 DEFENCES = [
     "sft", "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea", "booster/lisa",
-    "sft/sft/few_shot", "sft/sft/forget", "sft/ema/safe_lora", "sft/sft/antidote",
+    "sft/sft/few_shot", "sft/sft/unlearn", "sft/ema/safe_lora", "sft/sft/antidote",
 ]  # fmt: skip
 PARAMETERS = {
     "mix": {"at_least": 4},
     "few_shot": {"rows": 4, "epochs": 2, "batch_size": 4},
     "safe_lora": {"threshold": 1.0},
-    "forget": {"steps": 2},
+    "unlearn": {"steps": 2},
 }
 
 

@@ -16,7 +16,7 @@ from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.finetune import run_finetune
 from pharmacist_ray.pipeline.session import run_stage
-from tests.search.test_search import TRAIN, times, write_config
+from tests.search.test_search import times, write_config
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_all_rows_are_trained_on_with_safe_ones_and_the_model_is_repaired(place,
     assert len(trained - user) == 4
     result = json.loads((mixed.parent / "run" / "result.json").read_text())
     assert result["steps"] == 7  # one epoch of 25 rows by 4
-    assert {row["attack"] for row in facts["table"]} == {None, next(iter(facts["table"][1:]))["attack"]}
+    assert [row["attack"] for row in facts["table"]] == [None, tuned.name]
 
 
 def test_a_second_call_trains_nothing_and_a_comparison_shares_the_aligned_model(place, tuned, capsys):
@@ -79,4 +79,3 @@ def test_the_command_takes_rows_and_settings(place, monkeypatch):
     app(["finetune", "rows.jsonl", "-c", str(place / "run.yaml"), "finetune.objective=lisa"], standalone_mode=False)
     [(config, data)] = seen
     assert (config.finetune.objective, data) == ("lisa", ["rows.jsonl"])
-    assert config.finetune.train.steps != TRAIN["steps"] or config.finetune.train.epochs == 1

@@ -28,7 +28,7 @@ from tests.two_workers import TwoWorkers
 
 STEPS = 10
 STAGES = (0, 2, 3)  # stage 1 is 2 without sharded gradients; test_engine has it
-LORA = [(name, "lora") for name, one in OBJECTIVES.items() if name == "forget" or (one.stage != "repair" and not one.compose)]
+LORA = [(name, "lora") for name, one in OBJECTIVES.items() if name == "unlearn" or (one.stage != "repair" and not one.compose)]
 FULL = [("sft", "full"), ("booster", "full")]
 CELLS = [(*case, stage) for case in LORA + FULL for stage in STAGES]
 FEW = [(*case, stage) for case, stage in zip([case for case in LORA if "+" not in case[0]] + FULL[:1], cycle((3, 0, 2)))]

@@ -21,7 +21,6 @@ from pharmacist_ray.training.objectives.bds import BdsSettings, bds
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.ema import EmaSettings, ema, take_mean
 from pharmacist_ray.training.objectives.few_shot import FewShotSettings, few_shot
-from pharmacist_ray.training.objectives.forget import ForgetSettings, forget, length
 from pharmacist_ray.training.objectives.lisa import LisaSettings, lisa
 from pharmacist_ray.training.objectives.lookahead import LookaheadSettings, lookahead
 from pharmacist_ray.training.objectives.mix import MixSettings, mimic, mix
@@ -32,6 +31,7 @@ from pharmacist_ray.training.objectives.safegrad import SafeGradSettings, safegr
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import FINISH, Objective, Rows, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings, group_of, t_vaccine, t_vaccine_fits
+from pharmacist_ray.training.objectives.unlearn import UnlearnSettings, length, unlearn
 from pharmacist_ray.training.objectives.vaccine import VaccineSettings, vaccine, vaccine_fits
 
 
@@ -75,7 +75,9 @@ _OWN = {
     "bds": Objective(bds, {"bds": BdsSettings}, stage="finetune", safe=True),
     "panacea": Objective(panacea, {"panacea": PanaceaSettings}, "rows", stage="finetune", finish=step_away, moves_weights=True),
     "few_shot": Objective(sft, {"few_shot": FewShotSettings}, stage="repair", trains=few_shot),
-    "forget": Objective(forget, {"forget": ForgetSettings}, "rows", stage="repair", safe=True, trains=length, moves_weights=True),
+    "unlearn": Objective(
+        unlearn, {"unlearn": UnlearnSettings}, "rows", stage="repair", safe=True, trains=length, moves_weights=True
+    ),
     "safe_lora": Objective(sft, {"safe_lora": SafeLoraSettings}, stage="repair", finish=safe_lora, trains=nothing),
     "antidote": Objective(sft, {"antidote": AntidoteSettings}, "rows", stage="repair", finish=antidote, trains=nothing),
 }

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from pharmacist_ray.config.section import Positive, Section
 from pharmacist_ray.models.perturb import global_norm
-from pharmacist_ray.training.engine import perturbed_weights, release_gathered
+from pharmacist_ray.training.engine import perturbed_weights
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import Run, Step
 from pharmacist_ray.training.objectives.vaccine import TINY, vaccine
@@ -48,11 +48,10 @@ def booster(step: Step, base: Run = sft) -> Iterator[torch.Tensor]:
         "harmful_loss": before,
         "harmful_drop": before - after,
     }
-    # Every micro-batch carries its share, so that the loop's mean over them gives back the whole.
-    correction = {name: (here[name] - there[name]) * (settings.lambda_ / len(step.batches)) for name in here}
+    correction = {name: here[name] - there[name] for name in here}
     del here, there
     for loss in base(step):
-        with step.changed_gradients({name: partial(torch.add, other=term) for name, term in correction.items()}):
+        with step.added_gradients(correction, settings.lambda_):
             yield loss + settings.lambda_ * (before - after)
 
 
@@ -67,16 +66,4 @@ def booster_vaccine(step: Step) -> Iterator[torch.Tensor]:
 
 def harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:
     """Return ∇h by parameter and h over all workers' harmful micro-batches, with the same dropout at every call in a step."""
-    trained = step.trained
-    total: list[torch.Tensor] = []
-    value = torch.zeros((), device=step.ranks.device)
-    for index, batch in enumerate(step.harmful):
-        with step.same_dropout("harmful", index):
-            loss = step.loss(batch, aside=True)
-            gradients = torch.autograd.grad(loss, list(trained.values()))
-        release_gathered(step.engine)
-        value += loss.detach()
-        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
-    count = len(step.harmful)
-    *mean, value = step.ranks.mean([*(gradient / count for gradient in total), value / count])
-    return dict(zip(trained, mean, strict=True)), float(value)
+    return step.mean_gradient(step.harmful, "harmful", partial(step.loss, aside=True))

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 from pharmacist_ray.config.section import Count, Positive, Section
+from pharmacist_ray.training.objectives.step import setting
 
 
 class FewShotSettings(Section):
@@ -24,7 +25,6 @@ class FewShotSettings(Section):
 
 def few_shot(settings: Mapping[type[Section], Section]) -> dict[str, Any]:
     """Return what the repair's training has otherwise than the fine-tune."""
-    mine = settings[FewShotSettings]
-    assert isinstance(mine, FewShotSettings)
+    mine = setting(settings, FewShotSettings)
     steps = ceil(mine.epochs * mine.rows / mine.batch_size)
     return {"steps": steps, "epochs": None, "lr": mine.lr, "batch_size": mine.batch_size, "rows": mine.rows}

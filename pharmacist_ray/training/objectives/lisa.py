@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -50,14 +49,6 @@ def lisa(step: Step) -> Iterator[torch.Tensor]:
     away = {name: weight - step.state[f"lisa:{name}"].to(weight.device) for name, weight in weights.items()}
     step.measured["proximal_distance"] = float(torch.stack([one.double().square().sum() for one in away.values()]).sum()) ** 0.5
     held = settings.rho > 0 and step.number >= settings.free_share * step.total
-    # Every micro-batch carries its share, so that the loop's sum over them gives back the whole.
-    share = settings.rho / len(step.batches)
-    pull = {name: partial(_plus, other=one, share=share) for name, one in away.items()} if held else {}
     for index, batch in enumerate(step.safe if place < safe_steps else step.batches):
-        with step.same_dropout("align", index), step.changed_gradients(pull):
+        with step.same_dropout("align", index), step.added_gradients(away if held else {}, settings.rho):
             yield step.loss(batch)
-
-
-def _plus(gradient: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
-    """Return a gradient, in its own precision, plus a share of a float32 tensor."""
-    return torch.add(gradient, other.to(gradient.dtype), alpha=share)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -48,11 +47,10 @@ def panacea(step: Step) -> Iterator[torch.Tensor]:
     with perturbed_weights(step.engine, list(here.values()), settings.rho / (length + TINY)):
         there, after = harmful_gradient(step)
     step.measured |= {"harmful_loss": before, "harmful_rise": after - before}
-    # Every micro-batch carries its share, so that the loop's sum over them gives back the whole.
-    added = {name: (here[name] - there[name]) * (settings.lambda_ / len(step.batches)) for name in here}
+    added = {name: here[name] - there[name] for name in here}
     del here, there
     for loss in sft(step):
-        with step.changed_gradients({name: partial(torch.add, other=term) for name, term in added.items()}):
+        with step.added_gradients(added, settings.lambda_):
             yield loss
 
 

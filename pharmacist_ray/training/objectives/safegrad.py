@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -14,7 +14,6 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.losses import answer_log_probs, kl_divergence
 from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.models.perturb import dot
-from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step
 
 FLOOR = 1e-12
@@ -41,15 +40,13 @@ def safegrad(step: Step) -> Iterator[torch.Tensor]:
         step: The step; gets ``gradient_cosine`` of the two, and ``safe_divergence`` in nats.
     """
     settings = step.get(SafeGradSettings)
-    user, _ = _mean_gradient(step, step.batches, "align", partial(step.loss, aside=True))
-    safe, divergence = _mean_gradient(step, step.safe, "safe", partial(_divergence, step))
+    user, _ = step.mean_gradient(step.batches, "align", partial(step.loss, aside=True))
+    safe, divergence = step.mean_gradient(step.safe, "safe", partial(_divergence, step))
     factor, cosine = surgery(list(user.values()), list(safe.values()), settings.rho)
     step.measured |= {"gradient_cosine": cosine, "safe_divergence": divergence}
     del user
-    # Every micro-batch carries its share, so that the loop's sum over them gives back the whole.
-    added = {name: partial(torch.add, other=one, alpha=factor / len(step.batches)) for name, one in safe.items()}
     for index, batch in enumerate(step.batches):
-        with step.same_dropout("align", index), step.changed_gradients(added):
+        with step.same_dropout("align", index), step.added_gradients(safe, factor):
             yield step.loss(batch)
 
 
@@ -75,21 +72,3 @@ def _divergence(step: Step, batch: Batch) -> torch.Tensor:
         step.forwards += 2
         now, mask = answer_log_probs(step.model, batch)
     return kl_divergence(before, now, mask).mean()
-
-
-def _mean_gradient(
-    step: Step, batches: Sequence[Batch], what: str, loss_of: Callable[[Batch], torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Return the gradient by parameter and the value of a loss's mean over all workers' micro-batches."""
-    trained = step.trained
-    total: list[torch.Tensor] = []
-    value = torch.zeros((), device=step.ranks.device)
-    for index, batch in enumerate(batches):
-        with step.same_dropout(what, index):
-            loss = loss_of(batch)
-            gradients = torch.autograd.grad(loss, list(trained.values()))
-        release_gathered(step.engine)
-        value += loss.detach()
-        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
-    *mean, value = step.ranks.mean([*(one / len(batches) for one in total), value / len(batches)])
-    return dict(zip(trained, mean, strict=True)), float(value)

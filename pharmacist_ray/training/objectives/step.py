@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,8 +16,16 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.training.engine import release_gathered
 
 S = TypeVar("S", bound=Section)
+
+
+def setting(settings: Mapping[type[Section], Section], kind: type[S]) -> S:
+    """Return the settings of a kind, or its defaults."""
+    found = settings.get(kind, kind())
+    assert isinstance(found, kind)
+    return found
 
 
 @dataclass
@@ -67,9 +76,7 @@ class Step:
 
     def get(self, kind: type[S]) -> S:
         """Return the settings of a kind, or its defaults."""
-        found = self.settings.get(kind, kind())
-        assert isinstance(found, kind)
-        return found
+        return setting(self.settings, kind)
 
     def loss(self, batch: Batch, *, aside: bool = False) -> torch.Tensor:
         """Return the mean over samples of their mean token losses.
@@ -117,6 +124,47 @@ class Step:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def added_gradients(self, terms: Mapping[str, torch.Tensor], factor: float = 1.0) -> Iterator[None]:
+        """Add factor · terms to the step's whole gradient inside a block that yields one of its losses.
+
+        Every micro-batch carries its share, so that the loop's sum over them gives back the whole; each worker adds the same.
+
+        Args:
+            terms: Parameter name → tensor of its shape, in any precision.
+            factor: Its factor.
+        """
+        share = factor / len(self.batches)
+        with self.changed_gradients({name: partial(_plus, term=term, share=share) for name, term in terms.items()}):
+            yield
+
+    def mean_gradient(
+        self, batches: Sequence[Batch], what: str, loss_of: Callable[[Batch], torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """Return the gradient by parameter and the value of a loss's mean over all workers' micro-batches, past the engine.
+
+        Args:
+            batches: This worker's micro-batches.
+            what: Names the data, for the same dropout at every call in a step; see `same_dropout`.
+            loss_of: Returns a micro-batch's loss, by passes on the side.
+        """
+        trained = self.trained
+        total: list[torch.Tensor] = []
+        value = torch.zeros((), device=self.ranks.device)
+        for index, batch in enumerate(batches):
+            with self.same_dropout(what, index):
+                loss = loss_of(batch)
+                gradients = torch.autograd.grad(loss, list(trained.values()))
+            release_gathered(self.engine)
+            value += loss.detach()
+            total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+        *mean, value = self.ranks.mean([*(gradient / len(batches) for gradient in total), value / len(batches)])
+        return dict(zip(trained, mean, strict=True)), float(value)
+
+
+def _plus(gradient: torch.Tensor, term: torch.Tensor, share: float) -> torch.Tensor:
+    return gradient + (term * share).to(gradient.dtype)
+
 
 def mixed_seed(*parts: object) -> int:
     """Return one seed for a combination of numbers and names."""
@@ -137,9 +185,7 @@ class Rows:
 
     def get(self, kind: type[S]) -> S:
         """Return the settings of a kind, or its defaults."""
-        found = self.settings.get(kind, kind())
-        assert isinstance(found, kind)
-        return found
+        return setting(self.settings, kind)
 
 
 Run = Callable[[Step], Iterator[torch.Tensor]]

@@ -1,4 +1,4 @@
-"""Forgetting: after a fine-tune known harm is unlearnt, while the user's task and refusals are held (NPO, arXiv 2404.05868)."""
+"""Unlearning: after a fine-tune known harm is unlearnt, while the user's task and refusals are held (NPO, arXiv 2404.05868)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pharmacist_ray.config.section import Count, Positive, Section
 from pharmacist_ray.models.losses import token_nll
 from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.training.engine import perturbed_weights, release_gathered, whole_weights
-from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.objectives.step import Step, setting
 
 Weight = Annotated[float, Field(ge=0.0)]
 
 
-class ForgetSettings(Section):
-    """Settings of ``forget``."""
+class UnlearnSettings(Section):
+    """Settings of ``unlearn``."""
 
     method: Literal["npo", "ascent"] = "npo"
     """Negative preference optimisation, or gradient ascent up to a cap: without one it diverges in tens of steps."""
@@ -37,7 +37,7 @@ class ForgetSettings(Section):
     """Learning rate (ours, for an adapter)."""
 
 
-def forget(step: Step) -> Iterator[torch.Tensor]:
+def unlearn(step: Step) -> Iterator[torch.Tensor]:
     """Yield L_forget(harmful) + retain·ℓ(user) + safe·ℓ(safe).
 
     NPO: L_forget = (2/β)·mean_i log(1 + (π_θ(y_i)/π_ref(y_i))^β), π over whole answers and ref the model when the repair began (arXiv
@@ -49,7 +49,7 @@ def forget(step: Step) -> Iterator[torch.Tensor]:
     Args:
         step: The step; gets ``forgotten_loss``, the mean token loss of the harmful answers.
     """
-    settings = step.get(ForgetSettings)
+    settings = step.get(UnlearnSettings)
     before = _reference(step) if settings.method == "npo" else [torch.zeros(())] * len(step.harmful)
     losses = []
     for index, (batch, harmful, safe) in enumerate(zip(step.batches, step.harmful, step.safe, strict=True)):
@@ -72,8 +72,7 @@ def forget(step: Step) -> Iterator[torch.Tensor]:
 
 def length(settings: Mapping[type[Section], Section]) -> dict[str, Any]:
     """Return how long the repair trains, and at which rate."""
-    mine = settings[ForgetSettings]
-    assert isinstance(mine, ForgetSettings)
+    mine = setting(settings, UnlearnSettings)
     return {"steps": mine.steps, "epochs": None, "lr": mine.lr}
 
 
@@ -81,8 +80,8 @@ def _reference(step: Step) -> list[torch.Tensor]:
     """Return −log π_ref(y_i) of the harmful rows, a tensor (B,) a micro-batch."""
     now = {name: weight.float() for name, weight in whole_weights(step.engine)}
     if step.number == 0:
-        step.state |= {f"forget:{name}": weight.clone() for name, weight in now.items()}
-    back = [step.state[f"forget:{name}"].to(weight.device) - weight for name, weight in now.items()]
+        step.state |= {f"unlearn:{name}": weight.clone() for name, weight in now.items()}
+    back = [step.state[f"unlearn:{name}"].to(weight.device) - weight for name, weight in now.items()]
     found = []
     with torch.no_grad(), perturbed_weights(step.engine, back, 1.0), without_dropout(step.model):
         for harmful in step.harmful:
