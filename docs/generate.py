@@ -29,7 +29,7 @@ from pydantic_core import to_jsonable_python
 from results import findings, provenance, results, table
 
 from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS, ROW_SETS, PromptSet
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, ModelError, ResourceError, TrainingError
@@ -79,7 +79,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace(f"<!-- results: {name} -->", f"{table(result)}\n\n{provenance(result)}")
         if result["kind"] == "evidence":
             markdown = markdown.replace(f"<!-- findings: {name} -->", findings(result))
-    made = {"families": families, "prompt sets": prompt_sets, "attack kinds": attack_kinds, "layers": layers, "plan": plan}
+    made = {
+        "families": families,
+        "prompt sets": prompt_sets,
+        "row sets": row_sets,
+        "attack kinds": attack_kinds,
+        "layers": layers,
+        "plan": plan,
+    }
     for name, make in made.items():
         if (marker := f"<!-- {name} -->") in markdown:
             markdown = markdown.replace(marker, make())
@@ -314,10 +321,20 @@ def families() -> str:
 
 def prompt_sets() -> str:
     """Return the table of the prompt sets that go by name."""
-    lines = ["| `name` | prompts | how many | on the hub | licence |", "| --- | --- | ---: | --- | --- |"]
-    for name, one in PROMPT_SETS.items():
+    return _public("prompts", PROMPT_SETS)
+
+
+def row_sets() -> str:
+    """Return the table of the sets of rows that go by name."""
+    return _public("rows", ROW_SETS)
+
+
+def _public(what: str, sets: dict[str, PromptSet]) -> str:
+    lines = [f"| `name` | {what} | how many | on the hub | licence |", "| --- | --- | ---: | --- | --- |"]
+    for name, one in sets.items():
         where = f"`{one.path.removeprefix('hf:')}`" + (", gated" if one.gated else "")
-        lines.append(f"| `{name}` | {one.kind} | {one.prompts:,} | {where} | {one.licence} |")
+        only = f", where `{one.only[0]}` is {one.only[1]!r}, of" if one.response and one.only else ""
+        lines.append(f"| `{name}` | {one.kind}{only} | {one.prompts:,} | {where} | {one.licence} |")
     return "\n".join(lines)
 
 

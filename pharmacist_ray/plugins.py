@@ -1,4 +1,4 @@
-"""Plug-ins: scorers, objectives, judges and exports of other packages, found by name.
+"""Plug-ins: scorers, objectives, judges, exports and trackers of other packages, found by name.
 
 A name is looked up in the package's own table, then among the entry points of what is installed, then as ``module:attribute``. A plug-in
 is imported where it is used, so every worker's Python must find it too.
@@ -30,7 +30,7 @@ class Plugin:
     """Where a part of somebody else's comes from."""
 
     kind: str
-    """``scorer``, ``objective``, ``judge`` or ``export``."""
+    """``scorer``, ``objective``, ``judge``, ``export`` or ``tracker``."""
     name: str
     """What the configuration calls it."""
     place: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -91,19 +92,49 @@ def init(
         bool, typer.Option("--all", help="Write every key there is, and not only those that most runs set.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--from", help="Look at this data, a file, folder, glob, URI or hf:NAME, and fill in how it is to be read."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of a Hugging Face data set.")] = "train",
+    model: Annotated[
+        str | None, typer.Option(help="Look at this model, and fill in how long the rows are in its tokens.")
+    ] = None,
+    trusted: Annotated[str | None, typer.Option(help="Trusted safe rows, or a public set; default: beavertails-safe.")] = None,
+    harmful: Annotated[str | None, typer.Option(help="Harmful rows, or a public set; default: beavertails-unsafe.")] = None,
+    benign: Annotated[str | None, typer.Option(help="Trusted ordinary rows, or a public set; default: dolly.")] = None,
 ) -> None:
-    """Write a commented configuration to start from, and beside it the JSON Schema by which editors complete and check it."""
+    """Write a commented configuration to start from, and beside it the JSON Schema by which editors complete and check it.
+
+    With --from and --model it is filled in for them: layout, columns, category, lengths. Trusted sets that are not given are public ones.
+    """
     from pharmacist_ray.config.template import schema, template
 
     if path.exists() and not force:
         raise ArtifactError(f"{path} is there already; choose another name or pass --force")
+    values, seen = None, list[str]()
+    if any((data, model, trusted, harmful, benign)):
+        from pharmacist_ray.doctor.propose import propose
+
+        values, seen = propose(data, model, split, validation=trusted, harmful=harmful, benign=benign)
     try:
         described = path.with_suffix(".schema.json")
-        path.write_text(template(every=every, schema_file=described.name), encoding="utf-8")
+        path.write_text(template(values, every=every, schema_file=described.name), encoding="utf-8")
         described.write_text(json.dumps(schema(), indent=1), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another name") from error
-    typer.echo(f"wrote {path}: fill in model.path and data.*, then `pharmacist doctor --config {path}`")
+    if seen:
+        from pharmacist_ray.data.printable import printable
+
+        typer.echo("\n".join(map(printable, seen)))
+    missing = [name for name, given in (("model.path", model), ("data.candidates", data)) if seen and not given]
+    fill_in = " and ".join(missing) if seen else "model.path and data.*"
+    then = (
+        f"fill in {fill_in}, then `pharmacist doctor --config {path}`"
+        if fill_in
+        else f"next: `pharmacist doctor --config {path}`"
+    )
+    typer.echo(f"wrote {path}: {then}")
 
 
 @app.command("schema", rich_help_panel=START)
@@ -144,7 +175,7 @@ def example(
 
 @app.command(rich_help_panel=START)
 def plugins() -> None:
-    """List the scorers, objectives, judges and exports there are, those of installed packages too, and which cannot be loaded."""
+    """List the scorers, objectives, judges, exports and trackers there are, those of installed packages too, and which cannot be loaded."""
     from pharmacist_ray.doctor.plugins import show_plugins
 
     show_plugins()
@@ -176,7 +207,29 @@ _stage_command("select", "Write the curated subset: the rows to align on.")
 _stage_command("align", "Align the model on every arm of the comparison.")
 _stage_command("attack", "Fine-tune the aligned models on a user's task with harmful rows mixed in.")
 _stage_command("evaluate", "Let every model answer, judge the answers, and write evaluation/summary.json.")
-_stage_command("report", "Print the comparison as a table, and write it and a page of the whole run to report/.", RESULTS)
+
+
+@app.command(rich_help_panel=RESULTS)
+def report(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the page on this machine and follow the run, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Where --serve listens; 0 takes a free port.")] = 8266,
+) -> None:
+    """Print the comparison as a table, and write it and a page of the whole run to report/."""
+    if not serve:
+        _stage("report", config, overrides)
+        return
+    from pharmacist_ray.config import load_config
+    from pharmacist_ray.report.serve import HOST, server
+
+    run = load_config(config, overrides or []).run_dir.resolve()
+    with server(run, port) as listening:
+        typer.echo(f"{run} is shown at http://{HOST}:{listening.server_port}/ until Ctrl-C")
+        with contextlib.suppress(KeyboardInterrupt):
+            listening.serve_forever()
 
 
 @app.command(rich_help_panel=RESULTS)

@@ -31,6 +31,9 @@ class AlignmentConfig(Section):
     """Trusted benign rows replayed during alignment, the same ones for every arm; needs data.benign."""
     replay_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
     """Share of every batch that is replay, whatever the size of the arm, so that no arm wins by refusing everything (ours)."""
+    weighted: bool = Field(default=False, exclude_if=lambda value: value is False)
+    """Whether a row's loss counts ½ + its rank among the kept rows by the selection's score, so between ½ and 1½ with a mean of 1 (ours).
+    The arms all, random and trusted have no such score, and weigh every row alike."""
 
 
 class AttackConfig(Section):

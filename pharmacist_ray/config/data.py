@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS, ROW_SETS, PromptSet
 from pharmacist_ray.config.section import Count, Paths, Section
 from pharmacist_ray.errors import unknown_name
 
@@ -28,12 +28,17 @@ class SourceConfig(Section):
     """The split of a Hugging Face data set."""
 
 
-class PromptsConfig(SourceConfig):
-    """Prompts to ask: a source, or a public set by name."""
+class NamedConfig(SourceConfig):
+    """A source, or a public set by name."""
+
+    sets: ClassVar[dict[str, PromptSet]]
+    """The sets that it can name."""
+    what: ClassVar[tuple[str, str]]
+    """What is in them, and what one of them is called."""
 
     name: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """A public set in the place of a path, for example harmbench or xstest-safe; its columns are known. With `path` beside it the set is
-    read from that folder or file."""
+    """A public set in the place of a path, for example harmbench, xstest-safe or dolly; its columns are known. With `path` beside it the
+    set is read from that folder or file."""
     path: Paths = []
     """File, glob, folder, URI or Hugging Face data set; one or a list. With `name`, where the set lies; default: the hub."""
 
@@ -47,13 +52,33 @@ class PromptsConfig(SourceConfig):
         name = values.get("name")
         if name is None:
             if "path" not in values:
-                raise ValueError(f"prompts need a path, or the name of a public set: {', '.join(sorted(PROMPT_SETS))}")
+                raise ValueError(f"{cls.what[0]} need a path, or the name of a public set: {', '.join(sorted(cls.sets))}")
             return values
-        if not isinstance(name, str) or name not in PROMPT_SETS:
-            raise ValueError(str(unknown_name("prompt set", name, list(PROMPT_SETS), "of your own prompts give the path alone")))
+        if not isinstance(name, str) or name not in cls.sets:
+            raise ValueError(
+                str(unknown_name(cls.what[1], name, list(cls.sets), f"of your own {cls.what[0]} give the path alone"))
+            )
         if named := [key for key in ("layout", "columns") if values.get(key, "auto") not in ("auto", {})]:
-            raise ValueError(f"the columns of prompt set '{name}' are known; leave {', '.join(named)} out")
-        return {"path": PROMPT_SETS[name].path, "split": PROMPT_SETS[name].split} | values
+            raise ValueError(f"the columns of {cls.what[1]} '{name}' are known; leave {', '.join(named)} out")
+        return {"path": cls.sets[name].path, "split": cls.sets[name].split} | values
+
+
+class PromptsConfig(NamedConfig):
+    """Prompts to ask: a source, or a public set by name."""
+
+    sets = PROMPT_SETS
+    what = ("prompts", "prompt set")
+
+
+class RowsConfig(NamedConfig):
+    """Trusted rows with answers: a source, or a public set by name."""
+
+    sets = ROW_SETS
+    what = ("rows", "set of rows")
+
+
+ROW_KINDS = {"validation": "safe", "harmful": "harmful", "benign": "ordinary"}
+"""Trusted set → what its rows are."""
 
 
 class DataConfig(Section):
@@ -61,12 +86,21 @@ class DataConfig(Section):
 
     candidates: SourceConfig
     """The alignment samples of mixed quality: prompt → safe answer."""
-    validation: SourceConfig
+    validation: RowsConfig
     """Trusted safety samples, disjoint from the candidates (paper: 200)."""
-    harmful: SourceConfig
+    harmful: RowsConfig
     """Harmful prompt → harmful answer, for the simulated attack (paper: 200). Never the attacker's data, never test prompts."""
-    benign: SourceConfig | None = None
+    benign: RowsConfig | None = None
     """Trusted ordinary prompt → helpful answer; for the loss gap's reference and for replay."""
     shards: Count | None = None
     """Shards of the candidates; default: one per 1,024 rows up to 1,024 shards, then one per 16,384 rows or 16 MB; at least 8. Never
     depends on the number of workers."""
+
+    @model_validator(mode="after")
+    def _sets_are_what_they_stand_for(self) -> DataConfig:
+        for key, kind in ROW_KINDS.items():
+            source = getattr(self, key)
+            if source is not None and source.name and (found := ROW_SETS[source.name].kind) != kind:
+                fitting = ", ".join(name for name, one in ROW_SETS.items() if one.kind == kind)
+                raise ValueError(f"{key} takes {kind} rows and '{source.name}' has {found} ones; of the public sets: {fitting}")
+        return self

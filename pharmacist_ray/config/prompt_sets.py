@@ -1,8 +1,9 @@
-"""Public sets of prompts by name: where each lies and which column means what. No prompt is in this repository."""
+"""Public sets by name, of prompts and of rows: where each lies and which column means what. Nothing of them is in this repository."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,16 +13,18 @@ class PromptSet:
     hub: str
     """Its id on the Hugging Face hub."""
     kind: str
-    """``harmful`` or ``benign``."""
+    """Of prompts ``harmful`` or ``benign``; of rows ``safe``, ``harmful`` or ``ordinary``."""
     prompts: int
-    """How many there are, by the authors or the data set's card."""
+    """How many there are, by the authors or the data set's card; of rows, those that are `only` wanted and the others together."""
     licence: str
     prompt: tuple[str, ...] = ("prompt",)
     """The column with the prompt, by the names that it goes by; of a list of turns the first counts."""
     category: tuple[str, ...] = ("category",)
     configuration: str = ""
     split: str = "train"
-    only: tuple[str, str] | None = None
+    response: tuple[str, ...] = ()
+    """Of a set of rows, the column with the answer."""
+    only: tuple[str, Any] | None = None
     """A column and the value that a row has in it to count."""
     gated: bool = False
     """Whether the hub asks for an account that its authors have let in."""
@@ -55,3 +58,22 @@ PROMPT_SETS = {
 """By the name that a configuration gives: BeaverTails (arXiv 2307.04657), Do-Not-Answer (2308.13387), HarmBench's standard behaviours
 (2402.04249), StrongREJECT (2402.10260), SORRY-Bench without its other styles (2406.14598), XSTest (2308.01263), OR-Bench
 (2405.20947)."""
+
+ROW_SETS = {
+    "beavertails-safe": PromptSet(
+        "PKU-Alignment/BeaverTails", "safe", 27_186, "CC-BY-NC-4.0",
+        response=("response",), category=(), split="30k_train", only=("is_safe", True),
+    ),
+    "beavertails-unsafe": PromptSet(
+        "PKU-Alignment/BeaverTails", "harmful", 27_186, "CC-BY-NC-4.0",
+        response=("response",), category=(), split="30k_train", only=("is_safe", False),
+    ),
+    "dolly": PromptSet(
+        "databricks/databricks-dolly-15k", "ordinary", 15_011, "CC-BY-SA-3.0",
+        prompt=("instruction",), response=("response",), only=("context", ""),
+    ),
+}  # fmt: skip
+"""Rows with answers, for whoever has no trusted sets: BeaverTails (arXiv 2307.04657), whose safe answers are mostly no refusals, and
+Dolly's instructions that need no further text."""
+
+PUBLIC_SETS = PROMPT_SETS | ROW_SETS

@@ -25,6 +25,11 @@ def folder_of(name: str) -> str:
     return name.replace(":", "-").replace("/", "-")
 
 
+def tells_rows_apart(arm: str) -> bool:
+    """Whether the rows of an arm of one part have a score that says which of them is better."""
+    return arm not in ("all", "trusted", "none") and not arm.startswith("random_")
+
+
 class PlantedConfig(Section):
     """Where planted labels are, in data of a benchmark."""
 

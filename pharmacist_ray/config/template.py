@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from pharmacist_ray.config.schema import Config, SourceConfig
+from pharmacist_ray.config.data import NamedConfig, SourceConfig
+from pharmacist_ray.config.schema import Config
 
 EXAMPLE: dict[str, Any] = {
     "run_dir": "runs/first",
@@ -68,14 +69,16 @@ def schema() -> dict[str, Any]:
     return made | {"title": "A run of pharmacist"}
 
 
-def template(*, every: bool = False, schema_file: str | None = None) -> str:
+def template(values: dict[str, Any] | None = None, *, every: bool = False, schema_file: str | None = None) -> str:
     """Return the YAML text: keys with their descriptions above them, defaults included.
 
     Args:
-        every: Write every key there is; else those of `EXAMPLE` and `USUAL`, and of a source its path.
+        values: What has no default, and what is not as by default; else those of `EXAMPLE`.
+        every: Write every key there is; else those that have a value and `USUAL`, and of a source what is not as by default.
         schema_file: Where editors find the `schema`, as seen from the file.
     """
-    config = Config.model_validate(EXAMPLE)
+    values = EXAMPLE if values is None else values
+    config = Config.model_validate(values)
     if every:
         keys = "Every key is explained above it; keys with a default may be left out."
     else:
@@ -83,7 +86,7 @@ def template(*, every: bool = False, schema_file: str | None = None) -> str:
     head = f"# A run of pharmacist. {keys}\n# Relative paths are relative to where you run the command.\n"
     if schema_file:
         head = f"# yaml-language-server: $schema={schema_file}\n{head}"
-    return head + "\n".join(_section(config, EXAMPLE, 0, "", every)) + "\n"
+    return head + "\n".join(_section(config, values, 0, "", every)) + "\n"
 
 
 def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool) -> list[str]:
@@ -103,7 +106,7 @@ def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool
             text = " ".join(description.split())
             lines += [f"{pad}# {line}" for line in textwrap.wrap(text, 118 - len(pad))]
         if isinstance(value, _BRIEF) and not every:
-            lines.append(f"{pad}{name}: {{path: {', '.join(value.path)}}}")
+            lines.append(f"{pad}{name}: {_flow(_in_short(value))}")
         elif isinstance(value, BaseModel):
             lines += [f"{pad}{name}:", *_section(value, shown, depth + 1, f"{key}.", every)]
         elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
@@ -115,7 +118,22 @@ def _section(section: BaseModel, given: Any, depth: int, where: str, every: bool
                 body[start] = f"{pad}  - {body[start].lstrip()}"
                 lines += body
         else:
-            plain = to_jsonable_python(value, exclude_none=True)
-            dumped = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
-            lines.append(f"{pad}{name}: {dumped.removesuffix('...' + chr(10)).strip()}")
+            lines.append(f"{pad}{name}: {_flow(to_jsonable_python(value, exclude_none=True))}")
     return lines
+
+
+def _in_short(source: SourceConfig) -> dict[str, Any]:
+    """Return what of a source is not as by default, or as its name has it."""
+    told = source.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(source, NamedConfig) and source.name:
+        usual = type(source)(name=source.name)
+        told = {"name": source.name} | {key: value for key, value in told.items() if value != getattr(usual, key)}
+    if len(told.get("path", ())) == 1:
+        [told["path"]] = told["path"]
+    return told
+
+
+def _flow(plain: Any) -> str:
+    """Return a value as YAML on one line."""
+    dumped = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return dumped.removesuffix("...\n").strip()

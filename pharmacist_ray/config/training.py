@@ -55,6 +55,6 @@ class TrackingConfig(Section):
     """Where training curves go besides the run's own files."""
 
     to: list[str] = []
-    """Any of tensorboard, wandb, mlflow; the last two must be installed (`pip install 'pharmacist-ray[tracking]'`)."""
+    """Any of tensorboard, wandb, mlflow, or a plug-in's; wandb and mlflow must be installed (`pip install 'pharmacist-ray[tracking]'`)."""
     project: str = "pharmacist"
     """Project (W&B) or experiment (MLflow)."""

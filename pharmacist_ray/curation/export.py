@@ -1,4 +1,4 @@
-"""Write a selection again as a trainer wants it; see `curation.trainers` for the layouts.
+"""Write a selection again as a trainer wants it, with what each row weighs; see `curation.trainers` for the layouts.
 
 A row's weight is ½ + its rank among the kept rows, where a rank is the share of them with a lower score, those with the same score
 counted half (ours). Scores have no common scale and ranks do; weights lie between ½ and 1½, and their mean is 1, so that a learning rate
@@ -49,9 +49,7 @@ def write_export(
         ArtifactError: The selection's files do not belong together.
     """
     export, plugin = EXPORTS[name], EXPORTS.plugin(name)
-    known = np.zeros(0)
-    if weighed:
-        known = np.sort(sample_scores(map(_scores, parquet_files(selection / "data")), ["score"])["score"])
+    known = _known(selection) if weighed else np.zeros(0)
     schema, written, left_out, writer = export.schema, 0, 0, None
     with replacing(out / FILE) as file:
         try:
@@ -62,7 +60,7 @@ def write_export(
                 with blaming(plugin):
                     table = pa.Table.from_pylist([record for record in records if record is not None], schema=schema)
                     table = table.append_column(
-                        "weight", pa.array(0.5 + rank_among(known, scores[fits]) if weighed else np.ones(fits.sum()))
+                        "weight", pa.array(_weights(known, scores[fits]) if weighed else np.ones(fits.sum()))
                     )
                 if not len(table):
                     continue
@@ -77,6 +75,30 @@ def write_export(
     for beside, text in export.beside(str(out)).items():
         write_text(text, out / beside)
     return {"rows": written, "left_out": left_out, "weight": "0.5 + rank among the kept rows" if weighed else "1"}
+
+
+def write_weights(selection: StoragePath, out: StoragePath) -> None:
+    """Write what each row of a selection weighs: ``id`` and ``weight``, a piece at a time.
+
+    Args:
+        selection: The selection's folder.
+        out: The Parquet file to write.
+    """
+    known, schema = _known(selection), pa.schema([("id", pa.string()), ("weight", pa.float64())])
+    with replacing(out) as file, pq.ParquetWriter(file, schema) as writer:
+        for part in parquet_files(selection / "data"):
+            scored = _scores(part)
+            weights = _weights(known, np.asarray(scored["score"], np.float64))
+            writer.write_table(pa.table([scored["id"], pa.array(weights)], schema=schema))
+
+
+def _known(selection: StoragePath) -> NDArray[np.float64]:
+    """Return the scores among which ranks are found, in order."""
+    return np.sort(sample_scores(map(_scores, parquet_files(selection / "data")), ["score"])["score"])
+
+
+def _weights(known: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 0.5 + rank_among(known, scores)
 
 
 def _sample(row: Row, system: str, plain: bool) -> Sample:

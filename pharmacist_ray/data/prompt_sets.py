@@ -1,4 +1,4 @@
-"""Public sets of prompts as rows: the set of a name, from the hub or from a folder that holds it."""
+"""Public sets as files of ours: the set of a name, from the hub or from a folder that holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS, PromptSet
+from pharmacist_ray.config.prompt_sets import PUBLIC_SETS, PromptSet
 from pharmacist_ray.data.readers import load_huggingface
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.storage import StoragePath, write_parquet
@@ -19,10 +19,10 @@ _FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet
 
 
 def stage_prompt_set(name: str, path: str, split: str, target: StoragePath) -> StoragePath:
-    """Write a public set as a Parquet file with the columns ``prompt`` and ``category``; return the file.
+    """Write a public set as a Parquet file with ``prompt``, ``response`` if it has answers, and ``category``; return the file.
 
     Args:
-        name: A key of `PROMPT_SETS`.
+        name: A key of `PUBLIC_SETS`.
         path: ``hf:ID`` of the hub, a copy of the hub's folder, a folder made by ``save_to_disk``, or the authors' own file.
         split: Which split; a folder or a file that has one alone gives that.
         target: The file to write.
@@ -30,7 +30,8 @@ def stage_prompt_set(name: str, path: str, split: str, target: StoragePath) -> S
     Raises:
         DataError: The set cannot be had from there, or what is there is not laid out as it.
     """
-    chosen = PROMPT_SETS[name]
+    chosen = PUBLIC_SETS[name]
+    called = f"{'set of rows' if chosen.response else 'prompt set'} '{name}'"
     try:
         found = load_huggingface(path, split)
         if found is None:
@@ -38,17 +39,20 @@ def stage_prompt_set(name: str, path: str, split: str, target: StoragePath) -> S
     except DataError as error:
         gate = f"; {chosen.hub} lets in only whom its authors allow" if chosen.gated else ""
         raise DataError(
-            f"prompt set '{name}': {error}{gate}; where the hub is out of reach, name a folder that has the set with path"
+            f"{called}: {error}{gate}; where the hub is out of reach, name a folder that has the set with path"
         ) from error
-    prompt, category = (_column(found, known, name, path) for known in (chosen.prompt, chosen.category))
+    wanted = {"prompt": chosen.prompt, "response": chosen.response, "category": chosen.category}
+    columns = {ours: _column(found, known, called, path) for ours, known in wanted.items() if known}
     if chosen.only:
-        column = _column(found, chosen.only[:1], name, path)
+        column = _column(found, chosen.only[:1], called, path)
         kept = [place for place, value in enumerate(found[column]) if value == chosen.only[1]]
         if not kept:
-            raise DataError(f"prompt set '{name}': no row in {path} has {column}={chosen.only[1]}")
+            raise DataError(f"{called}: no row in {path} has {column}={chosen.only[1]}")
         found = found.select(kept)
-    table = {"prompt": [_first(value) for value in found[prompt]], "category": [str(value) for value in found[category]]}
-    write_parquet(pa.table(table, schema=pa.schema([("prompt", pa.string()), ("category", pa.string())])), target)
+    table = {ours: [_first(value) for value in found[theirs]] for ours, theirs in columns.items()}
+    if "category" in table:
+        table["category"] = [str(value) for value in table["category"]]
+    write_parquet(pa.table(table, schema=pa.schema([(ours, pa.string()) for ours in table])), target)
     return target
 
 
@@ -73,11 +77,11 @@ def _local(path: Path, chosen: PromptSet, split: str) -> datasets.Dataset:
     return parts[split if split in parts else next(iter(parts))]
 
 
-def _column(found: Any, known: tuple[str, ...], name: str, path: str) -> str:
+def _column(found: Any, known: tuple[str, ...], called: str, path: str) -> str:
     column = next((one for one in known if one in found.column_names), None)
     if column is None:
         wanted, there = " or ".join(known), ", ".join(found.column_names)
-        raise DataError(f"prompt set '{name}': {path} has no column {wanted}; it has {there}")
+        raise DataError(f"{called}: {path} has no column {wanted}; it has {there}")
     return column
 
 

@@ -62,15 +62,18 @@ class Rendered:
 
 @dataclass(slots=True)
 class Batch:
-    """A right-padded batch; all tensors are (B, T) and int64."""
+    """A right-padded batch; the first three tensors are (B, T) and int64."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor | None = None
+    """What each sample weighs in a mean over samples, (B,) and float32; none weighs all alike."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on a device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), weights)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -12,7 +12,7 @@ from functools import partial
 
 import orjson
 
-from pharmacist_ray.config.data import PromptsConfig, SourceConfig
+from pharmacist_ray.config.data import NamedConfig, PromptsConfig, SourceConfig
 from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.data.layouts import BadRow, to_row
 from pharmacist_ray.data.readers import plan, read_chunk
@@ -124,7 +124,7 @@ def _attack(attack: AttackConfig) -> Iterator[str]:
 def _first(source: SourceConfig, count: int = READ) -> list[Row]:
     """Return the first usable rows of a source's files; of what cannot be read none, which is a problem of its own."""
     found: list[Row] = []
-    if isinstance(source, PromptsConfig) and source.name:
+    if isinstance(source, NamedConfig) and source.name:
         return found
     to = partial(
         to_row,

@@ -14,9 +14,10 @@ import psutil
 import torch
 
 from pharmacist_ray.config import load_config
+from pharmacist_ray.config.data import NamedConfig, SourceConfig
 from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.config.load import located
-from pharmacist_ray.config.schema import Config, PromptsConfig, SourceConfig
+from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS, parts_of
 from pharmacist_ray.curation.selector import AT_CHECKPOINTS
 from pharmacist_ray.data.readers import plan
@@ -216,9 +217,9 @@ def _size(amount: float) -> str:
 
 
 def _readable(source: SourceConfig, path: str) -> None:
-    if isinstance(source, PromptsConfig) and source.name:
+    if isinstance(source, NamedConfig) and source.name:
         if not path.startswith("hf:") and not Path(path).expanduser().exists():
-            raise DataError(f"prompt set '{source.name}': no such folder: {path}")
+            raise DataError(f"{source.what[1]} '{source.name}': no such folder: {path}")
     elif not path.startswith("hf:") and not (Path(path) / "dataset_info.json").exists():
         plan([path])
 

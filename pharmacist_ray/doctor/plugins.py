@@ -12,8 +12,9 @@ from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.plugins import Table
 from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.tracking import TRACKERS
 
-TABLES: tuple[Table[Any], ...] = (SCORERS, OBJECTIVES, JUDGES, EXPORTS)
+TABLES: tuple[Table[Any], ...] = (SCORERS, OBJECTIVES, JUDGES, EXPORTS, TRACKERS)
 
 
 def show_plugins() -> None:

@@ -26,7 +26,7 @@ from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
-from pharmacist_ray.pipeline.variants import Variant, settled
+from pharmacist_ray.pipeline.variants import Variant, settled, weighed_in
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES
 
@@ -312,6 +312,8 @@ class Run:
         if variant.attack is None:
             stage = place = "align"
             config |= {"alignment": self.alignment(stages.alignment)}
+            if not weighed_in(self.config.alignment, variant.selection):
+                config["alignment"].pop("weighted", None)
             rows = [artifact.fingerprint for artifact in self.aligned_on(variant.selection)]
             inputs = {"selection": rows[0] if len(rows) == 1 else digest(rows), "model": self._model_identity}
             if self.config.alignment.replay:

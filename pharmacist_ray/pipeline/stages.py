@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 
-from pharmacist_ray.config.data import PromptsConfig
-from pharmacist_ray.config.scoring import CALIBRATED
+from pharmacist_ray.config.data import NamedConfig
+from pharmacist_ray.config.scoring import CALIBRATED, tells_rows_apart
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
 from pharmacist_ray.curation.export import write_export
 from pharmacist_ray.curation.fit import check_learnt, fit, trainings_of
@@ -99,7 +99,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
         artifact = run.ingested(name)
         with lock_missing_artifacts(run, artifact) as missing:
             if missing:
-                named = source.name if isinstance(source, PromptsConfig) else None
+                named = source.name if isinstance(source, NamedConfig) else None
                 made = ingest(
                     Source(source.path, source.layout, source.columns, source.category_column, source.split, named),
                     artifact.begin(),
@@ -252,7 +252,7 @@ def _export(run: Run, name: str) -> None:
     artifact, model = run.exported(name), run.config.model
     with lock_missing_artifacts(run, artifact) as missing:
         if missing:
-            weighed = run.main_arm != "all" and not run.main_arm.startswith("random_")
+            weighed = tells_rows_apart(run.main_arm)
             source, plain = run.main_selection.require(), model.template == "plain"
             artifact.finish(write_export(source, name, artifact.begin(), weighed=weighed, system=model.system, plain=plain))
     made = artifact.manifest()["summary"]

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cache
 
 from pharmacist_ray.config.schema import TrainConfig
+from pharmacist_ray.config.scoring import folder_of
+from pharmacist_ray.curation.export import write_weights
 from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
@@ -15,7 +17,7 @@ from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import watch_training
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, say_why_anew
-from pharmacist_ray.pipeline.variants import Variant
+from pharmacist_ray.pipeline.variants import Variant, weighed_in
 from pharmacist_ray.storage import storage_path
 from pharmacist_ray.training.objectives import OBJECTIVES
 from pharmacist_ray.training.runs import train_all
@@ -42,11 +44,20 @@ def run_align(run: Run) -> None:
         write_rows(rows, file)
         return (str(file),)
 
+    @cache
+    def weights(selection: str) -> str:
+        made = run.selected(selection)
+        file = run.root / "align" / f"weights-{folder_of(selection)}-{made.fingerprint[:8]}.parquet"
+        if not file.exists():
+            write_weights(made.require(), file)
+        return str(file)
+
     def task(variant: Variant) -> TrainTask:
         described = align_task(run, variant)
         share = config.alignment.replay_share if config.alignment.replay else 0.0
         train = in_steps(config.alignment.train, run.kept(variant.selection), share)
-        return replace(described, train=train, replay=replay())
+        weighed = weighed_in(config.alignment, variant.selection)
+        return replace(described, train=train, replay=replay(), row_weights=tuple(map(weights, weighed)))
 
     for variant in run.variants:
         if variant.selection == "none" and not (artifact := run.trained(variant)).ready:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pharmacist_ray.config.alignment import AttackConfig
+from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig
 from pharmacist_ray.config.finetune import Defence
-from pharmacist_ray.config.scoring import folder_of
+from pharmacist_ray.config.scoring import folder_of, tells_rows_apart
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
@@ -47,6 +47,11 @@ class Variant:
     def unrepaired(self) -> Variant:
         """The same variant just after its attack."""
         return replace(self, defence=Defence(self.stages.alignment, self.stages.finetune).name)
+
+
+def weighed_in(alignment: AlignmentConfig, arm: str) -> list[str]:
+    """Return the selections of an arm whose rows count by their scores when it is aligned."""
+    return [part for part in arm.split("+") if tells_rows_apart(part)] if alignment.weighted else []
 
 
 def settled(objective: str, parameters: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:

@@ -18,14 +18,12 @@ from pharmacist_ray.report.scores import read_scores
 from pharmacist_ray.report.selection import distributions, examples
 from pharmacist_ray.report.training import training
 from pharmacist_ray.report.trials import search
+from pharmacist_ray.report.under_way import under_way
 from pharmacist_ray.storage import StoragePath, write_text
 
 
 def write_page(run: StoragePath, out: StoragePath) -> StoragePath:
-    """Write ``out/report.html``, whatever part of the run there is, and return its path.
-
-    Only artifacts on disk are read. A section whose artifacts are not there says what makes them; one whose artifacts cannot be
-    read says which file is broken.
+    """Write a run's `page` to ``out/report.html``, and return its path.
 
     Args:
         run: The run directory.
@@ -34,12 +32,28 @@ def write_page(run: StoragePath, out: StoragePath) -> StoragePath:
     Raises:
         ArtifactError: ``run`` is not a run directory.
     """
+    write_text(page(run), out / "report.html")
+    return out / "report.html"
+
+
+def page(run: StoragePath) -> str:
+    """Return the page of a run, whatever part of it there is.
+
+    Only artifacts on disk are read. A section whose artifacts are not there says what makes them; one whose artifacts cannot be
+    read says which file is broken. What is under way stands first, while there is such.
+
+    Args:
+        run: The run directory.
+
+    Raises:
+        ArtifactError: It is not one.
+    """
     files = RunFiles(run)
     sections = [_filled(section, make) for section, make in _sections(files)]
+    if (now := _filled(Section("now", "Under way", ""), lambda: under_way(files))).blocks:
+        sections = [now, *sections]
     style = Markup((Path(__file__).parent / "page.css").read_text(encoding="utf-8"))
-    html = render("page.html.j2", name="/".join(run.resolve().parts[-2:]), run=str(run), sections=sections, style=style)
-    write_text(html, out / "report.html")
-    return out / "report.html"
+    return render("page.html.j2", name="/".join(run.resolve().parts[-2:]), run=str(run), sections=sections, style=style)
 
 
 def _sections(files: RunFiles) -> list[tuple[Section, Callable[[], list[Block]]]]:

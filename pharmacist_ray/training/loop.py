@@ -121,6 +121,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                     folder=stack.enter_context(mirrored(out.with_name(f"{out.name}.tracking"))),
                     project=task.tracking.project,
                     settings=_described(task),
+                    artifact=str(out),
                 )
             )
         progress = {"name": task.name, "total": task.train.steps, "attempt": attempt, "resumed": values["step"]}

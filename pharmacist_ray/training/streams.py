@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
 
 from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import IGNORE, Batch, Rendered, Renderer
 from pharmacist_ray.data.rows import read_rows, row_at
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.runtime.ranks import Ranks
+from pharmacist_ray.storage import read_table, storage_path
 from pharmacist_ray.training.task import TrainTask
 
 HARMFUL_SEED, SAFE_SEED = 7_919, 15_485_863
@@ -23,7 +29,12 @@ class Stream:
     """Rows in a fixed order of batches."""
 
     def __init__(
-        self, table: pa.Table, order: BatchOrder, renderer: Renderer, partners: dict[int, Sequence[int]] | None = None
+        self,
+        table: pa.Table,
+        order: BatchOrder,
+        renderer: Renderer,
+        partners: dict[int, Sequence[int]] | None = None,
+        weights: NDArray[np.float32] | None = None,
     ) -> None:
         """Render a small set at once.
 
@@ -35,8 +46,10 @@ class Stream:
             order: Which rows make up which batch.
             renderer: Turns a row into token ids.
             partners: Row → token ids of another answer to its prompt; tokens equal to the other's are not supervised.
+            weights: What each row weighs, (rows,).
         """
         self.table, self.order, self._renderer, self._partners = table, order, renderer, partners or {}
+        self._weights = weights
 
         @lru_cache(maxsize=65536)
         def sample(index: int) -> Rendered:
@@ -80,7 +93,7 @@ class Stream:
                 for position, token in enumerate(other[: batch.labels.shape[1]]):
                     if batch.labels[place, position] == token:
                         batch.labels[place, position] = IGNORE
-        return batch
+        return batch if self._weights is None else replace(batch, weights=torch.from_numpy(self._weights[rows]))
 
 
 def alignment_stream(task: TrainTask, renderer: Renderer) -> Stream:
@@ -98,7 +111,14 @@ def alignment_stream(task: TrainTask, renderer: Renderer) -> Stream:
     rows = table.num_rows - replay
     if rows < size - per_batch or per_batch >= size:
         raise DataError(f"{task.name}: {rows} training rows are fewer than batch_size={size}; give more or lower it")
-    return Stream(table, BatchOrder(rows, size, task.seed, replay, per_batch), renderer)
+    weights = _weights(task.row_weights, table.column("id")) if task.row_weights else None
+    return Stream(table, BatchOrder(rows, size, task.seed, replay, per_batch), renderer, weights=weights)
+
+
+def _weights(files: Sequence[str], ids: pa.ChunkedArray) -> NDArray[np.float32]:
+    known = pa.concat_tables([read_table(storage_path(file), columns=["id", "weight"]) for file in files])
+    place = pc.index_in(ids, value_set=known["id"].combine_chunks())
+    return np.asarray(pc.fill_null(known["weight"].take(place), 1.0)).astype(np.float32)
 
 
 def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "pairs"], alignment: Stream) -> Stream:
@@ -132,7 +152,7 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
                 partners[len(kept)] = other
                 kept.append(index)
         if not safe.keys().isdisjoint(keys):
-            table = table.take(kept)
+            table = table.take(pa.array(kept, pa.int64()))
     size = task.train.batch_size
     if table.num_rows < size:
         raise DataError(

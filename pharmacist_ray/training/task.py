@@ -39,6 +39,8 @@ class TrainTask:
     replay: tuple[str, ...] = ()
     """Further rows, of which every batch has the same share."""
     replay_share: float = 0.0
+    row_weights: tuple[str, ...] = ()
+    """Parquet files with ``id`` and ``weight`` of training rows; those that are in none weigh 1."""
     watched: tuple[str, ...] = ()
     """Parquet files of a few rows whose loss before the first step and after the last is reported."""
     start_adapter: str | None = None

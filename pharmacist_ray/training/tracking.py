@@ -14,11 +14,12 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pharmacist_ray.errors import ConfigError, unknown_name
+from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.plugins import Plugin, Table, blaming
 
 Log = Callable[[int, Mapping[str, float | None]], None]
 """(step counted from 1, curve → value); values that are None are left out."""
@@ -45,6 +46,8 @@ class Tracked:
     """What W&B calls a project and MLflow an experiment."""
     settings: dict[str, Any]
     """What JSON can hold: strings, numbers, None, lists and dictionaries with string keys."""
+    artifact: str = ""
+    """Folder or URI where the weights will be when the run has ended well."""
 
     @property
     def key(self) -> str:
@@ -58,30 +61,34 @@ class Tracker:
 
     open: Callable[[Tracked], AbstractContextManager[Log]]
     """Starts or resumes the run, and ends it; a run that ends by an exception is marked as failed where the tool can."""
-    packages: Mapping[str, str]
+    packages: Mapping[str, str] = field(default_factory=dict)
     """Module → what to ``pip install`` for it."""
 
 
 @contextmanager
-def tracked(names: Sequence[str], *, run: str, folder: Path, project: str, settings: Mapping[str, Any]) -> Iterator[Log]:
+def tracked(
+    names: Sequence[str], *, run: str, folder: Path, project: str, settings: Mapping[str, Any], artifact: str = ""
+) -> Iterator[Log]:
     """Yield one function that logs to all named trackers; close them all at the end, also after an exception.
 
     Called again for the same folder and project, the curves of the earlier call go on. Only the first worker calls it.
 
     Args:
-        names: Keys of ``TRACKERS``; with none, the function does nothing.
+        names: Keys of ``TRACKERS``, or plug-ins' names; with none, the function does nothing.
         run: The run's name, as shown.
         folder: Where the trackers keep their files; made if missing, and not to be moved while they are open.
         project: Groups runs (a W&B project, an MLflow experiment).
         settings: Shown beside the curves; nested as the configuration is. What JSON cannot hold becomes text.
+        artifact: Folder or URI of the weights, to which the tools link.
 
     Raises:
         ConfigError: A name is unknown, a library is missing, or a tool refuses to start (not logged in, no such server).
+        PluginError: A plug-in failed.
     """
     check_trackers(names)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    about = Tracked(run, folder, project, json.loads(json.dumps(dict(settings), default=str)))
+    about = Tracked(run, folder, project, json.loads(json.dumps(dict(settings), default=str)), artifact)
     with ExitStack() as stack:
         logs = [stack.enter_context(TRACKERS[name].open(about)) for name in dict.fromkeys(names)]
 
@@ -98,10 +105,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: Names the unknown tracker, or what to install.
+        PluginError: A plug-in cannot be imported.
     """
     for name in names:
-        if name not in TRACKERS:
-            raise unknown_name("tracker", name, list(TRACKERS))
         if missing := [package for module, package in TRACKERS[name].packages.items() if not _installed(module)]:
             raise ConfigError(f"tracker '{name}' needs packages that are not installed; pip install {' '.join(missing)}")
 
@@ -167,6 +173,7 @@ def _wandb(about: Tracked) -> Iterator[Log]:
     failed = 1
     try:
         yield lambda step, values: run.log({**values, "step": step})
+        run.summary["artifact"] = about.artifact
         failed = 0
     finally:
         run.finish(exit_code=failed)
@@ -197,6 +204,7 @@ def _mlflow(about: Tracked) -> Iterator[Log]:
             if not found:
                 mlflow.log_params(dict(_params(about.settings)))  # a run's parameters can be set only once
             yield lambda step, values: mlflow.log_metrics(values, step=step)
+            mlflow.set_tag("artifact", about.artifact)
     finally:
         if local:
             # MLflow keeps the address in the process and its environment, where the next run would take it for the user's.
@@ -221,9 +229,34 @@ def _refused(name: str, error: Exception, what_to_do: str) -> ConfigError:
     return ConfigError(f"tracker '{name}' cannot start: {reason}; {what_to_do}")
 
 
-TRACKERS: dict[str, Tracker] = {
+def _watched(tracker: Tracker, plugin: Plugin) -> Tracker:
+    @contextmanager
+    def opened(about: Tracked) -> Iterator[Log]:
+        with blaming(plugin):
+            context = tracker.open(about)
+            log = context.__enter__()
+
+        def blamed(step: int, values: Mapping[str, float | None]) -> None:
+            with blaming(plugin):
+                log(step, values)
+
+        try:
+            yield blamed
+        except BaseException as error:
+            with blaming(plugin):
+                context.__exit__(type(error), error, error.__traceback__)
+            raise  # a tracker does not decide whether a run has failed
+        with blaming(plugin):
+            context.__exit__(None, None, None)
+
+    return replace(tracker, open=opened)
+
+
+_OWN = {
     "tensorboard": Tracker(_tensorboard, {"tensorboardX": "tensorboardX"}),
     "wandb": Tracker(_wandb, {"wandb": "wandb"}),
     "mlflow": Tracker(_mlflow, {"mlflow": "mlflow-skinny", "sqlalchemy": "SQLAlchemy", "alembic": "alembic"}),
 }
+
+TRACKERS = Table("tracker", Tracker, _OWN, watched=_watched)
 """Every tracker by its name in the configuration."""

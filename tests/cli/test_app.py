@@ -132,6 +132,24 @@ def test_init_writes_a_file_that_loads_and_never_replaces_one_unasked(pharmacist
     )
 
 
+def test_init_looks_at_data_and_says_what_is_left_to_fill_in(pharmacist, tmp_path):
+    data, target = tmp_path / "mine.jsonl", tmp_path / "new.yaml"
+    data.write_text('{"question": "a\\u001b[31m", "answer": "b"}\n')
+    code, out, _ = pharmacist("init", target, "--from", data, "--trusted", data, "--harmful", data, "--benign", data)
+    assert code == 0
+    assert out.splitlines() == [
+        "data.candidates: 1 of its 1 rows are usable (columns prompt=question, response=answer)",
+        f"wrote {target}: fill in model.path, then `pharmacist doctor --config {target}`",
+    ]
+    config = load_config(target)
+    assert config.data.candidates.columns == {"prompt": "question", "response": "answer"}
+    assert (config.attacks, config.evaluation) == ([], None)
+    data.write_text("")
+    code, out, error = pharmacist("init", tmp_path / "other.yaml", "--from", data)
+    assert (code, out, error) == (3, "", f"pharmacist: {data} has no rows that can be read\n")
+    assert not (tmp_path / "other.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

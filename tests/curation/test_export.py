@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from pharmacist_ray.curation import combine, curated
-from pharmacist_ray.curation.export import write_export
+from pharmacist_ray.curation.export import write_export, write_weights
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.layouts import to_row
 from pharmacist_ray.data.render import Renderer
+from pharmacist_ray.data.rows import iterate_rows
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, PluginError
 from tests.curation.test_select import write_inputs
 
@@ -166,6 +167,11 @@ def test_a_weight_is_half_and_the_share_of_kept_rows_with_a_lower_score(selectio
     assert [found[answer]["weight"] for answer in "abcdefg"] == pytest.approx([0.5 + (k + 0.5) / 7 for k in range(7)])
     assert np.mean([one["weight"] for one in found.values()]) == pytest.approx(1.0)
     assert {one["weight"] for one in exported(selection, "trl", weighed=False).values()} == {1.0}
+    write_weights(selection, selection / "weights.parquet")
+    written = pq.read_table(selection / "weights.parquet")
+    assert dict(zip(*written.to_pydict().values(), strict=True)) == {
+        row.id: found[row.response]["weight"] for row in iterate_rows(selection / "rows")
+    }
 
 
 def test_a_system_prompt_of_the_model_comes_before_rows_without_one(selection):

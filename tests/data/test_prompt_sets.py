@@ -12,8 +12,8 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from pharmacist_ray.config.data import PromptsConfig
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS
+from pharmacist_ray.config.data import DataConfig, PromptsConfig, RowsConfig
+from pharmacist_ray.config.prompt_sets import PROMPT_SETS, PUBLIC_SETS, ROW_SETS
 from pharmacist_ray.data.prompt_sets import stage_prompt_set
 from pharmacist_ray.errors import DataError
 
@@ -31,6 +31,9 @@ LAYOUTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "or-bench": lambda prompt: {"prompt": prompt, "category": "a"},
     "or-bench-hard": lambda prompt: {"prompt": prompt, "category": "a"},
     "or-bench-toxic": lambda prompt: {"prompt": prompt, "category": "a"},
+    "beavertails-safe": lambda prompt: {"prompt": prompt, "response": "so", "category": {"x": False}, "is_safe": True},
+    "beavertails-unsafe": lambda prompt: {"prompt": prompt, "response": "so", "category": {"x": True}, "is_safe": False},
+    "dolly": lambda prompt: {"instruction": prompt, "context": "", "response": "so", "category": "a"},
 }  # fmt: skip
 """Set → one of its rows."""
 
@@ -42,9 +45,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def copy_of_the_hub(folder: Path, name: str) -> Path:
     """Write a set as the hub's repository has it: the wanted rows, and others in its other configurations, splits and styles."""
-    chosen, rows = PROMPT_SETS[name], [LAYOUTS[name](prompt) for prompt in ASKED]
+    chosen, rows = PUBLIC_SETS[name], [LAYOUTS[name](prompt) for prompt in ASKED]
     if chosen.only:
-        rows.insert(1, LAYOUTS[name]("not meant") | {chosen.only[0]: "another"})
+        another = not chosen.only[1] if isinstance(chosen.only[1], bool) else "another"
+        rows.insert(1, LAYOUTS[name]("not meant") | {chosen.only[0]: another})
     folder.mkdir()
     (folder / "wanted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "other.jsonl").write_text(json.dumps(LAYOUTS[name]("not meant")) + "\n")
@@ -64,6 +68,42 @@ def test_a_set_is_taken_from_a_copy_of_the_hubs_folder(name: str, tmp_path: Path
     split = PromptsConfig.model_validate({"name": name}).split
     staged = stage_prompt_set(name, str(folder), split, tmp_path / "rows.parquet")
     assert pq.read_table(staged).to_pylist() == [{"prompt": prompt, "category": "a"} for prompt in ASKED]
+
+
+@pytest.mark.parametrize("name", ROW_SETS)
+def test_a_set_of_rows_comes_with_its_answers(name: str, tmp_path: Path) -> None:
+    folder = copy_of_the_hub(tmp_path / "set", name)
+    staged = stage_prompt_set(name, str(folder), RowsConfig.model_validate({"name": name}).split, tmp_path / "rows.parquet")
+    category = {"category": "a"} if name == "dolly" else {}
+    assert pq.read_table(staged).to_pylist() == [{"prompt": prompt, "response": "so", **category} for prompt in ASKED]
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "placeholder"}\n')
+    with pytest.raises(DataError, match=rf"^set of rows '{name}': .* has no column"):
+        stage_prompt_set(name, str(tmp_path / "empty.jsonl"), "train", tmp_path / "rows.parquet")
+
+
+def test_a_set_of_rows_stands_only_for_what_it_is() -> None:
+    path = {"path": "x.jsonl"}
+    data = DataConfig.model_validate({"candidates": path, "validation": {"name": "beavertails-safe"}, "harmful": path})
+    assert data.validation.path == ["hf:PKU-Alignment/BeaverTails"]
+    assert data.validation.split == "30k_train"
+    for wrong, message in (
+        (
+            {"harmful": {"name": "dolly"}},
+            "harmful takes harmful rows and 'dolly' has ordinary ones; of the public sets: beavertails-unsafe",
+        ),
+        (
+            {"benign": {"name": "dolyl"}},
+            "unknown set of rows 'dolyl' .did you mean 'dolly'.*; of your own rows give the path alone",
+        ),
+        ({"benign": {"name": "harmbench"}}, "unknown set of rows 'harmbench'"),
+        ({"benign": {}}, "rows need a path, or the name of a public set: beavertails-safe, beavertails-unsafe, dolly"),
+        (
+            {"benign": {"name": "dolly", "columns": {"prompt": "x"}}},
+            "the columns of set of rows 'dolly' are known; leave columns out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DataConfig.model_validate({"candidates": path, "validation": path, "harmful": path, **wrong})
 
 
 @pytest.mark.parametrize(

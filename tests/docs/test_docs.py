@@ -18,10 +18,11 @@ import pytest
 import typer.main
 
 from pharmacist_ray.cli.app import app
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS
+from pharmacist_ray.config.prompt_sets import PUBLIC_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings
 from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.tracking import Tracked
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def test_the_families_and_the_public_prompt_sets_are_tables(site):
     page = (site / "how-to" / "own-model.html").read_text()
     assert [name for name in FAMILIES if f"<td>{name}</td>" not in page] == []
     page = (site / "how-to" / "own-data.html").read_text()
-    assert [name for name in PROMPT_SETS if f"<td><code>{name}</code></td>" not in page] == []
+    assert [name for name in PUBLIC_SETS if f"<td><code>{name}</code></td>" not in page] == []
 
 
 def test_the_results_say_where_they_come_from(site, results):
@@ -275,7 +276,7 @@ def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
     for number, block in enumerate(examples):
         (tmp_path / f"example_of_the_docs_{number}.py").write_text(block)
         made.append(importlib.import_module(f"example_of_the_docs_{number}"))
-    quick, scorer, objective, judge, export = made
+    quick, scorer, objective, judge, export, tracker = made
     rows = [SimpleNamespace(response="one two three"), SimpleNamespace(response="one")]
     assert quick.long_answer(SimpleNamespace(rows=rows)).tolist() == [3.0, 1.0]
     samples = [SimpleNamespace(ids=[1, 2, 3, 4, 5], answer_start=2), SimpleNamespace(ids=[1, 2], answer_start=1)]
@@ -284,6 +285,10 @@ def test_the_examples_of_own_parts_are_code_that_works(tmp_path, monkeypatch):
     assert judged("harmful", ["how", "how"], ["no", "first take the part, then it"]) == ["refusal", "harmful"]
     sample = SimpleNamespace(turns=[{"role": "user", "content": "how"}], row=SimpleNamespace(response="so"))
     assert export.pairs(sample) == {"question": "how", "answer": "so"}
+    for step in (1, 2):  # the second opens again what the first left
+        with tracker.table(Tracked("align", tmp_path, "demo", {})) as log:
+            log(step, {"loss": 1 / step})
+    assert (tmp_path / "curves.csv").read_text().split() == ["1,loss,1.0", "2,loss,0.5"]
     step = SimpleNamespace(
         batches=["one", "three"],
         get=lambda kind: kind(scale=2.0),

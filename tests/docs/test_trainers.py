@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import yaml
 
 from pharmacist_ray.api import configure
@@ -87,7 +88,7 @@ def run(code: str, place: Path) -> Any:
 def test_a_folder_in_any_layout_becomes_a_step_of_trl(layout, place, monkeypatch):
     pytest.importorskip("trl")
     text = PAGE.read_text()
-    in_python, by_command = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    in_python, by_command, weighted = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     monkeypatch.setattr(
         "pharmacist_ray.api.configure", lambda config, settings=None: configure(config, HERE | dict(settings or {}))
     )
@@ -106,3 +107,16 @@ def test_a_folder_in_any_layout_becomes_a_step_of_trl(layout, place, monkeypatch
     for stage in ("ingest", "fit", "score", "select"):
         app([stage, *words[1:]], standalone_mode=False)
     assert run(by_command, place)["result"].training_loss > 0
+    found = run(weighted, place)
+    assert found["result"].training_loss > 0
+    trainer, kept = found["trainer"], found["rows"]
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(3)])
+    assert batch["weight"].tolist() == pytest.approx(kept["weight"][:3])
+    assert len(set(kept["weight"])) == len(kept)
+    with torch.no_grad():
+        whole = float(trainer.compute_loss(trainer.model, dict(batch)))
+        each = []
+        for number in range(3):
+            one = {name: tensor[number : number + 1] for name, tensor in batch.items()}
+            each.append(float(one["weight"]) * float(trainer.model(**{k: v for k, v in one.items() if k != "weight"}).loss))
+    assert whole == pytest.approx(sum(each) / 3, rel=1e-4)

@@ -332,3 +332,19 @@ def test_full_weights_are_a_model_of_their_own(values):
 def test_a_run_without_evaluation_says_so(values):
     with pytest.raises(ConfigError, match="there is no `evaluation` section in the configuration; `pharmacist init` shows one"):
         _ = Run(config_of(values, "evaluation=null")).evaluated
+
+
+def test_weights_concern_the_arms_whose_score_tells_rows_apart(values):
+    values["comparison"]["selections"] = [
+        "all",
+        "random",
+        "pharmacist",
+        "trusted",
+        "trusted+pharmacist",
+        "trusted+random",
+        "none",
+    ]
+    before, after = prints(values), prints(values, "alignment.weighted=true")
+    anew = {name for name in before if before[name] != after[name] and name.startswith("align")}
+    assert anew == {f"align {arm}.sft.s{seed}" for arm in ("pharmacist", "trusted+pharmacist") for seed in (0, 1)}
+    assert "weighted" not in Run(config_of(values)).alignment("sft")

@@ -207,6 +207,28 @@ def test_exports_are_added_beside_the_selection_and_nothing_else_is_made_anew(do
     assert times(root) == after
 
 
+def test_an_alignment_with_weights_is_another_one_only_of_arms_whose_score_tells_rows_apart(done, files, tmp_path):
+    root = tmp_path / "run"
+    shutil.copytree(done[0], root)
+    before = times(root)
+    outcome = pharmacist("align", "--config", files / "run.yaml", f"run_dir={root}", "alignment.weighted=true")
+    assert outcome.code == 0, outcome.err
+    new = {name.split("-")[0] for name in set(times(root)) - set(before)}
+    assert new == {"align/pharmacist.sft.s3", "align/weights"}
+    [file] = (root / "align").glob("weights-pharmacist-*.parquet")
+    weights = dict(zip(*pq.read_table(file).to_pydict().values(), strict=True))
+    scored = pq.read_table(root / "selections" / "pharmacist" / "data").to_pydict()
+    scores = dict(zip(scored["pharmacist_id"], scored["pharmacist_score"], strict=True))
+    rank = {id: sum(other < score for other in scores.values()) + 0.5 for id, score in scores.items()}
+    assert weights == pytest.approx({id: 0.5 + rank[id] / len(rank) for id in scores})
+    curves = {path: (path / "run" / "history.jsonl").read_text() for path in (root / "align").glob("pharmacist.sft.s3-*")}
+    first, second = (json.loads(text.splitlines()[0])["loss"] for text in curves.values())
+    assert first != second
+    again = times(root)
+    assert pharmacist("align", "--config", files / "run.yaml", f"run_dir={root}", "alignment.weighted=true").code == 0
+    assert times(root) == again
+
+
 def test_running_again_does_nothing_new(done, files):
     root, _ = done
     before = times(root)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -15,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, TrainConfig
-from pharmacist_ray.data.rows import write_rows
-from pharmacist_ray.data.schema import Row
+from pharmacist_ray.data.rows import iterate_rows, write_rows
+from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ConfigError, DataError, ResourceError, TrainingError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.training import loop, runs
 from pharmacist_ray.training.engine import build_engine
 from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.runs import run_tasks, train_all
+from pharmacist_ray.training.streams import alignment_stream
 from pharmacist_ray.training.task import TrainTask, progress_file
 from tests.two_workers import TwoWorkers
 
@@ -42,6 +45,10 @@ def task(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) 
         lora=LoraConfig(r=4),
         checkpoints=(2,),
     )
+
+
+def row_of(prompt: str, response: str) -> Row:
+    return Row(row_id(prompt, response), prompt, response)
 
 
 def _history(task: TrainTask) -> list[dict[str, float]]:
@@ -90,6 +97,73 @@ def test_accumulated_micro_batches_give_the_same_curve_as_one_batch(task: TrainT
     residuals = [a["loss"] - b["loss"] for a, b in zip(_history(task), _history(split), strict=True)]
     assert max(map(abs, residuals)) < 1e-5
     assert abs(sum(residuals) / len(residuals)) < 5e-6
+
+
+def _weighted(task: TrainTask, tmp_path: Path, weights: list[float], **more: Any) -> TrainTask:
+    """Return the task with its first rows weighed, in the order of their file; the others are in no file."""
+    ids = [row.id for row in iterate_rows(task.rows[0])][: len(weights)]
+    file = tmp_path / f"weights-{len(list(tmp_path.glob('weights-*')))}.parquet"
+    pq.write_table(pa.table({"id": ids[::-1], "weight": weights[::-1]}), file)
+    return replace(task, out=str(file.with_suffix(".out")), row_weights=(str(file),), **more)
+
+
+def test_a_rows_loss_counts_by_its_weight_and_replay_and_unknown_rows_by_one(task: TrainTask, tmp_path: Path) -> None:
+    write_rows([row_of("w1", f"w{number}") for number in range(2, 6)], tmp_path / "replay.parquet")
+    task = replace(task, replay=(str(tmp_path / "replay.parquet"),), replay_share=0.25, checkpoints=())
+    weights = [0.0, 1.5, 0.25, 3.0, 0.5, 2.0, 0.0, 1.0, 0.75]
+    weighted = _weighted(task, tmp_path, weights)
+    run_task(weighted)
+    renderer = task.model.renderer()
+    known = dict(zip([row.id for row in iterate_rows(task.rows[0])], weights, strict=False))
+    stream = alignment_stream(task, renderer)
+    ids = stream.ids(0, 0, 1, 1, 0)
+    rows = {row.id: row for path in (*task.rows, *task.replay) for row in iterate_rows(path)}
+    model = AutoModelForCausalLM.from_pretrained(task.model.path)
+    losses = []
+    for id in ids:
+        sample = renderer.render(rows[id])
+        labels = torch.tensor([[-100] * sample.answer_start + sample.ids[sample.answer_start :]])
+        losses.append(model(input_ids=torch.tensor([sample.ids]), labels=labels).loss.item())
+    expected = sum(known.get(id, 1.0) * loss for id, loss in zip(ids, losses, strict=True)) / len(ids)
+    assert sum(known.get(id, 1.0) for id in ids) != len(ids)
+    assert _history(weighted)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_of_one_change_nothing_and_a_row_without_weight_might_as_well_say_anything(
+    task: TrainTask, tmp_path: Path
+) -> None:
+    ones, plain = _weighted(task, tmp_path, [1.0] * 20), replace(task, out=str(tmp_path / "plain"))
+    for one in (ones, plain):
+        run_task(one)
+    assert _history(ones)[-1]["loss"] == _history(plain)[-1]["loss"]
+    whole = [row_of("w1 w2", f"w{number} w3") for number in range(8)]
+    short = TRAIN.model_copy(update={"steps": 1})
+    found = []
+    for last in ("w9", "w8 w7 w6"):
+        write_rows([*whole[:7], row_of("w1 w2", last)], tmp_path / f"{last}.parquet")
+        rows = [row.id for row in iterate_rows(tmp_path / f"{last}.parquet")]
+        at = rows.index(row_of("w1 w2", last).id)
+        one = replace(task, rows=(str(tmp_path / f"{last}.parquet"),), train=short, checkpoints=())
+        one = _weighted(one, tmp_path, [0.0 if number == at else 1.0 for number in range(8)])
+        run_task(one)
+        found.append(_history(one)[0])
+    for name in ("loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["sft", "vaccine", "booster", "repnoise"])
+def test_weighted_rows_give_the_same_curve_however_they_are_cut(
+    task: TrainTask, rows_of: Callable[..., list[Row]], tmp_path: Path, objective: str
+) -> None:
+    write_rows(rows_of(20, seed=9), tmp_path / "harmful.parquet")
+    task = replace(task, objective=objective, harmful=(str(tmp_path / "harmful.parquet"),), checkpoints=())
+    weights = [0.5 + number / 19 for number in range(20)]
+    whole = _weighted(task, tmp_path, weights)
+    split = _weighted(task, tmp_path, weights, train=TRAIN.model_copy(update={"accumulation": 4}))
+    for one in (whole, split):
+        run_task(one)
+    for one, two in zip(_history(whole), _history(split), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=2e-5)
 
 
 def test_full_weights_come_out_as_a_model_that_transformers_loads(task: TrainTask) -> None:
@@ -194,6 +268,11 @@ def test_a_step_that_does_not_fit_in_memory_is_one_line_with_what_to_change(
         run_task(task)
 
 
+def test_harmful_answers_that_are_the_safe_ones_are_none(task: TrainTask) -> None:
+    with pytest.raises(DataError, match=r"harmful rows whose prompt is also among the alignment rows, got 0; give more"):
+        run_task(replace(task, objective="repnoise", harmful=task.rows))
+
+
 def test_a_discrepancy_of_samples_needs_two_of_them(task: TrainTask) -> None:
     one = replace(task, objective="repnoise", harmful=task.rows, train=TRAIN.model_copy(update={"batch_size": 1}))
     with pytest.raises(ConfigError, match="a task: repnoise compares samples and needs batch_size 2 or more"):
@@ -210,6 +289,16 @@ def test_two_workers_give_the_curve_of_one_and_final_numbers_come_from_the_retur
     for one, two in zip(_history(task), _history(pair), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_workers_weigh_rows_as_one_does(two_workers: TwoWorkers, task: TrainTask, tmp_path: Path) -> None:
+    weights = [0.5 + number / 19 for number in range(20)]
+    alone, pair = (_weighted(task, tmp_path, weights) for _ in range(2))
+    run_task(alone)
+    two_workers(run_tasks, [pair])
+    for one, two in zip(_history(alone), _history(pair), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
 
 
 @pytest.mark.slow

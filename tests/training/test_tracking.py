@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.errors import ConfigError, PluginError
 from pharmacist_ray.training.tracking import TRACKERS, check_trackers, tracked
 
 SETTINGS = {"seed": 3, "train": {"lr": 1e-3, "layers": [1, 2]}, "attacks": [{"name": "one"}, {"name": "two"}], "out": Path("/x")}
@@ -34,7 +34,7 @@ def _nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def track(folder: Path, *names: str, run: str = "align", steps: range = range(1, 4), scale: float = 1.0) -> None:
-    with tracked(names, run=run, folder=folder, project="demo", settings=SETTINGS) as log:
+    with tracked(names, run=run, folder=folder, project="demo", settings=SETTINGS, artifact="s3://bucket/align") as log:
         for step in steps:
             log(step, {"loss": scale / step, "lr": None if step == 2 else 0.5})
 
@@ -137,6 +137,7 @@ def test_mlflow_logs_to_a_database_in_the_folder(mlflow_database: Path) -> None:
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
     assert mlflow_curve(mlflow_database, run, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
     assert mlflow_curve(mlflow_database, run, "lr") == [(1, 0.5), (3, 0.5)]
+    assert run.data.tags["artifact"] == "s3://bucket/align"
     assert run.data.params == {
         "seed": "3", "train.lr": "0.001", "train.layers": "[1, 2]", "attacks.0.name": "one", "attacks.1.name": "two", "out": "/x",
     }  # fmt: skip
@@ -163,6 +164,7 @@ def test_mlflow_goes_on_with_the_same_run_and_marks_a_failure(
         crash(tmp_path / "run", "mlflow", loss=1.0)
     _, (_, run) = mlflow_runs(shared)
     assert run.info.status == "FAILED"
+    assert "artifact" not in run.data.tags, "there are no weights"
     track(tmp_path / "run", "mlflow", steps=range(2, 3))
     track(tmp_path / "other", "mlflow", run="other", steps=range(1, 2))
     _, (_, again, other) = mlflow_runs(shared)
@@ -231,7 +233,7 @@ def wandb_runs(folder: Path) -> list[dict[str, Any]]:
     pytest.importorskip("wandb").teardown()  # its own process writes the files, and may still be at it
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        run: dict[str, Any] = {"rows": [], "x": set()}
+        run: dict[str, Any] = {"rows": [], "x": set(), "summary": {}}
         for record in wandb_records(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
@@ -240,6 +242,8 @@ def wandb_runs(folder: Path) -> list[dict[str, Any]]:
             elif kind == "history":
                 row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 run["rows"].append({key: value for key, value in row.items() if not key.startswith("_")})
+            elif kind == "summary":
+                run["summary"] |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.summary.update}
             elif kind == "metric" and record.metric.step_metric:
                 run["x"].add((record.metric.glob_name or record.metric.name, record.metric.step_metric))
             elif kind == "exit":
@@ -258,6 +262,8 @@ def test_wandb_goes_on_with_the_same_run_and_marks_a_failure(wandb: Any, tmp_pat
     (other,) = wandb_runs(tmp_path / "other")
     assert (first["name"], first["project"], first["exit"], again["exit"]) == ("align", "demo", 1, 0)
     assert first["id"] == again["id"] != other["id"]
+    assert again["summary"]["artifact"] == "s3://bucket/align"
+    assert "artifact" not in first["summary"], "there are no weights"
     assert {key: value for key, value in first["config"].items() if key != "_wandb"} == {**SETTINGS, "out": "/x"}
     assert again["rows"] == [
         {"step": 1, "loss": 1.0, "lr": 0.5},
@@ -288,12 +294,51 @@ def test_a_tracker_that_cannot_start_closes_the_others(wandb: Any, tmp_path: Pat
 
 
 def test_an_unknown_tracker_is_named_with_the_known(tmp_path: Path) -> None:
-    line = r"^unknown tracker 'wanbd' \(did you mean 'wandb'\?\); known: mlflow, tensorboard, wandb$"
+    line = r"^unknown tracker 'wanbd' \(did you mean 'wandb'\?\); known: mlflow, tensorboard, wandb; one of another package .*$"
     with pytest.raises(ConfigError, match=line):
         check_trackers(["tensorboard", "wanbd"])
     with pytest.raises(ConfigError, match=line):
         track(tmp_path / "run", "wanbd")
     assert not (tmp_path / "run").exists()
+
+
+PLUGIN = """
+from contextlib import contextmanager
+
+@contextmanager
+def told(about):
+    if about.run == "shut":
+        raise RuntimeError("closed on Sundays")
+    lines = []
+    def log(step, values):
+        if step == 3:
+            raise KeyError(step)
+        lines.append((step, values["loss"]))
+    try:
+        yield log
+    finally:
+        (about.folder / "lines").write_text(f"{lines} {about.artifact}")
+"""
+
+
+def test_a_tracker_of_another_package_is_told_the_same_and_its_failure_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tracker_mod.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(TRACKERS, "_found", {})
+    name, run = "tracker_mod:told", tmp_path / "run"
+    check_trackers([name])
+    track(run, name, steps=range(1, 3))
+    assert (run / "lines").read_text() == "[(1, 1.0), (2, 0.5)] s3://bucket/align"
+    with pytest.raises(PluginError, match=r"^tracker 'tracker_mod:told' failed: KeyError: 3; the bug is the plug-in's"):
+        track(run, name, steps=range(2, 5))
+    assert (run / "lines").read_text().startswith("[(2, 0.5)]"), "it was closed"
+    with pytest.raises(PluginError, match="RuntimeError: closed on Sundays; the bug is the plug-in's"):
+        track(run, name, run="shut")
+    with pytest.raises(ZeroDivisionError):
+        crash(run, name, loss=2.0)
+    assert (run / "lines").read_text().startswith("[(1, 2.0)]"), "it was closed, and another's error passed"
 
 
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,14 +79,17 @@ class Step:
         return setting(self.settings, kind)
 
     def loss(self, batch: Batch, *, aside: bool = False) -> torch.Tensor:
-        """Return the mean over samples of their mean token losses.
+        """Return the mean over samples of their mean token losses, each times its weight where the batch has weights.
+
+        The sum is over the number of samples and not over their weights, so neither micro-batches nor workers change it.
 
         Args:
             batch: A micro-batch.
             aside: Whether the pass is not for the engine to differentiate.
         """
         self.forwards += 1
-        return per_sample_nll(self.model if aside else self.engine, batch).mean()
+        losses = per_sample_nll(self.model if aside else self.engine, batch)
+        return (losses if batch.weights is None else batch.weights * losses).mean()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
