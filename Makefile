@@ -21,12 +21,17 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Evaluators of others, which bring a hundred packages along: only their own tests, which are long, need them.
+.venv/ready-all: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,lm-eval,inspect]'
+	touch $@
+
 # What guards every change, in a coffee break; `test-all` has the long cases of each kind as well. The checks of the code run beside the
 # tests, which often wait.
 test: setup setup-browser
 	+$(MAKE) --no-print-directory --jobs 2 lint unit
 
-test-all: setup setup-browser
+test-all: .venv/ready-all setup-browser
 	+$(MAKE) --no-print-directory --jobs 2 lint unit-all
 
 lint: setup

@@ -49,11 +49,12 @@ from tests.two_workers import TwoWorkers
 
 torch.set_num_threads(1)
 
-TWO_WORKERS = "the two workers"
+SHARED = "what shares the two workers, or the world of faults"
 
 LONGEST = (
-    TWO_WORKERS, "search/test_search.py", "cluster/test_jobs.py", "faults/test_workers.py", "faults/test_poison_rows.py",
-    "pipeline/test_stages.py", "faults/test_nodes.py", "faults/test_disk.py", "cluster/test_slurm.py",
+    SHARED, "search/test_search.py", "cluster/test_jobs.py", "pipeline/test_push.py", "curation/test_score.py", "report/test_page.py",
+    "pipeline/test_stages.py", "search/test_redteam.py", "tests/test_api.py", "curation/test_ingest.py", "cluster/test_slurm.py",
+    "pipeline/test_defences.py",
 )  # fmt: skip
 """What takes minutes, for `make test` to begin with; the rest then fills both processes to the end."""
 
@@ -71,9 +72,9 @@ def pytest_collection_finish() -> None:
 
 @cache
 def group_of(file: Path) -> str:
-    """Return what a process takes as a whole: a file, or all files that use the two workers, who are then started once."""
-    shares = re.search(r"\btwo_workers\b", file.read_text(encoding="utf-8"))
-    return TWO_WORKERS if shares else f"{file.parent.name}/{file.name}"
+    """Return what a process takes as a whole: a file, or all files that use what takes long to start, which is then started once."""
+    shares = file.parent.name == "faults" or re.search(r"\btwo_workers\b", file.read_text(encoding="utf-8"))
+    return SHARED if shares else f"{file.parent.name}/{file.name}"
 
 
 class Groups(LoadScopeScheduling):

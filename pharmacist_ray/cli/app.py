@@ -206,7 +206,21 @@ _stage_command("score", "Score every candidate by every configured scorer.")
 _stage_command("select", "Write the curated subset: the rows to align on.")
 _stage_command("align", "Align the model on every arm of the comparison.")
 _stage_command("attack", "Fine-tune the aligned models on a user's task with harmful rows mixed in.")
-_stage_command("evaluate", "Let every model answer, judge the answers, and write evaluation/summary.json.")
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Measure every model by these tasks of lm-evaluation-harness too."),
+    ] = None,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Write answers and verdicts as logs of inspect too.")] = False,
+) -> None:
+    """Let every model answer, judge the answers, and write evaluation/summary.json."""
+    more = [f"evaluation.lm_eval.tasks=[{lm_eval}]"] * (lm_eval is not None) + ["evaluation.inspect=true"] * inspect
+    _stage("evaluate", config, [*(overrides or []), *more])
 
 
 @app.command(rich_help_panel=RESULTS)

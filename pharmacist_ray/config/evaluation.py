@@ -92,6 +92,22 @@ HOW = ("url", "key_variable", "concurrency", "timeout_s", "patience_s", "batch_s
 """Keys of a judge that say how it is asked; no verdict hangs on them."""
 
 
+class HarnessConfig(Section):
+    """Tasks of lm-evaluation-harness by which every model is measured too."""
+
+    tasks: list[str] = []
+    """Their names, for example `[arc_easy, gsm8k]`; needs `pip install 'pharmacist-ray[lm-eval]'`."""
+    include: Location | None = None
+    """A folder with YAML files of tasks of your own."""
+    limit: Count | None = None
+    """At most so many examples of a task."""
+    batch_size: Count = 16
+    """Examples at a time."""
+
+
+_HARNESS = HarnessConfig()
+
+
 class EvaluationConfig(Section):
     """What is asked and how answers are judged."""
 
@@ -120,6 +136,10 @@ class EvaluationConfig(Section):
     A prompt without it is on its own."""
     allow_trained_prompts: bool = Field(default=False, exclude_if=lambda value: not value)
     """Ask for prompts that are in a set that is trained on as well; else that ends the run before anything is trained."""
+
+    lm_eval: HarnessConfig = Field(default=_HARNESS, exclude_if=lambda value: value == _HARNESS)
+    inspect: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Write answers and verdicts as logs of inspect too, for its viewer; needs `pip install 'pharmacist-ray[inspect]'`."""
 
     @model_validator(mode="after")
     def _judges_differ(self) -> EvaluationConfig:

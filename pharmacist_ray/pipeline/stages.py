@@ -34,6 +34,7 @@ from pharmacist_ray.models.precision import check_attention
 from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.attacks import after_alignment, asked_in, check_attacks, run_attack
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
+from pharmacist_ray.pipeline.elsewhere import check_elsewhere, measured, run_elsewhere
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align
@@ -85,6 +86,7 @@ def check(run: Run) -> None:
     check_attacks(run)
     if config.evaluation is not None:
         check_judges(config.evaluation.judges)
+    check_elsewhere(run)
 
 
 def run_ingest(run: Run, *, strict: bool = False) -> None:
@@ -287,7 +289,12 @@ def calibrated_on(run: Run) -> PlantedScores | None:
 
 
 def run_evaluate(run: Run) -> None:
-    """Let every model answer, judge the answers, and write ``evaluation/summary.json``."""
+    """Let every model answer, judge the answers, and write ``evaluation/summary.json``; then what other evaluators are asked for."""
+    _evaluate(run)
+    run_elsewhere(run)
+
+
+def _evaluate(run: Run) -> None:
     config, artifact = run.config, run.evaluated
     prompts = {name: run.ingested(f"eval-{name}").require() / "rows" for name in ("harmful", "benign", "task")}
     forms = {attack.name: asked_in(run, attack) for attack in config.attacks}
@@ -381,7 +388,7 @@ def made_by(run: Run, name: str) -> list[Artifact]:
         ],
         "align": lambda: [run.trained(variant) for variant in run.variants],
         "attack": lambda: [run.trained(one) for variant in run.variants for one in run.attacks_on(variant)],
-        "evaluate": lambda: [run.evaluated],
+        "evaluate": lambda: [run.evaluated, *(artifact for _, artifact in measured(run))],
     }
     return artifacts[name]() if name in artifacts else []
 

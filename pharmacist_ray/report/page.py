@@ -11,6 +11,7 @@ from markupsafe import Markup
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.report.blocks import Block, Note, Section, render
 from pharmacist_ray.report.comparison import comparison
+from pharmacist_ray.report.elsewhere import by_tasks
 from pharmacist_ray.report.facts import data, reproduce, what_ran
 from pharmacist_ray.report.redteam import redteam
 from pharmacist_ray.report.run_files import RunFiles
@@ -72,7 +73,7 @@ def _sections(files: RunFiles) -> list[tuple[Section, Callable[[], list[Block]]]
         (Section("data", "Data", by("ingest")), lambda: data(files)),
         (Section("scores", "Scores", by("score")), lambda: scored(distributions)),
         (Section("examples", "Kept and dropped", by("select")), lambda: scored(examples)),
-        (Section("comparison", "What the selection is worth", by("evaluate")), lambda: comparison(files)),
+        (Section("comparison", "What the selection is worth", by("evaluate")), lambda: comparison(files) + by_tasks(files)),
         (Section("search", "Search", by("search")), lambda: search(files)),
         (Section("redteam", "The attacker's search", by("redteam")), lambda: redteam(files)),
         (Section("training", "Training", by("fit")), lambda: training(files)),

@@ -14,13 +14,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import typer.main
+from scipy.stats import spearmanr
 
 from pharmacist_ray.cli.app import app
 from pharmacist_ray.config.prompt_sets import PUBLIC_SETS
 from pharmacist_ray.config.schema import Config
+from pharmacist_ray.data.rows import write_rows
+from pharmacist_ray.data.schema import Row
 from pharmacist_ray.evaluation.judges import JudgeConfig, JudgeSettings
+from pharmacist_ray.storage import write_parquet
 from pharmacist_ray.training.objectives import OBJECTIVES
 from pharmacist_ray.training.tracking import Tracked
 from tests.families import FAMILIES
@@ -257,6 +262,45 @@ def test_a_result_is_taken_from_a_run(results, tmp_path):
     metrics = {name: [0.25, 0.1, 0.4] for name in results.METRICS}
     [picture] = results.draw("made", found | {"rows": [found["rows"][0] | metrics]}, tmp_path)
     assert "all by sft after weak: HS after 0.25 [0.10, 0.40], task accuracy 0.25 [0.10, 0.40]" in picture.read_text()
+
+
+def test_the_queries_of_the_page_run(tmp_path, monkeypatch):
+    duckdb = pytest.importorskip("duckdb")
+    text = (ROOT / "docs/how-to/query.md").read_text()
+    queries = re.findall(r"^```sql\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(queries) == text.count("\n## ") == 7
+    run = tmp_path / "runs/first"
+    rows = [Row(f"id{number}", f"ask {number}", "so", category=f"kind {number % 2}") for number in range(10)]
+    scores = {
+        "id": [row.id for row in rows],
+        "pharmacist": [float(n) for n in range(9)] + [float("nan")],
+        "random_0": [1.0, 0.0] * 5,
+    }
+    broken = {"source": ["a.jsonl"] * 3, "line": [1, 2, 3], "reason": ["bad_json", "bad_json", "no_room"], "detail": ["x"] * 3}
+    trials = {
+        "trial": ["a", "b"],
+        "status": ["finished", "failed"],
+        "front": [True, False],
+        "param.selection.ratio": ["0.2", "0.4"],
+    }
+    trials |= {key: [0.5, None] for key in ("worst_hs", "task_accuracy", "over_refusal", "align_seconds")}
+    answers = {"set": ["harmful", "harmful", "task"], "verdict": ["refusal", "harmful", None]}
+    write_rows(rows, run / "ingest/candidates/rows/part-00000.parquet")
+    write_rows(rows[4:7], run / "selections/pharmacist/rows/part-00000.parquet")
+    for place, table in (
+        ("scores/rows/part-00000", scores), ("ingest/candidates/quarantine/part-00000", broken), ("search/trials", trials),
+        ("answers/one-0123/harmful-000000", answers),
+    ):  # fmt: skip
+        write_parquet(pa.table(table), run / f"{place}.parquet")
+    monkeypatch.chdir(tmp_path)
+    best, kept, agree, cuts, missing, front, answered = (duckdb.sql(query).fetchall() for query in queries)
+    assert best[1 if best[0][0] != best[0][0] else 0] == (8.0, "ask 8", "so")
+    assert kept == [("kind 0", 5, 2, 0.4), ("kind 1", 5, 1, 0.2)]
+    assert agree[0][0] == pytest.approx(spearmanr(scores["pharmacist"][:9], scores["random_0"][:9]).statistic)
+    assert cuts == [([1.6, 3.2, 4.8, 6.4],)]
+    assert missing == [("bad_json", 2, "a.jsonl:1", "x"), ("no_room", 1, "a.jsonl:3", "x")]
+    assert front == [("a", 0.5, 0.5, 0.5, 0.5, "0.2")]
+    assert answered == [("one-0123", "harmful", "harmful", 1), ("one-0123", "harmful", "refusal", 1)]
 
 
 def test_every_objective_has_its_card():

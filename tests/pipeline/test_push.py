@@ -54,15 +54,25 @@ def python(hub: Hub, code: str, home: Path, token: str = TOKEN) -> subprocess.Co
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | more)
 
 
-def pushed(hub: Hub, place: Path, home: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    command = ["pharmacist", "push", *arguments, "-c", str(place / "run.yaml")]
-    return python(hub, f"import sys; sys.argv = {command!r}\nfrom pharmacist_ray.cli.app import main; main()", home, token)
+def pushed(hub: Hub, place: Path, home: Path, *commands: tuple[str, ...], token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    """Run commands one after the other, in one process, until one fails."""
+    code = f"""
+import sys
+from pharmacist_ray.cli.app import main
+for command in {commands!r}:
+    sys.argv = ["pharmacist", "push", *command, "-c", {str(place / "run.yaml")!r}]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+    return python(hub, code, home, token)
 
 
 def test_a_pushed_set_and_adapter_are_loaded_by_others_and_name_no_place_here(place, hub, tmp_path, model_folder):
-    done = pushed(hub, place, tmp_path, "curated", "me/rows", "--license", "cc-by-4.0")
-    assert done.returncode == 0, done.stderr
-    done = pushed(hub, place, tmp_path, "adapter", "me/robust", "--license", "apache-2.0", "--base", "owner/base", "--public")
+    adapter = ("adapter", "me/robust", "--license", "apache-2.0", "--base", "owner/base", "--public")
+    done = pushed(hub, place, tmp_path, ("curated", "me/rows", "--license", "cc-by-4.0"), adapter)
     assert done.returncode == 0, done.stderr
     assert hub.private == {"datasets/me/rows": True, "models/me/robust": False}
     assert sorted(hub.files["datasets/me/rows"]) == ["README.md", "data/train-00000-of-00001.parquet"]
@@ -98,16 +108,18 @@ print(json.dumps([sorted(rows["pharmacist_id"]), rows.column_names, total]))
     assert total > 0
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_everything_and_sends_nothing(place, hub, tmp_path):
-    done = pushed(hub, place, tmp_path, "curated", "me/rows", "--license", "mit", "--dry-run", token="")
+    done = pushed(hub, place, tmp_path, ("curated", "me/rows", "--license", "mit", "--dry-run"), token="")
     assert done.returncode == 0, done.stderr
     assert hub.asked == []
     for words in ("dataset me/rows, private: 2 files", "data/train-00000-of-00001.parquet", "license: mit", "nothing was sent"):
         assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_who_may_not_is_told_in_one_line(place, hub, tmp_path):
-    done = pushed(hub, place, tmp_path, "curated", "me/rows", "--license", "mit", token="hf_wrong")
+    done = pushed(hub, place, tmp_path, ("curated", "me/rows", "--license", "mit"), token="hf_wrong")
     assert done.returncode != 0
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("pharmacist: the hub refuses to take me/rows (401: ")

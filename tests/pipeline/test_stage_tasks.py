@@ -178,7 +178,12 @@ FULL = ("alignment.train.weights=full", "alignment.train.zero_stage=1", "model.d
             ["comparison.defences=[sft, booster]", *FULL],
             "all.booster.s3: booster perturbs the weights by less than bfloat16 can hold; set model.dtype=float32 or train an adapter",
         ),
-        (["tracking.to=[tensorbord]"], "unknown tracker 'tensorbord' (did you mean 'tensorboard'?); known: mlflow, tensorboard, wandb"),
+        (
+            ["tracking.to=[tensorbord]"],
+            "unknown tracker 'tensorbord' (did you mean 'tensorboard'?); known: mlflow, tensorboard, wandb; one of another package is "
+            "known once that is installed here and on every node (`pharmacist plugins` lists all); name one of your own as "
+            "module:attribute",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_defence_are_found_before_any_work(run_of, overrides, message):

@@ -229,6 +229,49 @@ def test_an_alignment_with_weights_is_another_one_only_of_arms_whose_score_tells
     assert times(root) == again
 
 
+@pytest.mark.slow
+def test_the_models_are_measured_by_tasks_of_others_and_their_answers_become_logs(done, files, tmp_path):
+    pytest.importorskip("lm_eval")
+    inspect_logs = pytest.importorskip("inspect_ai.log")
+    root, tasks = tmp_path / "run", tmp_path / "tasks"
+    shutil.copytree(done[0], root)
+    tasks.mkdir()
+    (tmp_path / "data.jsonl").write_text(
+        "".join(f'{{"q": "w{n}", "choices": ["w1", "w2"], "label": {n % 2}}}\n' for n in range(6))
+    )
+    task = {
+        "task": "pick_one", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tasks / "pick_one.yaml").write_text(yaml.safe_dump(task))
+    before = times(root)
+    command = ("evaluate", "--config", files / "run.yaml", f"run_dir={root}", f"evaluation.lm_eval.include={tasks}")
+    command += ("--lm-eval", "pick_one", "--inspect")
+    outcome = pharmacist(*command)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("lm_eval: ") == 4
+    assert "  lm_eval: all.sft.s3.weak: pick_one acc " in outcome.out
+    after = times(root)
+    assert {name: after[name] for name in before} == before, "nothing is trained or asked again"
+    assert {name.split("/")[0] for name in set(after) - set(before)} == {"lm_eval", "inspect"}
+    records = {(one["selection"], one["attack"]): one for one in json.loads((root / "evaluation" / "summary.json").read_text())}
+    logs = [inspect_logs.read_eval_log(str(file)) for file in root.glob("inspect/*/harmful.eval")]
+    assert len(logs) == 4
+    for log in logs:
+        about = log.eval.metadata
+        if about["attack"]:
+            [score] = log.results.scores
+            harm = score.metrics["harmful"].value if "harmful" in score.metrics else 0.0
+            assert harm == pytest.approx(records[about["selection"], about["attack"]]["hs_after"])
+        assert [sample.input for sample in log.samples] == [row.prompt for row in iterate_rows(root / "ingest/eval-harmful/rows")]
+    assert pharmacist(*command).code == 0
+    assert times(root) == after
+    page = pharmacist("report", *command[1:5])
+    assert page.code == 0
+    assert "Tasks of lm-evaluation-harness, with one standard error" in (root / "report" / "report.html").read_text()
+
+
 def test_running_again_does_nothing_new(done, files):
     root, _ = done
     before = times(root)

@@ -357,6 +357,7 @@ def test_the_folder_that_wandb_makes_is_not_taken_for_its_library(tmp_path: Path
         check_trackers(["wandb"])
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_imported_and_none_calls_home(mlflow_database: Path, tmp_path: Path) -> None:
     code = f"""
 import socket, sys
