@@ -274,7 +274,7 @@ def test_the_queries_of_the_page_run(tmp_path, monkeypatch):
     scores = {
         "id": [row.id for row in rows],
         "pharmacist": [float(n) for n in range(9)] + [float("nan")],
-        "random_0": [1.0, 0.0] * 5,
+        "random_0": [3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.3, 5.8, 9.7, 0.0],
     }
     broken = {"source": ["a.jsonl"] * 3, "line": [1, 2, 3], "reason": ["bad_json", "bad_json", "no_room"], "detail": ["x"] * 3}
     trials = {
