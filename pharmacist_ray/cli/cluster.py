@@ -22,7 +22,9 @@ job_app = typer.Typer(name="job", help="Look at submitted jobs of a cluster, or 
 def submit(
     job: Annotated[
         str,
-        typer.Argument(help="curate, align, evaluate, search, redteam, audit, finetune or benchmark.", autocompletion=job_names),
+        typer.Argument(
+            help="run, curate, align, evaluate, search, redteam, audit, finetune or benchmark.", autocompletion=job_names
+        ),
     ],
     arguments: Annotated[
         list[str] | None,
@@ -51,6 +53,15 @@ def submit(
     id: Annotated[str | None, typer.Option("--id", help="An id of your own for the job.")] = None,
     follow: Annotated[bool, typer.Option(help="Print the job's log until it ends, and exit with its exit code.")] = True,
     cpus: Annotated[float, typer.Option(min=0, help="CPUs for the job's own process; with 0 it runs on the head.")] = 0,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=AMOUNT", help="What else that process takes: GPU=1, memory=BYTES, or a resource of your nodes."
+        ),
+    ] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="A YAML file with a runtime environment of Ray's, for example pip or py_modules.")
+    ] = None,
 ) -> None:
     """Run a job on a Ray cluster. Submit the same line again after an interruption: what is finished is kept."""
     from pharmacist_ray.cli import jobs
@@ -60,14 +71,31 @@ def submit(
         raise unknown_name("job", job, sending.JOBS)
     if (config is None) != (job == "benchmark"):
         raise ConfigError("benchmark takes no --config" if config else f"{job} needs --config FILE; `pharmacist init` writes one")
+    paths = []
     if config is not None:  # what is wrong in it is known before anything is sent
         from pharmacist_ray.config import load_config
 
-        sending.check_paths(load_config(config, arguments or []))
+        loaded = load_config(config, arguments or [])
+        sending.check_paths(loaded)
+        paths = sending.reached_by_all(loaded)
     variables = sending.environment(env or [])
+    takes, runtime = sending.resources(resource or []), sending.runtime_env(runtime_env) if runtime_env else None
     client = jobs.connect(address)
-    given = sending.submit(client, job, arguments or [], config=config, working_dir=working_dir, env=variables, id=id, cpus=cpus)
+    given = sending.submit(
+        client,
+        job,
+        arguments or [],
+        config=config,
+        working_dir=working_dir,
+        env=variables,
+        id=id,
+        cpus=cpus,
+        takes=takes,
+        runtime=runtime,
+    )
     typer.echo(f"submitted {job} as job {given} to {client.get_address()}")
+    if paths:
+        typer.echo(f"every node has to reach {', '.join(paths[:6])}{' and more' if len(paths) > 6 else ''}")
     if not follow:
         typer.echo(f"follow it: pharmacist job logs {given} --follow; stop it: pharmacist job stop {given}")
         return

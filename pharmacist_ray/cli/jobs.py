@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import orjson
 from rich.table import Table
 
 from pharmacist_ray.data.printable import printable
@@ -36,7 +37,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         address: URL of the head's dashboard; default: ``RAY_API_SERVER_ADDRESS``, or ``RAY_ADDRESS`` where that is a URL.
 
     Raises:
-        ConfigError: No address is given.
+        ConfigError: No address is given, or RAY_JOB_HEADERS is malformed.
         ResourceError: Nothing answers there, or it refuses us.
     """
     variables = (os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
@@ -52,7 +53,21 @@ def connect(address: str | None) -> JobSubmissionClient:
         for name in ("sdk", "dashboard_sdk"):  # they tell of every step of an upload
             logging.getLogger(f"ray.dashboard.modules.{'job.' if name == 'sdk' else ''}{name}").setLevel(logging.ERROR)
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=_headers())
+
+
+def _headers() -> dict[str, str] | None:
+    """Return what a proxy before the dashboard wants to see, from the variable that `ray job` reads; it may be a secret."""
+    text = os.environ.get("RAY_JOB_HEADERS")
+    if not text:
+        return None
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ConfigError('RAY_JOB_HEADERS is not a JSON object of texts, such as {"Cookie": "…"}')
+    return found
 
 
 def follow(client: JobSubmissionClient, id: str) -> int:

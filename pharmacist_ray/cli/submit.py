@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
+import yaml
 from pathspec import GitIgnoreSpec
 from pydantic import BaseModel
 
@@ -25,7 +26,7 @@ from pharmacist_ray.errors import ConfigError, unknown_name
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOBS = ("curate", "align", "evaluate", "search", "redteam", "audit", "finetune", "benchmark")
+JOBS = ("run", "curate", "align", "evaluate", "search", "redteam", "audit", "finetune", "benchmark")
 """The modules of `jobs/`."""
 
 PACKAGE_LIMIT = 100 << 20
@@ -76,7 +77,8 @@ def _paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield every path of a configuration by its dotted key."""
     for name in type(section).model_fields:
         value, key = getattr(section, name), f"{prefix}{name}"
-        if isinstance(value, Path) or key in _MODELS or (isinstance(section, JudgeConfig) and name in ("path", "template_file")):
+        local = (isinstance(section, JudgeConfig) and name in ("path", "template_file")) or key == "evaluation.lm_eval.include"
+        if isinstance(value, Path) or key in _MODELS or local:
             yield from [(key, str(value))] if value else []
         elif name == "path" and isinstance(section, SourceConfig):
             yield from ((key, path) for path in value)
@@ -113,6 +115,52 @@ def environment(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def resources(given: Sequence[str]) -> dict[str, float]:
+    """Return what ``NAME=AMOUNT`` stand for.
+
+    Raises:
+        ConfigError: One is malformed.
+    """
+    found = {}
+    for one in given:
+        name, _, amount = one.partition("=")
+        try:
+            found[name] = float(amount)
+        except ValueError:
+            found[name] = -1.0
+        if not name or found[name] <= 0 or name == "CPU":
+            raise ConfigError(
+                f"--resource {one}: it takes NAME=AMOUNT with an amount above 0, for example GPU=1; CPUs are --cpus"
+            )
+    return found
+
+
+def runtime_env(file: Path) -> dict[str, Any]:
+    """Return a runtime environment of Ray's from a YAML file.
+
+    Raises:
+        ConfigError: It cannot be read, or says what the command itself says.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--runtime-env {file} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("env_vars", {}), dict):
+        raise ConfigError(
+            f"--runtime-env {file} is no runtime environment: it takes a mapping such as pip, py_modules and env_vars"
+        )
+    if "working_dir" in values:
+        raise ConfigError(
+            f"--runtime-env {file} has working_dir, with which the configuration would not travel; give --working-dir"
+        )
+    return values
+
+
+def reached_by_all(config: Config) -> list[str]:
+    """Return the local paths of a configuration, which every node has to reach under the same name."""
+    return sorted({path.removeprefix("hf:") for _, path in _paths(config) if os.path.isabs(path.removeprefix("hf:"))})
+
+
 def submit(
     client: JobSubmissionClient,
     job: str,
@@ -123,6 +171,8 @@ def submit(
     env: Mapping[str, str] | None = None,
     id: str | None = None,
     cpus: float = 0,
+    takes: Mapping[str, float] | None = None,
+    runtime: Mapping[str, Any] | None = None,
 ) -> str:
     """Submit a job and return its id.
 
@@ -136,6 +186,8 @@ def submit(
         env: Variables of the job and its workers. Whoever has access to the cluster can read them.
         id: An id of the user's; default: one that Ray makes.
         cpus: CPUs that the job's own process takes; with 0 it runs on the head.
+        takes: What else it takes: ``GPU``, ``memory`` in bytes, or resources of the cluster's own.
+        runtime: A runtime environment of Ray's, for example of `runtime_env`; ``env`` goes before its variables.
 
     Raises:
         ConfigError: The job is unknown, the id is taken, or the package is too large.
@@ -146,7 +198,9 @@ def submit(
     if id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", id):
         raise ConfigError(f"--id {id}: an id is made of letters, digits and _.-")
     line = ["python", "-m", f"jobs.{job}", *(["--config", f"{SUBMITTED}/{config.name}"] if config else []), *arguments]
-    runtime_env: dict[str, Any] = {"env_vars": dict(env or {})}
+    given = dict(runtime or {})
+    runtime_env: dict[str, Any] = given | {"env_vars": {**given.get("env_vars", {}), **(env or {})}}
+    other = dict(takes or {})
     with TemporaryDirectory() as folder, plain_refusals(client.get_address(), secrets=(env or {}).values()):
         if config or working_dir:
             package = Path(folder) / "job.zip"
@@ -160,6 +214,9 @@ def submit(
                     submission_id=id,
                     metadata={"pharmacist": job},
                     entrypoint_num_cpus=cpus or None,
+                    entrypoint_num_gpus=other.pop("GPU", None),
+                    entrypoint_memory=int(other.pop("memory", 0)) or None,
+                    entrypoint_resources=other or None,
                 )
             )
         except RuntimeError as error:

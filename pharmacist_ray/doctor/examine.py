@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -56,11 +57,16 @@ def examine(config_file: Path | None) -> None:
     Raises:
         PharmacistError: The configuration cannot run; everything that was found is printed before.
     """
-    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus, broken = _gpus()
     memory = psutil.virtual_memory().total / 2**30
     say(f"[bold]machine[/]  {os.cpu_count()} CPU cores, {memory:.0f} GiB memory, Python {platform.python_version()}")
     for index, gpu in enumerate(gpus):
         say(f"          GPU {index}: {escaped(gpu.name)}, {gpu.total_memory / 2**30:.0f} GiB")
+    if broken:
+        say(f"[yellow]warning[/]  there are GPUs that PyTorch {torch.__version__} cannot use: {escaped(broken)}")
+        say(
+            f"          its build needs the driver of CUDA {torch.version.cuda} (13.0: version 580 or newer); else install another build"
+        )
     if not gpus:
         say("          no GPU: tiny models only; leave resources.gpus_per_worker at 0")
     disk = shutil.disk_usage(Path.cwd())
@@ -81,6 +87,14 @@ def examine(config_file: Path | None) -> None:
         say(f"[bold]plug-ins[/]  {escaped(', '.join(installed))}; `pharmacist plugins` lists them")
     if config_file is not None:
         _configuration(load_config(config_file), len(gpus))
+
+
+def _gpus() -> tuple[list[Any], str]:
+    """Return the GPUs that can be used, and why there are some that cannot."""
+    try:
+        return [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())], ""
+    except (RuntimeError, AssertionError) as error:  # as PyTorch says that the driver is too old, or a GPU is gone
+        return [], " ".join(str(error).split())[:200]
 
 
 def _configuration(config: Config, gpus: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.annotations import RayDeprecationWarning
 
 from pharmacist_ray import errors
@@ -38,8 +41,13 @@ def per_worker(resources: ResourcesConfig) -> dict[str, float]:
     return {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
 
 
+GROWTH_S = 1800.0
+"""Seconds for which a cluster that scales itself is waited for, unless PHARMACIST_AUTOSCALING_SECONDS says otherwise (ours: a node with
+GPUs takes minutes to come, and one that has not come after half an hour is not to be had)."""
+
+
 def check_room(needed: dict[str, float], count: int) -> None:
-    """Fail at once where the cluster, as it is now, could never hold the workers; an autoscaling cluster is trusted to grow.
+    """Fail where the cluster cannot hold the workers: at once, or, where it scales itself, when it has not grown in a bounded time.
 
     Args:
         needed: Resource → amount per worker.
@@ -48,15 +56,37 @@ def check_room(needed: dict[str, float], count: int) -> None:
     Raises:
         ResourceError: Says what is asked for and what there is.
     """
-    if os.environ.get("PHARMACIST_AUTOSCALING") == "1":
+    lacks = _lacking(needed, count)
+    if not lacks:
         return
+    kind, wanted, there = lacks
+    asked = f"{count} workers need {wanted:g} {kind}"
+    lower = f"lower resources.workers or resources.{kind.lower()}s_per_worker"
+    if os.environ.get("PHARMACIST_AUTOSCALING") != "1":
+        raise ResourceError(f"{asked} but the cluster has {there:g}; {lower}, or set PHARMACIST_AUTOSCALING=1 if it can grow")
+    seconds = float(os.environ.get("PHARMACIST_AUTOSCALING_SECONDS", GROWTH_S))
+    sys.stderr.write(f"{asked}, the cluster has {there:g}: waiting up to {seconds:g} s for it to grow\n")
+    request_resources(bundles=[needed] * count)  # or nothing would tell the autoscaler: no worker asks before there is room
+    try:
+        end = time.monotonic() + seconds
+        while lacks := _lacking(needed, count):
+            if time.monotonic() > end:
+                raise ResourceError(
+                    f"{asked} but the cluster has {lacks[2]:g} and did not grow within {seconds:g} s; {lower}, look at what keeps nodes "
+                    "away (`ray status`), or wait longer by PHARMACIST_AUTOSCALING_SECONDS; what is finished is kept"
+                )
+            time.sleep(min(2.0, seconds / 10))
+    finally:
+        request_resources(bundles=[])  # what is idle may go again
+
+
+def _lacking(needed: dict[str, float], count: int) -> tuple[str, float, float] | None:
+    """Return the first resource of which there is too little, how much is wanted and how much there is."""
     total = ray.cluster_resources()
     for kind, amount in needed.items():
         if amount * count > total.get(kind, 0.0) + 1e-9:
-            raise ResourceError(
-                f"{count} workers need {amount * count:g} {kind} but the cluster has {total.get(kind, 0.0):g}; lower "
-                f"resources.workers or resources.{kind.lower()}s_per_worker, or set PHARMACIST_AUTOSCALING=1 if it can grow"
-            )
+            return kind, amount * count, total.get(kind, 0.0)
+    return None
 
 
 @contextmanager

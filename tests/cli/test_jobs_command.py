@@ -13,6 +13,9 @@ from pharmacist_ray.cli import jobs as module
 from pharmacist_ray.cli.jobs import connect, follow, show_log
 from pharmacist_ray.errors import ConfigError, ResourceError
 
+SEEN: list[dict[str, str]] = []
+"""Headers of what other servers were asked."""
+
 
 def test_a_cluster_has_to_be_named(monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
@@ -35,6 +38,7 @@ def other_server(request: pytest.FixtureRequest) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            SEEN.append(dict(self.headers))
             self.send_response(request.param)
             self.end_headers()
             self.wfile.write(b"<html>")
@@ -53,6 +57,19 @@ def test_some_other_server_is_told_from_a_cluster(other_server, monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     with pytest.raises(ResourceError, match=f"what answers at {other_server} is no Ray job server"):
         connect(other_server)
+
+
+def test_a_proxy_sees_the_headers_that_it_wants(other_server, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    for wrong in ("hunter-2", '["hunter-2"]', '{"Cookie": 2}'):
+        monkeypatch.setenv("RAY_JOB_HEADERS", wrong)
+        with pytest.raises(ConfigError, match=r"^RAY_JOB_HEADERS is not a JSON object of texts") as error:
+            connect(other_server)
+        assert "hunter" not in str(error.value)
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Who": "me"}')
+    with pytest.raises(ResourceError):
+        connect(other_server)
+    assert SEEN[-1]["X-Who"] == "me"
 
 
 class Flaky:

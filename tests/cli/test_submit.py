@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import pytest
 
 from pharmacist_ray.cli import submit as module
-from pharmacist_ray.cli.submit import check_paths, environment, pack, submit
+from pharmacist_ray.cli.submit import check_paths, environment, pack, reached_by_all, resources, runtime_env, submit
 from pharmacist_ray.config.load import load_config
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.config.template import EXAMPLE, template
@@ -54,6 +54,7 @@ def test_many_such_paths_are_counted():
             "evaluation.judge=[phrases, {kind: generative, path: org/name, template_file: a.yaml}]",
             "evaluation.judge.1.template_file=a.yaml",
         ),
+        ("evaluation.lm_eval={tasks: [mine], include: tasks}", "evaluation.lm_eval.include=tasks"),
     ],
 )
 def test_a_path_that_means_something_else_in_a_job_is_named(config, override, named, tmp_path, monkeypatch):
@@ -63,6 +64,40 @@ def test_a_path_that_means_something_else_in_a_job_is_named(config, override, na
     with pytest.raises(ConfigError) as error:
         check_paths(config(override))
     assert str(error.value).startswith(f"{named} is relative, but a job starts in a temporary copy of its working directory")
+
+
+def test_local_paths_are_what_every_node_has_to_reach(config):
+    found = reached_by_all(config("model.path=org/name", "data.benign.path=[s3://bucket/a.jsonl, hf:org/set, hf:/data/set]"))
+    assert found == ["/data/rows.jsonl", "/data/set", "/runs/x"]
+
+
+def test_what_a_jobs_process_takes_is_an_amount_above_nothing():
+    assert resources(["GPU=1", "memory=2e9", "big=0.5"]) == {"GPU": 1.0, "memory": 2e9, "big": 0.5}
+    for wrong in ("GPU", "GPU=", "GPU=some", "GPU=0", "=1", "CPU=2"):
+        with pytest.raises(ConfigError, match=rf"^--resource {wrong}: it takes NAME=AMOUNT"):
+            resources([wrong])
+
+
+def test_a_runtime_environment_comes_from_a_file_and_leaves_the_working_directory_to_us(tmp_path):
+    file = tmp_path / "env.yaml"
+    for text, message in (
+        ("[a]", "is no runtime environment"),
+        ("env_vars: [a]", "is no runtime environment"),
+        ("working_dir: .", "has working_dir, with which the configuration would not travel; give --working-dir"),
+        ("{", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"^--runtime-env {file} {message}"):
+            runtime_env(file)
+    file.write_text("pip: [numpy]\nenv_vars: {A: file, B: file}\n")
+    sent: dict[str, Any] = {}
+    client = SimpleNamespace(get_address=lambda: "http://head:8265", submit_job=lambda **given: sent.update(given) or "id")
+    submit(
+        client, "benchmark", env={"A": "line"}, runtime=runtime_env(file), cpus=2, takes={"GPU": 1.0, "memory": 1e9, "big": 1.0}
+    )
+    assert sent["runtime_env"] == {"pip": ["numpy"], "env_vars": {"A": "line", "B": "file"}}
+    taken = {name: sent[f"entrypoint_{name}"] for name in ("num_cpus", "num_gpus", "memory", "resources")}
+    assert taken == {"num_cpus": 2, "num_gpus": 1.0, "memory": 1_000_000_000, "resources": {"big": 1.0}}
 
 
 def test_variables_come_from_the_line_or_from_here(monkeypatch):

@@ -11,10 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jsonpatch
 import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 from transformers import LlamaConfig
 
@@ -164,9 +166,75 @@ def test_a_mistake_in_a_pod_is_refused(change: Callable[[Document], None], fault
         _check_pod(template)
 
 
-@pytest.mark.parametrize("name", ["kuberay/storage.yaml", "kuberay/networkpolicy.yaml"])
+@pytest.mark.parametrize("name", ["kuberay/storage.yaml", "kuberay/networkpolicy.yaml", "kuberay/load.yaml"])
 def test_kubernetes_would_take_the_rest(name: str) -> None:
     kubernetes_validate.validate(_load(name), KUBERNETES, strict=True)
+
+
+def _variant(name: str) -> Document:
+    """Return the job as kustomize would make it of a folder: the base's, with the folder's JSON patches."""
+    base, folder = CLUSTER / "kuberay", CLUSTER / "kuberay" / name
+    assert yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"] == [".."]
+    for resource in yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]:
+        assert (base / resource).exists()
+    document = copy.deepcopy(_load("kuberay/rayjob.yaml"))
+    document = json.loads(json.dumps(document))  # YAML's anchors stand for one value in several places, which patches would share
+    for patch in yaml.safe_load((folder / "kustomization.yaml").read_text())["patches"]:
+        assert patch["target"] == {"kind": "RayJob"}
+        document = jsonpatch.apply_patch(document, yaml.safe_load(patch["patch"]))
+    return document
+
+
+@pytest.mark.parametrize("name", ["kueue", "on-demand"])
+def test_kuberay_would_take_the_variants(name: str) -> None:
+    document = _variant(name)
+    assert _faults(document) == []
+    for template in _templates(document).values():
+        _check_pod(template)
+
+
+def test_kueue_gets_a_cluster_of_a_fixed_size_and_a_queue() -> None:
+    document = _variant("kueue")
+    assert document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    assert document["spec"]["shutdownAfterJobFinishes"] is True
+    spec = _spec(document)
+    assert spec["enableInTreeAutoscaling"] is False
+    assert "autoscalerOptions" not in spec
+    (group,) = spec["workerGroupSpecs"]
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2
+    for template in (spec["headGroupSpec"]["template"], group["template"]):
+        environment = {entry["name"]: entry.get("value") for entry in template["spec"]["containers"][0]["env"]}
+        assert environment["PHARMACIST_AUTOSCALING"] == "0"
+
+
+def test_the_variant_on_demand_asks_for_no_spot_machine() -> None:
+    (group,) = _spec(_variant("on-demand"))["workerGroupSpecs"]
+    assert "spot" not in json.dumps(group)
+    assert "nvidia.com/gpu" in json.dumps(group["template"]["spec"]["tolerations"])
+
+
+def test_no_pod_is_moved_to_save_a_node_and_a_job_ends_some_day() -> None:
+    for name in KUBERAY:
+        for where, template in _templates(_load(name)).items():
+            assert template["metadata"]["annotations"] == {
+                "karpenter.sh/do-not-disrupt": "true",
+                "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            }, where
+    job = _load("kuberay/rayjob.yaml")["spec"]
+    assert job["activeDeadlineSeconds"] > 86400
+    assert job["submitterConfig"] == {"backoffLimit": 4}
+    assert job["submitterPodTemplate"]["spec"]["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}
+
+
+def test_what_is_loaded_lies_where_the_clusters_look() -> None:
+    job = _load("kuberay/load.yaml")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert load_config(str(CLUSTER / "llama-3-8b.yaml")).model.path in container["args"][0]
+    (token,) = [entry for entry in container["env"] if entry["name"] == "HF_TOKEN"]
+    assert "secretKeyRef" in token["valueFrom"]
+    claim = _load("kuberay/storage.yaml")["metadata"]["name"]
+    assert job["spec"]["template"]["spec"]["volumes"] == [{"name": "cluster", "persistentVolumeClaim": {"claimName": claim}}]
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
 
 
 # --- by Ray's rules
@@ -204,6 +272,21 @@ def test_the_launchers_head_stays_and_its_workers_are_spot() -> None:
     assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+
+
+def test_the_launcher_mounts_the_token_where_the_images_user_looks_for_it() -> None:
+    """What Ray's launcher runs on a machine: it knows the home folder from the image's own HOME alone, else takes root's."""
+    home = next(line.partition("=")[2] for line in chain.from_iterable(_stages().values()) if line.startswith("ENV HOME="))
+    config = _load("launcher/aws.yaml")
+    docker = config["docker"]
+    command = docker_start_cmds(
+        "ubuntu", docker["image"], config["file_mounts"], docker["container_name"], docker["run_options"], "c", home, "docker"
+    )
+    assert re.search(r"-v \S+/~/\.ray:/home/ray/\.ray ", command)
+    assert "useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash ray" in " ".join(_stages()["base"])
+    made, given = config["initialization_commands"][-2:]
+    assert "mount -t nfs4" in made
+    assert given.startswith("sudo install -d -o 1000 -g 1000 /mnt/cluster/runs ")
 
 
 # --- by ours
@@ -267,6 +350,7 @@ def test_the_job_has_the_cluster_that_stays() -> None:
 
 def test_the_network_policy_lets_the_submitter_in() -> None:
     policy = json.dumps(_load("kuberay/networkpolicy.yaml"))
+    assert json.dumps({"app.kubernetes.io/component": "kuberay-operator"}) in policy  # however the operator was installed
     labels = _templates(_load("kuberay/rayjob.yaml"))["submitter"]["metadata"]["labels"]
     assert json.dumps({"pharmacist-ray/role": labels["pharmacist-ray/role"]}) in policy
 

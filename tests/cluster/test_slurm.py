@@ -83,6 +83,7 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_CPUS_PER_TASK": "1",
+        "PHARMACIST_HEAD_IP": "127.0.0.1",
     }
     for process in _of_job(job):
         process.kill()
@@ -160,9 +161,40 @@ def test_a_job_that_ends_by_itself_gives_its_code_and_is_not_started_again(slurm
     _assert_nothing_is_left(slurm)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", ["1", "10"])
+def test_nodes_that_go_away_put_the_job_back_into_the_queue_as_often_as_is_allowed(slurm: dict[str, str], restarts: str) -> None:
+    slurm["SLURM_RESTART_COUNT"] = restarts
+    script = _start(slurm, "wait")
+    _seen(slurm, script)
+    raylets = [process for process in _of_job(slurm["SLURM_JOB_ID"]) if process.name() == "raylet"]
+    [worker] = [process for process in raylets if not any("--head" in " ".join(above.cmdline()) for above in process.parents())]
+    worker.parent().terminate()  # `ray start` of the second node, as a preemption ends its step
+    output = script.communicate(timeout=90)[0]
+    assert script.returncode == 75, output
+    assert "Ray ended on its nodes while jobs.curate ran" in output
+    assert (Path(slurm["CALLS"]) / "scontrol").exists() is (restarts == "1")
+    assert ("PHARMACIST_RESTARTS allows more" in output) is (restarts == "10")
+    _assert_nothing_is_left(slurm)
+
+
+def test_a_loopback_address_of_the_head_is_not_taken(slurm: dict[str, str]) -> None:
+    del slurm["PHARMACIST_HEAD_IP"]
+    tools = Path(slurm["CALLS"]).parent / "bin"
+    (tools / "srun").write_text("#!/usr/bin/env bash\nexit 1\n")
+    for told, said in (("0.0.0.0 172.17.0.1 ", "head on 127.0.0.1 (0.0.0.0:"), ("", "set PHARMACIST_HEAD_IP")):
+        (tools / "hostname").write_text(f"#!/usr/bin/env bash\necho '{told}'\n")
+        (tools / "hostname").chmod(0o755)
+        script = _start(slurm)
+        output = script.communicate(timeout=60)[0]
+        assert script.returncode == 1
+        assert said in output
+
+
 def _assert_nothing_is_left(environment: dict[str, str]) -> None:
     assert _of_job(environment["SLURM_JOB_ID"]) == []
     assert not list(Path(environment["HOME"]).glob(".pharmacist-*"))
+    assert not Path(f"/tmp/ray-{environment['SLURM_JOB_ID']}").exists()
 
 
 def test_a_head_that_does_not_start_is_said_and_is_not_waited_for(slurm: dict[str, str]) -> None:

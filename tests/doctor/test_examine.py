@@ -55,6 +55,19 @@ def test_without_a_file_it_names_the_machine_the_packages_and_the_choices(capsys
     assert "plan" not in out
 
 
+def test_gpus_that_the_build_cannot_use_are_a_warning(capsys, monkeypatch):
+    def properties(index: int) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    examine(None)
+    out = capsys.readouterr().out
+    assert "cannot use: The NVIDIA driver on your system is too old (found version 12020). Please update" in " ".join(out.split())
+    assert "version 580 or newer" in out
+    assert "no GPU: tiny models only" in out
+
+
 def test_a_good_file_gets_a_plan_and_nothing_is_written(file, capsys):
     examine(file)
     out = capsys.readouterr().out
