@@ -165,7 +165,7 @@ def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started
         *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
     )
     assert done.returncode == 2, (done.stdout, done.stderr)
-    assert "\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: booster, " in done.stdout
+    assert "\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: antidote, " in done.stdout
     assert "job mistake failed with exit code 2" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
     variables = started.job("mistake")["runtime_env"]["env_vars"]
