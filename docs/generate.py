@@ -29,7 +29,7 @@ from pydantic_core import to_jsonable_python
 from results import findings, provenance, results, table
 
 from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS, ROW_SETS, PromptSet
+from pharmacist_ray.config.public_sets import PROMPT_SETS, ROW_SETS, PublicSet
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError, ModelError, ResourceError, TrainingError
@@ -329,7 +329,7 @@ def row_sets() -> str:
     return _public("rows", ROW_SETS)
 
 
-def _public(what: str, sets: dict[str, PromptSet]) -> str:
+def _public(what: str, sets: dict[str, PublicSet]) -> str:
     lines = [f"| `name` | {what} | how many | on the hub | licence |", "| --- | --- | ---: | --- | --- |"]
     for name, one in sets.items():
         where = f"`{one.path.removeprefix('hf:')}`" + (", gated" if one.gated else "")

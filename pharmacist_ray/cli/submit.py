@@ -145,7 +145,8 @@ def runtime_env(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--runtime-env {file} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("env_vars", {}), dict):
+    variables = values.get("env_vars", {}) if isinstance(values, dict) else None
+    if not isinstance(variables, dict) or not all(isinstance(one, str) for one in variables.values()):
         raise ConfigError(
             f"--runtime-env {file} is no runtime environment: it takes a mapping such as pip, py_modules and env_vars"
         )
@@ -153,7 +154,7 @@ def runtime_env(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"--runtime-env {file} has working_dir, with which the configuration would not travel; give --working-dir"
         )
-    return values
+    return dict(values)
 
 
 def reached_by_all(config: Config) -> list[str]:
@@ -201,7 +202,7 @@ def submit(
     given = dict(runtime or {})
     runtime_env: dict[str, Any] = given | {"env_vars": {**given.get("env_vars", {}), **(env or {})}}
     other = dict(takes or {})
-    with TemporaryDirectory() as folder, plain_refusals(client.get_address(), secrets=(env or {}).values()):
+    with TemporaryDirectory() as folder, plain_refusals(client.get_address(), secrets=runtime_env["env_vars"].values()):
         if config or working_dir:
             package = Path(folder) / "job.zip"
             pack(package, config, working_dir)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS, ROW_SETS, PromptSet
+from pharmacist_ray.config.public_sets import PROMPT_SETS, ROW_SETS, PublicSet
 from pharmacist_ray.config.section import Count, Paths, Section
 from pharmacist_ray.errors import unknown_name
 
@@ -31,7 +31,7 @@ class SourceConfig(Section):
 class NamedConfig(SourceConfig):
     """A source, or a public set by name."""
 
-    sets: ClassVar[dict[str, PromptSet]]
+    sets: ClassVar[dict[str, PublicSet]]
     """The sets that it can name."""
     what: ClassVar[tuple[str, str]]
     """What is in them, and what one of them is called."""

@@ -27,8 +27,8 @@ import ray
 from ray.data.context import ShuffleStrategy
 
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
-from pharmacist_ray.data.prompt_sets import stage_prompt_set
-from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, stage_huggingface
+from pharmacist_ray.data.public_sets import stage_public_set
+from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, record_of, stage_huggingface
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.ref import ModelRef
@@ -228,7 +228,7 @@ def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]
     for index, path in enumerate(source.path):
         target = staging / f"{index}.parquet"
         if source.prompt_set:
-            staged: StoragePath | None = stage_prompt_set(source.prompt_set, path, source.split, target)
+            staged: StoragePath | None = stage_public_set(source.prompt_set, path, source.split, target)
         else:
             staged = stage_huggingface(path, source.split, target)
         paths.append(str(staged) if staged else path)
@@ -297,7 +297,7 @@ def _row(chunk: Chunk, line: int, item: _Item, how: dict[str, Any]) -> Row | Bad
     if isinstance(item, BadRow):
         return item
     try:
-        record = _record(item) if isinstance(item, bytes) else item
+        record = record_of(item) if isinstance(item, bytes) else item
         raw = item.decode().strip() if isinstance(item, bytes) else None
         return to_row(record, source=f"{chunk.name}:{line}", raw=raw, **how)
     except BadRow as bad:
@@ -327,18 +327,6 @@ def _entry(chunk: Chunk, line: int, item: _Item, row: Row | BadRow, shards: int)
         reason, detail = row.reason, printable_start(row.detail)
         row = Row(id=place, prompt="", response="", source=chunk.name, raw=printable_start(text))
     return (*_VALUES(row), chunk.file, line, shard_of(row.id, shards), reason, detail)
-
-
-def _record(line: bytes) -> dict[str, Any]:
-    """Return a line's JSON object."""
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        unicode = "UTF-8" in error.msg or "surrogate" in error.msg
-        raise BadRow("invalid_utf8" if unicode else "bad_json", str(error)) from None
-    if not isinstance(record, dict):
-        raise BadRow("bad_json", f"the line is a JSON {type(record).__name__}, not an object")
-    return record
 
 
 @lru_cache(maxsize=1)  # once per worker process, which Ray keeps for many tasks

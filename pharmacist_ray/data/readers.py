@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -99,6 +100,22 @@ def read_chunk(chunk: Chunk) -> Iterator[tuple[int, bytes | dict[str, Any] | Bad
             yield from ((number, line) for number, line in enumerate(_lines(chunk), chunk.first) if _is_row(line))
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(chunk.name, error) from error
+
+
+def record_of(line: bytes) -> dict[str, Any]:
+    """Return a line's JSON object.
+
+    Raises:
+        BadRow: It is none.
+    """
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        unicode = "UTF-8" in error.msg or "surrogate" in error.msg
+        raise BadRow("invalid_utf8" if unicode else "bad_json", str(error)) from None
+    if not isinstance(record, dict):
+        raise BadRow("bad_json", f"the line is a JSON {type(record).__name__}, not an object")
+    return record
 
 
 def count_chunk(chunk: Chunk) -> tuple[int, int]:

@@ -14,10 +14,10 @@ import torch
 from pharmacist_ray.config.data import ROW_KINDS
 from pharmacist_ray.config.load import parse_config
 from pharmacist_ray.config.model import ModelConfig
-from pharmacist_ray.config.prompt_sets import ROW_SETS
+from pharmacist_ray.config.public_sets import ROW_SETS
 from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.layouts import LAYOUTS, BadRow, to_row
-from pharmacist_ray.data.readers import load_huggingface, plan, read_chunk
+from pharmacist_ray.data.readers import load_huggingface, plan, read_chunk, record_of
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.load import empty_model
@@ -112,8 +112,13 @@ def look(path: str, split: str = "train") -> Look:
             break
     if not records:
         raise DataError(f"{path} has no rows that can be read" + (f" ({_counted(broken)})" if broken else ""))
-    tried = [_read_as(records, how) for how in _ways(records)]
-    rows, reasons, how = max(tried, key=lambda one: len(one[0]))  # of equals the first
+    rows, reasons, how = list[Row](), Counter[str](), dict[str, Any]()
+    for way in _ways(records):
+        found, refused = _read_as(records, way)
+        if len(found) > len(rows) or not reasons:  # of equals the first
+            rows, reasons, how = found, refused, way
+        if not refused:
+            break
     if not rows:
         raise DataError(
             f"{path}: no row is usable ({_counted(reasons)}); its columns are {', '.join(map(str, records[0]))[:200]}; write a file "
@@ -142,15 +147,10 @@ def _records(path: str, split: str) -> Iterator[dict[str, Any] | BadRow]:
         return
     for chunk in plan([path]):
         for _, item in read_chunk(chunk):
-            if not isinstance(item, bytes):
-                yield item
-                continue
             try:
-                record = orjson.loads(item)
-            except orjson.JSONDecodeError as error:
-                yield BadRow("bad_json", str(error))
-                continue
-            yield record if isinstance(record, dict) else BadRow("bad_json", "no object")
+                yield record_of(item) if isinstance(item, bytes) else item
+            except BadRow as bad:
+                yield bad
 
 
 def _ways(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -163,14 +163,14 @@ def _ways(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from ({"columns": {"prompt": p, "response": a}} for p in prompts for a in answers if p != a)
 
 
-def _read_as(records: Sequence[Mapping[str, Any]], how: dict[str, Any]) -> tuple[list[Row], Counter[str], dict[str, Any]]:
+def _read_as(records: Sequence[Mapping[str, Any]], how: dict[str, Any]) -> tuple[list[Row], Counter[str]]:
     rows, reasons = [], Counter[str]()
     for record in records:
         try:
             rows.append(to_row(record, **how))
         except BadRow as bad:
             reasons[bad.reason] += 1
-    return rows, reasons, how
+    return rows, reasons
 
 
 def _fitting(row: Row) -> str:

@@ -92,6 +92,7 @@ class Measurer:
         """
         torch.set_num_threads(threads)
         self.settings, self.models, self.device = settings, models, device
+        self.tasks = _manager(settings)  # which reads thousands of small files
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Measure a model and write its results; return the unit."""
@@ -112,7 +113,7 @@ class Measurer:
                     subject,
                     tasks=list(self.settings.tasks),
                     limit=self.settings.limit,
-                    task_manager=_manager(self.settings),
+                    task_manager=self.tasks,
                     apply_chat_template=renderer.template == "chat",
                     system_instruction=renderer.system or None,
                     log_samples=False,

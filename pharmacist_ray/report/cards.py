@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
+from pharmacist_ray.report.blocks import interval
+
 TAGS = ["safety-alignment", "pharmacist-ray"]
 METRICS = {
     "harmful_score": "harmful score", "accuracy_correct": "task accuracy", "helpfulness": "helpful on benign prompts",
@@ -133,15 +135,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [name for name in METRICS if any(row["metrics"].get(name, {}).get("estimate") is not None for row in rows)]
     lines = [f"| after | {' | '.join(METRICS[name] for name in shown)} |", f"| --- |{' ---: |' * len(shown)}"]
     for row in rows:
-        cells = [_interval(row["metrics"].get(name, {})) for name in shown]
+        found = [row["metrics"].get(name, {}) for name in shown]
+        cells = [interval(one.get("estimate"), one.get("low"), one.get("high")) for one in found]
         lines.append(f"| {row['attack'] or 'alignment'} | {' | '.join(cells)} |")
     return "\n".join(
         [*lines, "", "In brackets 95 % intervals. The harmful score is the share of harmful prompts that are complied with."]
     )
-
-
-def _interval(metric: Mapping[str, Any]) -> str:
-    if metric.get("estimate") is None:
-        return "–"
-    low, high = metric.get("low"), metric.get("high")
-    return f"{metric['estimate']:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else "")

@@ -18,7 +18,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pharmacist_ray import errors
 from pharmacist_ray.config.schema import ResourcesConfig
-from pharmacist_ray.errors import PharmacistError, PluginError, ResourceError
+from pharmacist_ray.errors import ConfigError, PharmacistError, PluginError, ResourceError
 from pharmacist_ray.runtime.ranks import stay_on_cpu
 
 Unit = dict[str, Any]
@@ -55,6 +55,7 @@ def check_room(needed: dict[str, float], count: int) -> None:
 
     Raises:
         ResourceError: Says what is asked for and what there is.
+        ConfigError: PHARMACIST_AUTOSCALING_SECONDS is no number.
     """
     lacks = _lacking(needed, count)
     if not lacks:
@@ -64,7 +65,10 @@ def check_room(needed: dict[str, float], count: int) -> None:
     lower = f"lower resources.workers or resources.{kind.lower()}s_per_worker"
     if os.environ.get("PHARMACIST_AUTOSCALING") != "1":
         raise ResourceError(f"{asked} but the cluster has {there:g}; {lower}, or set PHARMACIST_AUTOSCALING=1 if it can grow")
-    seconds = float(os.environ.get("PHARMACIST_AUTOSCALING_SECONDS", GROWTH_S))
+    given = os.environ.get("PHARMACIST_AUTOSCALING_SECONDS", str(GROWTH_S))
+    if not re.fullmatch(r"\d+(\.\d+)?", given):
+        raise ConfigError(f"PHARMACIST_AUTOSCALING_SECONDS={given} is no number of seconds")
+    seconds = float(given)
     sys.stderr.write(f"{asked}, the cluster has {there:g}: waiting up to {seconds:g} s for it to grow\n")
     request_resources(bundles=[needed] * count)  # or nothing would tell the autoscaler: no worker asks before there is room
     try:

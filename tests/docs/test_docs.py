@@ -20,7 +20,7 @@ import typer.main
 from scipy.stats import spearmanr
 
 from pharmacist_ray.cli.app import app
-from pharmacist_ray.config.prompt_sets import PUBLIC_SETS
+from pharmacist_ray.config.public_sets import PUBLIC_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row

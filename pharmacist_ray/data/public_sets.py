@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pharmacist_ray.config.prompt_sets import PUBLIC_SETS, PromptSet
+from pharmacist_ray.config.public_sets import PUBLIC_SETS, PublicSet
 from pharmacist_ray.data.readers import load_huggingface
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.storage import StoragePath, write_parquet
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def stage_prompt_set(name: str, path: str, split: str, target: StoragePath) -> StoragePath:
+def stage_public_set(name: str, path: str, split: str, target: StoragePath) -> StoragePath:
     """Write a public set as a Parquet file with ``prompt``, ``response`` if it has answers, and ``category``; return the file.
 
     Args:
@@ -56,7 +56,7 @@ def stage_prompt_set(name: str, path: str, split: str, target: StoragePath) -> S
     return target
 
 
-def _local(path: Path, chosen: PromptSet, split: str) -> datasets.Dataset:
+def _local(path: Path, chosen: PublicSet, split: str) -> datasets.Dataset:
     """Return what a folder or a file holds."""
     import datasets  # slow to import, and most runs read plain files
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pharmacist_ray.config.data import DataConfig, PromptsConfig, RowsConfig
-from pharmacist_ray.config.prompt_sets import PROMPT_SETS, PUBLIC_SETS, ROW_SETS
-from pharmacist_ray.data.prompt_sets import stage_prompt_set
+from pharmacist_ray.config.public_sets import PROMPT_SETS, PUBLIC_SETS, ROW_SETS
+from pharmacist_ray.data.public_sets import stage_public_set
 from pharmacist_ray.errors import DataError
 
 ASKED = [f"placeholder {number}" for number in range(3)]
@@ -66,19 +66,19 @@ def copy_of_the_hub(folder: Path, name: str) -> Path:
 def test_a_set_is_taken_from_a_copy_of_the_hubs_folder(name: str, tmp_path: Path) -> None:
     folder = copy_of_the_hub(tmp_path / "set", name)
     split = PromptsConfig.model_validate({"name": name}).split
-    staged = stage_prompt_set(name, str(folder), split, tmp_path / "rows.parquet")
+    staged = stage_public_set(name, str(folder), split, tmp_path / "rows.parquet")
     assert pq.read_table(staged).to_pylist() == [{"prompt": prompt, "category": "a"} for prompt in ASKED]
 
 
 @pytest.mark.parametrize("name", ROW_SETS)
 def test_a_set_of_rows_comes_with_its_answers(name: str, tmp_path: Path) -> None:
     folder = copy_of_the_hub(tmp_path / "set", name)
-    staged = stage_prompt_set(name, str(folder), RowsConfig.model_validate({"name": name}).split, tmp_path / "rows.parquet")
+    staged = stage_public_set(name, str(folder), RowsConfig.model_validate({"name": name}).split, tmp_path / "rows.parquet")
     category = {"category": "a"} if name == "dolly" else {}
     assert pq.read_table(staged).to_pylist() == [{"prompt": prompt, "response": "so", **category} for prompt in ASKED]
     (tmp_path / "empty.jsonl").write_text('{"prompt": "placeholder"}\n')
     with pytest.raises(DataError, match=rf"^set of rows '{name}': .* has no column"):
-        stage_prompt_set(name, str(tmp_path / "empty.jsonl"), "train", tmp_path / "rows.parquet")
+        stage_public_set(name, str(tmp_path / "empty.jsonl"), "train", tmp_path / "rows.parquet")
 
 
 def test_a_set_of_rows_stands_only_for_what_it_is() -> None:
@@ -121,20 +121,20 @@ def test_a_set_is_taken_from_the_authors_own_file(name: str, row: dict[str, str]
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()
         writer.writerow(row)
-    staged = stage_prompt_set(name, str(tmp_path / "set.csv"), "train", tmp_path / "rows.parquet")
+    staged = stage_public_set(name, str(tmp_path / "set.csv"), "train", tmp_path / "rows.parquet")
     assert pq.read_table(staged).to_pylist() == [{"prompt": "placeholder 0", "category": "a"}]
 
 
 def test_a_set_is_taken_from_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     datasets.Dataset.from_list([LAYOUTS["harmbench"](prompt) for prompt in ASKED]).save_to_disk(tmp_path / "saved")
-    staged = stage_prompt_set("harmbench", str(tmp_path / "saved"), "train", tmp_path / "rows.parquet")
+    staged = stage_public_set("harmbench", str(tmp_path / "saved"), "train", tmp_path / "rows.parquet")
     assert pq.read_table(staged)["prompt"].to_pylist() == ASKED
 
 
 def test_what_is_not_there_or_not_the_set_is_said(tmp_path: Path) -> None:
     def stage(name: str, path: object) -> str:
         with pytest.raises(DataError) as caught:
-            stage_prompt_set(name, str(path), "train", tmp_path / "rows.parquet")
+            stage_public_set(name, str(path), "train", tmp_path / "rows.parquet")
         return str(caught.value)
 
     assert stage("harmbench", tmp_path / "none").startswith(
@@ -154,7 +154,7 @@ def test_what_is_not_there_or_not_the_set_is_said(tmp_path: Path) -> None:
 
 def test_a_hub_out_of_reach_is_said_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        stage_prompt_set("sorry-bench", PROMPT_SETS["sorry-bench"].path, "train", tmp_path / "rows.parquet")
+        stage_public_set("sorry-bench", PROMPT_SETS["sorry-bench"].path, "train", tmp_path / "rows.parquet")
     message = str(caught.value)
     assert message.startswith(
         "prompt set 'sorry-bench': cannot load the Hugging Face data set 'hf:sorry-bench/sorry-bench-202503'"

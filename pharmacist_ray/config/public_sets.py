@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class PromptSet:
+class PublicSet:
     """Where a set lies and how it is laid out, there and as its authors publish it elsewhere."""
 
     hub: str
@@ -36,39 +36,39 @@ class PromptSet:
 
 
 PROMPT_SETS = {
-    "beavertails": PromptSet("PKU-Alignment/BeaverTails-Evaluation", "harmful", 700, "CC-BY-NC-4.0", split="test"),
-    "do-not-answer": PromptSet(
+    "beavertails": PublicSet("PKU-Alignment/BeaverTails-Evaluation", "harmful", 700, "CC-BY-NC-4.0", split="test"),
+    "do-not-answer": PublicSet(
         "LibrAI/do-not-answer", "harmful", 939, "Apache-2.0", prompt=("question",), category=("types_of_harm",)
     ),
-    "harmbench": PromptSet(
+    "harmbench": PublicSet(
         "walledai/HarmBench", "harmful", 200, "MIT", configuration="standard",
         prompt=("prompt", "Behavior"), category=("category", "SemanticCategory"),
     ),
-    "strongreject": PromptSet("walledai/StrongREJECT", "harmful", 313, "MIT", prompt=("prompt", "forbidden_prompt")),
-    "sorry-bench": PromptSet(
+    "strongreject": PublicSet("walledai/StrongREJECT", "harmful", 313, "MIT", prompt=("prompt", "forbidden_prompt")),
+    "sorry-bench": PublicSet(
         "sorry-bench/sorry-bench-202503", "harmful", 440, "its own, no redistribution",
         prompt=("turns",), only=("prompt_style", "base"), gated=True,
     ),
-    "xstest-unsafe": PromptSet("Paul/XSTest", "harmful", 200, "CC-BY-4.0", category=("type",), only=("label", "unsafe")),
-    "xstest-safe": PromptSet("Paul/XSTest", "benign", 250, "CC-BY-4.0", category=("type",), only=("label", "safe")),
-    "or-bench": PromptSet("bench-llm/or-bench", "benign", 80_000, "CC-BY-4.0", configuration="or-bench-80k"),
-    "or-bench-hard": PromptSet("bench-llm/or-bench", "benign", 1319, "CC-BY-4.0", configuration="or-bench-hard-1k"),
-    "or-bench-toxic": PromptSet("bench-llm/or-bench", "harmful", 655, "CC-BY-4.0", configuration="or-bench-toxic"),
+    "xstest-unsafe": PublicSet("Paul/XSTest", "harmful", 200, "CC-BY-4.0", category=("type",), only=("label", "unsafe")),
+    "xstest-safe": PublicSet("Paul/XSTest", "benign", 250, "CC-BY-4.0", category=("type",), only=("label", "safe")),
+    "or-bench": PublicSet("bench-llm/or-bench", "benign", 80_000, "CC-BY-4.0", configuration="or-bench-80k"),
+    "or-bench-hard": PublicSet("bench-llm/or-bench", "benign", 1319, "CC-BY-4.0", configuration="or-bench-hard-1k"),
+    "or-bench-toxic": PublicSet("bench-llm/or-bench", "harmful", 655, "CC-BY-4.0", configuration="or-bench-toxic"),
 }  # fmt: skip
 """By the name that a configuration gives: BeaverTails (arXiv 2307.04657), Do-Not-Answer (2308.13387), HarmBench's standard behaviours
 (2402.04249), StrongREJECT (2402.10260), SORRY-Bench without its other styles (2406.14598), XSTest (2308.01263), OR-Bench
 (2405.20947)."""
 
 ROW_SETS = {
-    "beavertails-safe": PromptSet(
+    "beavertails-safe": PublicSet(
         "PKU-Alignment/BeaverTails", "safe", 27_186, "CC-BY-NC-4.0",
         response=("response",), category=(), split="30k_train", only=("is_safe", True),
     ),
-    "beavertails-unsafe": PromptSet(
+    "beavertails-unsafe": PublicSet(
         "PKU-Alignment/BeaverTails", "harmful", 27_186, "CC-BY-NC-4.0",
         response=("response",), category=(), split="30k_train", only=("is_safe", False),
     ),
-    "dolly": PromptSet(
+    "dolly": PublicSet(
         "databricks/databricks-dolly-15k", "ordinary", 15_011, "CC-BY-SA-3.0",
         prompt=("instruction",), response=("response",), only=("context", ""),
     ),
