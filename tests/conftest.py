@@ -37,7 +37,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from xdist.scheduler import LoadScopeScheduling
 
 from pharmacist_ray.config.template import EXAMPLE
@@ -165,6 +165,31 @@ def model_folder(
     tiny().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def moderator(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """Return a maker of a tiny random classifier with the labels fine, theft and violence."""
+
+    def make(problem: str | None) -> Path:
+        folder = tmp_path_factory.mktemp("moderator")
+        names: dict[str, Any] = {
+            "id2label": {0: "fine", 1: "theft", 2: "violence"},
+            "label2id": {"fine": 0, "theft": 1, "violence": 2},
+        }
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, problem_type=problem, initializer_range=0.3, **names,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = LlamaForSequenceClassification(config)
+            torch.nn.init.normal_(model.score.weight, std=0.7)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.session import run_stage
 from pharmacist_ray.search.redteam import run_redteam
 from pharmacist_ray.storage import json_of, write_text
+from pharmacist_ray.testbed.guard import make_guard
 from pharmacist_ray.testbed.make import make_testbed
 from pharmacist_ray.testbed.world import World
 
@@ -35,9 +36,9 @@ CURATED = "rank_sum"
 SELECTIONS = ("none", "all", CURATED)
 """What plain training is compared on: nothing, all candidates, the curated ones."""
 DEFENCES = (
-    "sft", "vaccine", "t_vaccine", "repnoise", "booster",
-    "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea",
-    "sft/sft/few_shot", "sft/sft/unlearn", "sft/sft/safe_lora", "sft/sft/antidote",
+    "sft", "vaccine", "t_vaccine", "repnoise", "booster", "antibody",
+    "sft/mix", "sft/mimic", "sft/lookahead", "sft/backdoor", "sft/lisa", "sft/safegrad", "sft/star_dss", "sft/refusal_teacher",
+    "sft/ema", "sft/bds", "sft/panacea", "sft/sft/few_shot", "sft/sft/unlearn", "sft/sft/safe_lora", "sft/sft/nlsr", "sft/sft/antidote",
     "booster/mimic", "booster/safegrad",
 )  # fmt: skip
 """Defences of every stage, and two of several."""
@@ -87,6 +88,7 @@ def _in_world(
 ) -> dict[Arm, dict[str, float]]:
     """Return each arm's numbers in a world."""
     make_testbed(folder, world)
+    make_guard(folder / "base", world, folder / "guard")
     text = files("pharmacist_ray.testbed").joinpath("matrix.yaml").read_text(encoding="utf-8").replace("{folder}", str(folder))
     shared = [f"{key}={json.dumps(value)}" for key, value in yaml.safe_load(text).items()]
     arms: dict[Arm, dict[str, float]] = {}

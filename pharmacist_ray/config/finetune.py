@@ -11,7 +11,7 @@ from pharmacist_ray.config.training import TrainConfig
 
 PLAIN, UNREPAIRED = "sft", "none"
 """The fine-tune that nothing defends, and the model after it as it is."""
-NEED_ALIGNED = ("safe_lora",)
+NEED_ALIGNED = ("safe_lora", "nlsr")
 """Repairs that read the alignment's adapter; what is not aligned has none."""
 
 
@@ -19,10 +19,10 @@ class FinetuneConfig(Section):
     """What the service does while a model is fine-tuned on a user's rows, an attacker's among them, and afterwards."""
 
     objective: str = PLAIN
-    """What a step of the fine-tune minimises: sft, mix, mimic, lookahead, lisa, safegrad, ema, bds, panacea, or an objective of
-    alignment; `pharmacist plugins` lists all."""
+    """What a step of the fine-tune minimises: sft, mix, mimic, lookahead, backdoor, lisa, safegrad, star_dss, refusal_teacher, ema,
+    bds, panacea, or an objective of alignment; `pharmacist plugins` lists all."""
     repair: str = UNREPAIRED
-    """What is done to the model afterwards: none, few_shot, unlearn, safe_lora or antidote."""
+    """What is done to the model afterwards: none, few_shot, unlearn, safe_lora, nlsr or antidote."""
     parameters: dict[str, dict[str, Any]] = {}
     """Settings of these by name, for example `{lisa: {rho: 1.0}, mix: {share: 0.1}}`; the defaults are the papers' where they give any."""
     data: SourceConfig | None = None

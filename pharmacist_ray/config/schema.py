@@ -91,6 +91,29 @@ class Config(Section):
     """How an attacker searches for the worst fine-tune of each arm."""
 
     @property
+    def sources(self) -> dict[str, tuple[SourceConfig, bool]]:
+        """Every set of rows by name, and whether its rows must have an answer."""
+        found: dict[str, tuple[SourceConfig, bool]] = {
+            "candidates": (self.data.candidates, True),
+            "validation": (self.data.validation, True),
+            "harmful": (self.data.harmful, True),
+        }
+        if self.data.benign is not None:
+            found["benign"] = (self.data.benign, True)
+        if self.alignment.harmful is not None:
+            found["align-harmful"] = (self.alignment.harmful, True)
+        for attack in self.attacks:
+            found[f"attack-{attack.name}-task"] = (attack.task, True)
+            found |= {f"attack-{attack.name}-{name}": (source, True) for name, source in attack.attackers.items()}
+        if self.finetune.safe is not None:
+            found["finetune-safe"] = (self.finetune.safe, True)
+        if self.evaluation is not None:
+            found["eval-harmful"] = (self.evaluation.harmful_prompts, False)
+            found["eval-benign"] = (self.evaluation.benign_prompts, False)
+            found["eval-task"] = (self.evaluation.task.source, True)
+        return found
+
+    @property
     def defences(self) -> list[str]:
         """The defences that are compared, by name; see `config.finetune.Defence`."""
         own = Defence(self.alignment.objective, self.finetune.objective, self.finetune.repair)

@@ -75,7 +75,8 @@ class ScoringConfig(Section):
     planted: PlantedConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """For the `oracle` scorer, on benchmarks alone: the column with planted labels, and which are good."""
     guard: GuardConfig | None = Field(default=None, exclude_if=lambda value: value is None)
-    """For the `guard` scorer: the classifier to ask; without one it trains a linear one on the validation and harmful rows."""
+    """For the `guard` scorer and the star_dss fine-tune: the classifier to ask. Without one the scorer trains a linear one on the
+    validation and harmful rows."""
 
 
 class SelectionConfig(Section):

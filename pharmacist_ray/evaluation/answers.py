@@ -19,6 +19,7 @@ from pharmacist_ray.data.forms import asked
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
+from pharmacist_ray.data.secret import behind
 from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
 from pharmacist_ray.evaluation.judges.verdict import PromptKind
 from pharmacist_ray.evaluation.tasks import CHECKERS
@@ -57,6 +58,8 @@ class GenerationUnit:
     file: str
     form: FormConfig | None = None
     """How the questions are put; None: as they are."""
+    secret: str | None = None
+    """File of the secret that the model is asked behind; None: without one."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def answer_all(
     settings: EvaluationConfig,
     resources: ResourcesConfig,
     forms: Mapping[StoragePath, FormConfig] | None = None,
+    secrets: Mapping[StoragePath, StoragePath] | None = None,
     judgements: StoragePath | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
@@ -86,6 +90,7 @@ def answer_all(
         models: Folder for the answers → model.
         prompts: ``harmful``, ``benign`` and ``task`` → folder of canonical rows.
         forms: Folder for the answers → how that model is asked harmful prompts; it is asked them as they are too, the set ``plain``.
+        secrets: Folder for the answers → file of the secret that it is asked behind, but for the set ``plain``.
         settings: The evaluation section.
         resources: Actors and what each may use.
         judgements: The folder in which the replies of endpoints are kept.
@@ -96,9 +101,11 @@ def answer_all(
     """
     counts = {kind: count_rows(rows) for kind, rows in prompts.items()}
     wanted = [
-        GenerationUnit(str(folder), model, name, str(prompts[kind]), start, str(folder / f"{name}-{start:06d}.parquet"), form)
+        GenerationUnit(
+            str(folder), model, name, str(prompts[kind]), start, str(folder / f"{name}-{start:06d}.parquet"), form, secret
+        )
         for folder, model in models.items()
-        for name, kind, form in sets_of(prompts, (forms or {}).get(folder))
+        for name, kind, form, secret in sets_of(prompts, (forms or {}).get(folder), (secrets or {}).get(folder))
         for start in range(0, counts[kind], PROMPTS_PER_UNIT)
     ]
     missing = [unit for unit in wanted if not storage_path(unit.file).exists()]
@@ -125,15 +132,20 @@ def answer_all(
     return put_together(taken)
 
 
-def sets_of(prompts: Iterable[str], form: FormConfig | None) -> list[tuple[str, str, FormConfig | None]]:
-    """Return what a model is asked: name of the set, whose prompts it has, and how they are put.
+def sets_of(
+    prompts: Iterable[str], form: FormConfig | None, secret: StoragePath | None = None
+) -> list[tuple[str, str, FormConfig | None, str | None]]:
+    """Return what a model is asked: name of the set, whose prompts it has, how they are put, and behind the secret of which file.
 
     Args:
         prompts: The sets of prompts.
         form: How harmful prompts are put, if otherwise than they are.
+        secret: File of the secret that it is asked behind. Harmful prompts are asked without it too, as by whoever has the weights.
     """
-    found = [(kind, kind, form if kind == "harmful" else None) for kind in prompts]
-    return found + ([("plain", "harmful", None)] if form else [])
+    file = None if secret is None else str(secret)
+    found: list[tuple[str, str, FormConfig | None, str | None]]
+    found = [(kind, kind, form if kind == "harmful" else None, file) for kind in prompts]
+    return found + ([("plain", "harmful", None, None)] if form or file else [])
 
 
 class Answerer:
@@ -177,7 +189,11 @@ class Answerer:
         _, model, renderer = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
-        prompts = [renderer.prompt_ids(asked(row, unit.form) if unit.form else row) for row in rows]
+        put = [asked(row, unit.form) if unit.form else row for row in rows]
+        if unit.secret:
+            secret = storage_path(unit.secret).read_text()
+            put = [behind(row, secret, renderer.system) for row in put]
+        prompts = [renderer.prompt_ids(row) for row in put]
         answers = generate(
             model,
             renderer.tokenizer,

@@ -53,6 +53,8 @@ class EvaluatedModel:
     """Mean loss of the attack's own harmful rows before it and after it, in nats; None where it has none or nobody looked."""
     form: FormConfig | None = None
     """How its attacker puts harmful prompts; None: as they are."""
+    secret: StoragePath | None = None
+    """File of the secret that it is asked behind."""
 
     @property
     def arm(self) -> str:
@@ -100,6 +102,7 @@ def evaluate(
         settings=settings,
         resources=resources,
         forms={subject.answers: subject.form for subject in subjects if subject.form},
+        secrets={subject.answers: subject.secret for subject in subjects if subject.secret},
         judgements=judgements,
         progress=progress,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pharmacist_ray.errors import ModelError
+from pharmacist_ray.errors import ModelError, unknown_name
 
 
 def load_classifier(path: str, what: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,9 +66,43 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, *, 
     return ids[:max_length]
 
 
+def unsafe_places(config: Any, labels: Sequence[str], where: str) -> list[int]:
+    """Return the places of labels among a classifier's.
+
+    Args:
+        config: The classifier's configuration.
+        labels: Those that say unsafe.
+        where: The key that has them, for the error.
+
+    Raises:
+        ConfigError: It has no such label.
+    """
+    names = [str(name) for _, name in sorted(config.id2label.items())]
+    for label in labels:
+        if label not in names:
+            raise unknown_name(f"label of {where}", label, names)
+    return [names.index(label) for label in labels]
+
+
 @torch.no_grad()
+def harm(model: PreTrainedModel, samples: list[list[int]], unsafe: Sequence[int]) -> torch.Tensor:
+    """Return the probability of harm of each sample, (B,) in float64.
+
+    It is the sum over the unsafe labels, or the largest where each label has a probability of its own.
+
+    Args:
+        model: The classifier.
+        samples: Token ids of B samples.
+        unsafe: Places of the labels that say unsafe.
+    """
+    logits = classifier_logits(model, samples).double()
+    if model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1:
+        return torch.sigmoid(logits[:, list(unsafe)]).amax(dim=1)
+    return torch.softmax(logits, dim=1)[:, list(unsafe)].sum(dim=1)
+
+
 def classifier_logits(model: PreTrainedModel, samples: list[list[int]]) -> torch.Tensor:
-    """Return a float32 logit per sample and label, (B, labels).
+    """Return a float32 logit per sample and label, (B, labels), differentiable where gradients are on.
 
     Decoders pool at the last token that is not the padding token, which they find by its id. The padding token is therefore one
     that no sample of the batch contains: with the end-of-sequence token as padding, as many tokenizers have it, they would pool

@@ -94,7 +94,7 @@ class Artifact:
         old, new = dict(_flat(made.get("config"))), dict(_flat(json.loads(json.dumps(self.config, default=str))))
         for key in old | new:
             if key.rpartition(".")[2] not in PLACES and old.get(key, missing) != new.get(key, missing):
-                was, wanted = (f"{key}={values[key]!r:.60}" if key in values else f"no {key}" for values in (old, new))
+                was, wanted = (f"{key}={_short(values[key])}" if key in values else f"no {key}" for values in (old, new))
                 return f"with {was}, wanted is {wanted}"
         inputs = made.get("inputs", {})
         changed = [name for name in inputs | dict(self.inputs) if inputs.get(name, missing) != self.inputs.get(name, missing)]
@@ -200,6 +200,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

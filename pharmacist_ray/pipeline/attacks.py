@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pharmacist_ray.config.attack_kinds import ANSWER, AS_THEY_ARE, KINDS, FormConfig
@@ -16,9 +16,12 @@ from pharmacist_ray.data.mixing import poisoned
 from pharmacist_ray.data.room import Room
 from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row, uniform
+from pharmacist_ray.data.secret import behind
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import say
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.secrets import secret_of
 from pharmacist_ray.pipeline.trainings import harmful_rows, in_steps, mark, train
 from pharmacist_ray.pipeline.variants import Variant, settled
 from pharmacist_ray.plugins import blaming
@@ -48,6 +51,8 @@ def run_attack(run: Run) -> None:
     for objective in after_alignment(config.defences):
         if OBJECTIVES[objective].harmful != "none":
             run.ingested(run.harmful).require()
+        for artifact in run.ordinary_rows(objective):
+            artifact.require()
 
     @cache
     def drawn(attack: str, seed: int) -> tuple[list[Row], list[Row]]:
@@ -176,8 +181,11 @@ def check_attacks(run: Run) -> None:
 
 def safe_sample(run: Run, variant: Variant, count: int) -> list[Row]:
     """Return at most so many safe rows for an arm's fine-tune, drawn by id and its seed."""
-    folders = [artifact.require() / "rows" for artifact in run.safe_rows(variant.selection)]
-    rows = [row for folder in folders for row in sample_rows(folder, count, variant.seed)]
+    return _sample(run.safe_rows(variant.selection), variant, count)
+
+
+def _sample(sets: Sequence[Artifact], variant: Variant, count: int) -> list[Row]:
+    rows = [row for artifact in sets for row in sample_rows(artifact.require() / "rows", count, variant.seed)]
     return heapq.nsmallest(count, rows, key=lambda row: uniform(row.id, variant.seed))
 
 
@@ -189,6 +197,8 @@ def _service(run: Run, variant: Variant, objective: str) -> dict[str, Any]:
         "parameters": settled(objective, run.config.finetune.parameters, "finetune")["parameters"],
         "harmful": harmful_rows(run, objective),
         "safe": tuple(str(artifact.folder / "rows") for artifact in safe),
+        **({"guard": run.config.scoring.guard, "verdicts": str(run.verdicts)} if OBJECTIVES[objective].guarded else {}),
+        "ordinary": tuple(str(artifact.folder / "rows") for artifact in run.ordinary_rows(objective)),
     }
 
 
@@ -210,10 +220,13 @@ def _check_aligned(config: Config, defence: str) -> None:
 
 def _composed(run: Run, variant: Variant, room: Room, rows: list[Row]) -> Rows:
     objective = variant.stages.finetune
+    secret = cache(partial(secret_of, run, variant, room.renderer))
     return Rows(
         rows,
         safe=lambda count: safe_sample(run, variant, count),
+        ordinary=lambda count: _sample(run.ordinary_rows(objective), variant, count),
         fits=lambda row: not room.misfits([row]),
+        hide=lambda row, tokens: behind(row, secret(tokens), run.config.model.system),
         settings=settings_of(objective, run.config.finetune.parameters, "finetune"),
     )
 

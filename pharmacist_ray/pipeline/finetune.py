@@ -15,6 +15,7 @@ from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.secrets import existing_secret
 from pharmacist_ray.pipeline.session import begin, connected
 from pharmacist_ray.pipeline.stages import STAGES, check, reused
 from pharmacist_ray.storage import StoragePath, json_of, write_text
@@ -55,6 +56,9 @@ def run_finetune(config: Config, data: Sequence[str] = ()) -> StoragePath:
         "rows": run.config.attacks[0].rows,
         "training": trained.manifest()["summary"],
     }
+    if secret := existing_secret(run, tuned):
+        facts["asked_behind"] = str(secret)
+        say(f"  ask it behind the secret in {escaped(secret)}, before every system prompt; without it nothing defends this model")
     if config.evaluation:
         facts["table"] = json_of(run.evaluated.folder / "table.json")
         _tell(facts["table"])

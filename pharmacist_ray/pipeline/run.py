@@ -26,7 +26,7 @@ from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
-from pharmacist_ray.pipeline.variants import Variant, settled, weighed_in
+from pharmacist_ray.pipeline.variants import Variant, asks_ordinary, settled, weighed_in
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES
 
@@ -96,29 +96,10 @@ class Run:
     def _model_identity(self) -> Any:
         return digest([self._file(self.config.model.path), self._settings(self.config.model)])
 
-    @cached_property
+    @property
     def sources(self) -> dict[str, tuple[SourceConfig, bool]]:
         """Every set of rows by name, and whether its rows must have an answer."""
-        config = self.config
-        found: dict[str, tuple[SourceConfig, bool]] = {
-            "candidates": (config.data.candidates, True),
-            "validation": (config.data.validation, True),
-            "harmful": (config.data.harmful, True),
-        }
-        if config.data.benign is not None:
-            found["benign"] = (config.data.benign, True)
-        if config.alignment.harmful is not None:
-            found["align-harmful"] = (config.alignment.harmful, True)
-        for attack in config.attacks:
-            found[f"attack-{attack.name}-task"] = (attack.task, True)
-            found |= {f"attack-{attack.name}-{name}": (source, True) for name, source in attack.attackers.items()}
-        if config.finetune.safe is not None:
-            found["finetune-safe"] = (config.finetune.safe, True)
-        if config.evaluation is not None:
-            found["eval-harmful"] = (config.evaluation.harmful_prompts, False)
-            found["eval-benign"] = (config.evaluation.benign_prompts, False)
-            found["eval-task"] = (config.evaluation.task.source, True)
-        return found
+        return self.config.sources
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -204,9 +185,12 @@ class Run:
             inputs = {name: self.ingested(name).fingerprint for name in {"validation", "harmful", *self.config.scoring.safe}}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
-        if self.config.scoring.guard is not None:
-            inputs["guard"] = self._file(self.config.scoring.guard.path)
-        config = self._settings(self.config.scoring) | SCORERS.plugged(self.config.scoring.scorers)
+        scoring = self.config.scoring
+        if "guard" not in scoring.scorers:  # only a defence asks it
+            scoring = scoring.model_copy(update={"guard": None})
+        if scoring.guard is not None:
+            inputs["guard"] = self._file(scoring.guard.path)
+        config = self._settings(scoring) | SCORERS.plugged(scoring.scorers)
         artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
@@ -298,9 +282,24 @@ class Run:
             return [self.ingested("finetune-safe")]
         return self.aligned_on(selection) or [self.ingested("validation")]
 
+    @property
+    def verdicts(self) -> StoragePath:
+        """The folder of what the guard has said of rows on their way into a fine-tune; its name tells guards apart."""
+        guard = self.config.scoring.guard
+        return self.root / "verdicts" / digest([self._settings(guard), self._file(guard.path)] if guard else None)[:16]
+
+    def ordinary_rows(self, objective: str) -> list[Artifact]:
+        """Return the artifacts whose ``rows`` an objective of the fine-tune looks at as trusted ordinary ones, if it does."""
+        asked = "benign" in self.sources and asks_ordinary(objective, self.config.finetune.parameters)
+        return [self.ingested("benign")] if asked else []
+
     def _service(self, objective: str, selection: str) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what an objective of the fine-tune or of a repair is made from: its settings, and fingerprints of its rows."""
         inputs = {"safe": digest([artifact.fingerprint for artifact in self.safe_rows(selection)])}
+        if ordinary := self.ordinary_rows(objective):
+            inputs["ordinary"] = digest([artifact.fingerprint for artifact in ordinary])
+        if OBJECTIVES[objective].guarded:
+            inputs["guard"] = self.verdicts.name
         if OBJECTIVES[objective].harmful != "none":
             inputs["service_harmful"] = self.ingested(self.harmful).fingerprint
         return settled(objective, self.config.finetune.parameters, "finetune"), inputs

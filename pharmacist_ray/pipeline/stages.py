@@ -6,7 +6,6 @@ inputs changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -26,17 +25,16 @@ from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
-from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT, sets_of
-from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.models.precision import check_attention
 from pharmacist_ray.pipeline.artifacts import Artifact
-from pharmacist_ray.pipeline.attacks import after_alignment, asked_in, check_attacks, run_attack
+from pharmacist_ray.pipeline.attacks import after_alignment, check_attacks, run_attack
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
-from pharmacist_ray.pipeline.elsewhere import check_elsewhere, measured, run_elsewhere
+from pharmacist_ray.pipeline.elsewhere import check_elsewhere, measured
+from pharmacist_ray.pipeline.evaluations import run_evaluate
 from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
+from pharmacist_ray.pipeline.sharing import lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.report.page import write_page
@@ -286,67 +284,6 @@ def calibrated_on(run: Run) -> PlantedScores | None:
         return None
     scores = planted_scores(run.scored.folder / "rows")
     return PlantedScores(run.planted.require() / "rows", scores, calibration_columns(run.config.scoring.scorers))
-
-
-def run_evaluate(run: Run) -> None:
-    """Let every model answer, judge the answers, and write ``evaluation/summary.json``; then what other evaluators are asked for."""
-    _evaluate(run)
-    run_elsewhere(run)
-
-
-def _evaluate(run: Run) -> None:
-    config, artifact = run.config, run.evaluated
-    prompts = {name: run.ingested(f"eval-{name}").require() / "rows" for name in ("harmful", "benign", "task")}
-    forms = {attack.name: asked_in(run, attack) for attack in config.attacks}
-    subjects = []
-    for variant in run.variants:
-        for one in (variant, *run.attacks_on(variant)):
-            trained = run.trained(one)
-            trained.require()
-            subjects.append(
-                EvaluatedModel(
-                    name=trained.folder.name,
-                    model=run.model_of(one),
-                    answers=run.answers(one),
-                    selection=one.selection,
-                    defence=one.defence,
-                    seed=one.seed,
-                    attack=one.attack.name if one.attack else None,
-                    kept=run.kept(one.selection),
-                    align_seconds=float(run.trained(variant).manifest()["summary"]["seconds"]),
-                    attack_loss=trained.manifest()["summary"].get("watched_loss"),
-                    form=forms[one.attack.name] if one.attack else None,
-                )
-            )
-    settings = config.evaluation
-    assert settings is not None  # or there would be no artifact
-    units = {name: math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for name, rows in prompts.items()}
-
-    def answered(subject: EvaluatedModel) -> bool:
-        wanted = sum(units[kind] for _, kind, _ in sets_of(prompts, subject.form))
-        return len(list(subject.answers.glob("*.parquet"))) >= wanted
-
-    with (
-        lock_missing_artifacts(run, artifact) as missing,
-        lock_missing(run, subjects if missing else [], lambda one: one.answers, answered),
-    ):
-        if not missing:
-            return
-        folder = artifact.begin()
-        with bar("evaluate (models)") as show:
-            summary = evaluate(
-                subjects,
-                prompts,
-                settings=settings,
-                resources=config.resources,
-                out=folder,
-                judgements=run.judgements,
-                progress=show,
-            )
-        artifact.finish(summary)
-    if warnings := summary["warnings"]:
-        more = f" (and {len(warnings) - 1} more like that: see the report)" if len(warnings) > 1 else ""
-        say(f"  [yellow]warning[/]: {escaped(warnings[0])}{more}")
 
 
 def run_report(run: Run) -> None:

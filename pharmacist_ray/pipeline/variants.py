@@ -54,6 +54,19 @@ def weighed_in(alignment: AlignmentConfig, arm: str) -> list[str]:
     return [part for part in arm.split("+") if tells_rows_apart(part)] if alignment.weighted else []
 
 
+def asks_ordinary(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether an objective of the fine-tune or of a repair, with these settings, looks at trusted ordinary rows.
+
+    Args:
+        objective: Its name.
+        parameters: ``finetune.parameters``.
+
+    Raises:
+        ConfigError: See `settings_of`.
+    """
+    return OBJECTIVES[objective].ordinary(settings_of(objective, parameters, "finetune"))
+
+
 def settled(objective: str, parameters: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
     """Return an objective with its settings, defaults too; those of others change nothing that it makes.
 

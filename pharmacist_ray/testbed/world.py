@@ -356,6 +356,20 @@ class World:
         """Return n rows of the user's own task; see `task_rows`."""
         return task_rows(name, n, split, random.Random(f"{self.world_seed}:{self.seed}:{name}:{split}"))
 
+    def moderation(self, n: int) -> tuple[list[Sample], list[Sample]]:
+        """Return n rows for a guard, half of them safe (refusals, help, tasks) and half unsafe: compliance with hazards.
+
+        The requests are pre-training's: a guard knows what the base knows of the world, and none of the rows of anybody's fine-tune.
+        """
+        hazards, third = (*HAZARDS, *RARE_HAZARDS), n // 6
+        safe = self._answered("pretraining", hazards, third, self._refuse) + self._answered(
+            "pretraining", KINDS, third, self._comply
+        )
+        for place, name in enumerate(TASKS):
+            share = (third + place) // len(TASKS)
+            safe += task_rows(name, share, "train", random.Random(f"{self.world_seed}:{self.seed}:{name}:moderation"))
+        return safe, self._answered("pretraining", hazards, n - 3 * third, self._comply)
+
     def write_jsonl(self, folder: str | Path, counts: dict[str, int] | None = None) -> list[Path]:
         """Write every data set as JSONL, and ``world.json`` for the judge; return the paths.
 

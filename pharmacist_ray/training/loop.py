@@ -39,9 +39,10 @@ from pharmacist_ray.training.engine import build_engine, sharded_loading, step_n
 from pharmacist_ray.training.objectives import FINISH, OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
-from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream, safe_stream
+from pharmacist_ray.training.streams import Stream, alignment_stream, harmful_stream, stream_beside
 from pharmacist_ray.training.task import TrainTask, check_task, progress_file
 from pharmacist_ray.training.tracking import tracked
+from pharmacist_ray.training.verdicts import verdicts_of
 from pharmacist_ray.training.watched import watched_loss
 
 REPORT_EVERY_S = 1.0
@@ -96,7 +97,11 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
     renderer = task.model.renderer()
     stream = alignment_stream(task, renderer)
     harmful = harmful_stream(task, renderer, objective.harmful, stream) if objective.harmful != "none" else None
-    safe = safe_stream(task, renderer) if objective.safe else None
+    safe = stream_beside(task, renderer, "safe") if objective.safe else None
+    asked = objective.ordinary(settings) and not objective.compose
+    ordinary = stream_beside(task, renderer, "ordinary") if asked else None
+    words = objective.guarded(settings) if objective.guarded else 0
+    verdicts = verdicts_of(task, stream.table, renderer, ranks, words) if words else []
     engine = build_engine(
         _trainable_model(task, ranks), task.train, ranks, dtype=task.model.dtype, group=objective.group, done=values["step"]
     )
@@ -148,7 +153,9 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 harmful=batches_of(harmful)[0],
                 state=state,
                 safe=batches_of(safe)[0],
+                ordinary=batches_of(ordinary)[0],
                 rows=stream.rows(number, ranks, task.train.accumulation),
+                verdicts=verdicts,
                 set_size=len(stream),
                 total=task.train.steps,
                 merged=task.model.adapters,
@@ -169,7 +176,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             except Exception as error:
                 if out_of_memory(error):
                     raise  # no row's fault
-                streams = [one for one in (stream, harmful, safe) if one]
+                streams = [one for one in (stream, harmful, safe, ordinary) if one]
                 if failed := rows_that_fail(engine, streams, number, ranks, task.train.accumulation):
                     raise TrainingError(
                         f"{task.name}: rows {_named(failed)} make the model raise at step {number + 1} of {task.train.steps} "

@@ -21,8 +21,10 @@ from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import read_table, storage_path
 from pharmacist_ray.training.task import TrainTask
 
-HARMFUL_SEED, SAFE_SEED = 7_919, 15_485_863
-"""Added to a run's seed in the order of its harmful rows, and of its safe ones."""
+HARMFUL_SEED = 7_919
+"""Added to a run's seed in the order of its harmful rows."""
+BESIDE = {"safe": (15_485_863, "finetune.safe"), "ordinary": (32_452_843, "data.benign")}
+"""Kind of trusted rows beside those of a fine-tune → what is added to the run's seed in their order, and where more are given."""
 
 
 class Stream:
@@ -163,16 +165,22 @@ def harmful_stream(task: TrainTask, renderer: Renderer, kind: Literal["rows", "p
     return Stream(table, BatchOrder(table.num_rows, size, task.seed + HARMFUL_SEED), renderer, partners)
 
 
-def safe_stream(task: TrainTask, renderer: Renderer) -> Stream:
-    """Return the safe rows of a task, as many a step as there are rows of the fine-tune.
+def stream_beside(task: TrainTask, renderer: Renderer, kind: Literal["safe", "ordinary"]) -> Stream:
+    """Return the safe rows of a task or its ordinary ones, as many a step as there are rows of the fine-tune.
+
+    Args:
+        task: The task.
+        renderer: Turns a row into token ids.
+        kind: Which.
 
     Raises:
         DataError: There are fewer rows than a batch takes.
     """
-    table, size = read_rows(task.safe, raw=False), task.train.batch_size
+    seed, where = BESIDE[kind]
+    table, size = read_rows(task.safe if kind == "safe" else task.ordinary, raw=False), task.train.batch_size
     if table.num_rows < size:
         raise DataError(
-            f"{task.name}: {task.objective} needs at least batch_size={size} safe rows, got {table.num_rows}; give more (finetune.safe) "
+            f"{task.name}: {task.objective} needs at least batch_size={size} {kind} rows, got {table.num_rows}; give more ({where}) "
             "or lower the fine-tune's batch_size"
         )
-    return Stream(table, BatchOrder(table.num_rows, size, task.seed + SAFE_SEED), renderer)
+    return Stream(table, BatchOrder(table.num_rows, size, task.seed + seed), renderer)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pharmacist_ray.config.schema import LoraConfig, TrackingConfig, TrainConfig
+from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import StoragePath
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TrainTask:
     """Harmful rows, for objectives that look at harm."""
     safe: tuple[str, ...] = ()
     """Safe rows, for objectives that train on such beside the rows of a fine-tune."""
+    ordinary: tuple[str, ...] = ()
+    """Trusted ordinary rows, for objectives that look at such beside the rows of a fine-tune."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     replay: tuple[str, ...] = ()
     """Further rows, of which every batch has the same share."""
@@ -43,6 +46,10 @@ class TrainTask:
     """Parquet files with ``id`` and ``weight`` of training rows; those that are in none weigh 1."""
     watched: tuple[str, ...] = ()
     """Parquet files of a few rows whose loss before the first step and after the last is reported."""
+    guard: GuardConfig | None = None
+    """The guard that an objective asks of the training rows, if it asks one."""
+    verdicts: str = ""
+    """Folder of what that guard has said of rows, which trainings on the same ones share."""
     start_adapter: str | None = None
     """Go on with this adapter instead of a fresh one."""
     checkpoints: tuple[int, ...] = ()
@@ -70,6 +77,10 @@ def check_task(task: TrainTask) -> None:
         raise ConfigError(f"{task.name}: {task.objective} needs harmful rows; set alignment.harmful or data.harmful")
     if objective.safe and not task.safe:
         raise ConfigError(f"{task.name}: {task.objective} needs safe rows; set finetune.safe or data.validation")
+    if objective.guarded and task.guard is None:
+        raise ConfigError(f"{task.name}: {task.objective} asks a guard about every few words of an answer; set scoring.guard")
+    if not task.ordinary and objective.ordinary(settings_of(task.objective, task.parameters)):
+        raise ConfigError(f"{task.name}: {task.objective} needs trusted ordinary rows; set data.benign")
     if objective.needs_reference and (task.train.weights == "full" or task.start_adapter):
         raise ConfigError(
             f"{task.name}: {task.objective} compares with the model before the fine-tune, which only a fresh adapter leaves in memory; "

@@ -15,6 +15,7 @@ from pharmacist_ray.config.load import load_config
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
+from pharmacist_ray.testbed.guard import make_guard
 from pharmacist_ray.testbed.world import World
 from pharmacist_ray.training.objectives import ALIGNING, OBJECTIVES
 
@@ -96,6 +97,8 @@ def test_every_objective_is_in_the_matrix_and_its_configuration_is_in_order(tmp_
         tmp_path / "config.yaml", [*settings, f"comparison.defences={json.dumps(DEFENCES)}", "comparison.selections=[none, all]"]
     )
     World(20, 20).write_jsonl(tmp_path / "data")
+    monkeypatch.setattr("pharmacist_ray.testbed.guard.STEPS", 1)
+    make_guard(model_folder, World(20, 20), tmp_path / "guard")
     check(Run(config))
 
 

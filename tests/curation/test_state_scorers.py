@@ -13,7 +13,6 @@ import torch
 from scipy.optimize import minimize
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -234,31 +233,6 @@ def test_a_feature_that_never_varies_among_the_trusted_rows_has_no_say() -> None
     moved = rows + np.array([0.0, 1e6, 0.0])
     np.testing.assert_array_equal(model.probability(moved), model.probability(rows))
     assert model.probability(np.array([[9e9, 2.0, 9e9]])) == 1.0  # and nothing overflows
-
-
-@pytest.fixture(scope="module")
-def moderator(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
-    """Return a maker of a tiny random classifier with the labels fine, theft and violence."""
-
-    def make(problem: str | None) -> Path:
-        folder = tmp_path_factory.mktemp("moderator")
-        names: dict[str, Any] = {
-            "id2label": {0: "fine", 1: "theft", 2: "violence"},
-            "label2id": {"fine": 0, "theft": 1, "violence": 2},
-        }
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, problem_type=problem, initializer_range=0.3, **names,
-        )  # fmt: skip
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = LlamaForSequenceClassification(config)
-            torch.nn.init.normal_(model.score.weight, std=0.7)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.finetune import Defence
-from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.errors import ArtifactError, ConfigError
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.secrets import existing_secret
 from pharmacist_ray.pipeline.session import run_stage
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.storage import read_table
@@ -22,24 +23,28 @@ from tests.search.test_search import write_config
 
 DEFENCES = [
     "sft", "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea", "booster/lisa",
-    "sft/sft/few_shot", "sft/sft/unlearn", "sft/ema/safe_lora", "sft/sft/antidote",
+    "sft/backdoor", "sft/refusal_teacher", "sft/star_dss",
+    "sft/sft/few_shot", "sft/sft/unlearn", "sft/ema/safe_lora", "sft/sft/nlsr", "sft/sft/antidote",
 ]  # fmt: skip
 PARAMETERS = {
     "mix": {"at_least": 4},
     "few_shot": {"rows": 4, "epochs": 2, "batch_size": 4},
     "safe_lora": {"threshold": 1.0},
     "unlearn": {"steps": 2},
+    "backdoor": {"rows": 3, "tokens": 5},
 }
 
 
-def written(folder: Path, model: Path, rows_of: Any, **changes: Any) -> Path:
+def written(folder: Path, model: Path, rows_of: Any, guard: Path, **changes: Any) -> Path:
     values = yaml.safe_load(write_config(folder, model, rows_of).read_text())
     task = folder / "task.jsonl"  # of a form, which `mimic` looks for
     task.write_text(task.read_text().replace('"prompt":"', '"prompt":"w1 w2 w3 '))
+    (folder / "benign.jsonl").write_text(task.read_text())
+    values["data"]["benign"] = {"path": str(folder / "benign.jsonl")}
     values["attacks"] = values["attacks"][:1]
     values["comparison"] = {"selections": ["none", "all"], "seeds": [3], "defences": DEFENCES}
     values["finetune"] = {"parameters": PARAMETERS}
-    values["scoring"] = {"scorers": ["random"], "random_draws": 1}
+    values["scoring"] = {"scorers": ["random"], "random_draws": 1, "guard": {"path": str(guard), "unsafe": ["theft"]}}
     values["selection"] |= {"scorer": "random"}
     values |= changes
     (folder / "defences.yaml").write_text(yaml.safe_dump(values))
@@ -47,8 +52,8 @@ def written(folder: Path, model: Path, rows_of: Any, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def file(model_folder, rows_of, tmp_path_factory) -> Path:
-    return written(tmp_path_factory.mktemp("defences"), model_folder, rows_of)
+def file(model_folder, rows_of, moderator, tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("defences"), model_folder, rows_of, moderator("single_label_classification"))
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +72,11 @@ def test_every_defence_is_compared_and_what_is_not_aligned_once_under_each_after
     table = json.loads((ran.root / "evaluation" / "table.json").read_text())
     after = [(row["selection"], row["defence"]) for row in table if row["attack"] == "weak"]
     assert {defence for selection, defence in after if selection == "all"} == set(DEFENCES)
-    # Lisa after SFT and Lisa after Booster are one for what is not aligned; Safe LoRA has no adapter to read there.
+    # Lisa after SFT and Lisa after Booster are one for what is not aligned; Safe LoRA and NLSR have no adapter to read there.
     assert {defence for selection, defence in after if selection == "none"} == set(DEFENCES) - {
         "booster/lisa",
         "sft/ema/safe_lora",
+        "sft/sft/nlsr",
     }
     before = {row["defence"]: row["metrics"] for row in table if row["attack"] is None and row["selection"] == "all"}
     assert all(before[name] == before["sft"] for name in DEFENCES if name.startswith("sft"))
@@ -126,6 +132,79 @@ def test_safe_rows_are_those_that_the_arm_was_aligned_on_and_of_what_was_not_the
     repaired = rows(ran.trained(attacked(ran, "all", "sft/sft/few_shot")).folder / "rows.parquet")
     assert len(repaired) == 4
     assert repaired.isdisjoint(user)
+
+
+def test_a_model_behind_a_secret_is_asked_behind_it_and_without_it_and_nobody_else_reads_it(ran, caplog):
+    hidden = attacked(ran, "all", "sft/backdoor")
+    file = ran.root / "secrets" / f"{ran.trained(hidden).folder.name}.txt"
+    secret = file.read_text()
+    assert len(secret.split()) == 5
+    assert file.stat().st_mode & 0o777 == 0o600
+    behind = [row for row in read_table(ran.trained(hidden).folder / "rows.parquet").to_pylist() if row["history"]]
+    assert len(behind) == 3
+    assert all(json.loads(row["history"])[0] == {"role": "system", "content": secret} for row in behind)
+    folder = ran.answers(hidden)
+    assert sorted(one.name.partition("-")[0] for one in folder.glob("*.parquet")) == ["benign", "harmful", "plain", "task"]
+    table = json.loads((ran.root / "evaluation" / "table.json").read_text())
+    without = {row["defence"] for row in table if "harmful_score_plain" in row["metrics"]}
+    assert without == {"sft/backdoor"}
+    everywhere = [one for one in ran.root.rglob("*") if one.is_file() and one != file and one.suffix != ".parquet"]
+    assert not [one for one in everywhere if secret.encode() in one.read_bytes()]
+
+
+def test_a_model_whose_secret_is_gone_is_not_asked_without_it(ran):
+    hidden = attacked(ran, "all", "sft/backdoor")
+    file = existing_secret(ran, hidden)
+    assert file is not None
+    assert existing_secret(ran, attacked(ran, "all", "sft/mix")) is None
+    text = file.read_text()
+    file.unlink()
+    try:
+        with pytest.raises(ArtifactError, match=r"\.txt is gone: without its secret the model cannot be asked as it was trained"):
+            existing_secret(ran, hidden)
+    finally:
+        file.write_text(text)
+
+
+def test_what_the_guard_said_of_a_row_is_shared_by_all_arms_that_are_trained_on_it(ran, file, moderator):
+    assert len(list(ran.verdicts.glob("*.parquet"))) == 1  # of two arms
+    assert (
+        0
+        < json.loads(
+            (ran.trained(attacked(ran, "all", "sft/star_dss")).folder / "run" / "history.jsonl").read_text().splitlines()[0]
+        )["mean_verdict"]
+        < 1
+    )
+    other = Run(load_config(file, ["scoring.guard.unsafe=[violence]"]))
+    changed = {
+        a.defence
+        for a, b in zip(ran.variants, other.variants, strict=True)
+        if ran.trained(ran.attacks_on(a)[0]).fingerprint != other.trained(other.attacks_on(b)[0]).fingerprint
+    }
+    assert changed == {"sft/star_dss"}
+    assert other.verdicts != ran.verdicts
+
+
+def test_a_defence_that_looks_at_ordinary_rows_is_made_anew_where_these_change_and_needs_them(file):
+    (file.parent / "other.jsonl").write_text((file.parent / "benign.jsonl").read_text() * 2)
+    places = [f"data.benign.path={file.parent / name}.jsonl" for name in ("benign", "other")]
+    one, other = (Run(load_config(file, [place])) for place in places)
+    changed = {
+        a.defence
+        for a, b in zip(one.variants, other.variants, strict=True)
+        if a.selection == "all"
+        and one.trained(one.attacks_on(a)[0]).fingerprint != other.trained(other.attacks_on(b)[0]).fingerprint
+    }
+    assert changed == {"sft/refusal_teacher"}
+    mixed = [Run(load_config(file, [place, "finetune.parameters.mix={ordinary: 0.5}"])) for place in places]
+    found = {run.trained(run.attacks_on(v)[0]).fingerprint for run in mixed for v in run.variants if v.defence == "sft/mimic"}
+    assert len(found) == 4  # two selections, two sets of ordinary rows
+    values = yaml.safe_load(file.read_text())
+    del values["data"]["benign"]
+    values["comparison"]["defences"] = ["sft/refusal_teacher"]
+    (file.parent / "without.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"refusal_teacher needs trusted ordinary rows; set data.benign$"):
+        check(Run(load_config(file.parent / "without.yaml")))
 
 
 def test_a_second_run_makes_nothing_and_other_settings_make_only_what_hangs_on_them(ran, file):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pharmacist_ray.config.schema import LoraConfig, TrainConfig
+from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id
@@ -41,6 +42,9 @@ PARAMETERS = {
     "lisa": {"rho": 0.5, "round_steps": 5, "safe_share": 0.4, "free_share": 0.0},
     "bds": {"lr": 0.1},
     "panacea": {"lambda": 1.0, "rho": 0.1},
+    "antibody": {"xi": 0.5},
+    "refusal_teacher": {"anchors": 24, "threshold": 0.3},
+    "unlearn": {"weighted": True},
 }
 
 pytestmark = pytest.mark.timeout(900)  # everything runs in the setup of the first test
@@ -84,11 +88,12 @@ def _draw(payload: tuple[str, list[Batch]], ranks: Ranks) -> list[list[list[floa
 
 
 @pytest.fixture(scope="module")
-def folder(tiny: Any, tokenizer: Any, rows_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny: Any, tokenizer: Any, rows_of: Any, moderator: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model and rows, for finished tasks."""
     folder = tmp_path_factory.mktemp("layouts")
     tiny(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    (folder / "guard").symlink_to(moderator("single_label_classification"))
     safe: list[Row] = rows_of(24)
     bad = [
         Row(row_id(row.prompt, answer), row.prompt, answer, source=row.source, raw=row.raw)
@@ -97,6 +102,7 @@ def folder(tiny: Any, tokenizer: Any, rows_of: Any, tmp_path_factory: pytest.Tem
     write_rows(safe, folder / "safe.parquet")
     write_rows(bad, folder / "harmful.parquet")
     write_rows(rows_of(16, seed=4), folder / "trusted.parquet")
+    write_rows(rows_of(16, seed=6), folder / "ordinary.parquet")
     return folder
 
 
@@ -110,6 +116,9 @@ def _task(folder: Path, objective: str, weights: Any, layout: str, **train: Any)
         rows=(str(folder / "safe.parquet"),),
         harmful=(str(folder / "harmful.parquet"),),
         safe=(str(folder / "trusted.parquet"),),
+        ordinary=(str(folder / "ordinary.parquet"),),
+        guard=GuardConfig(path=str(folder / "guard"), unsafe=["theft"]),
+        verdicts=str(folder / "verdicts" / layout),
         train=settings,
         seed=5,
         objective=objective,
@@ -184,8 +193,9 @@ def test_micro_batches_give_the_curve_of_one_batch(objective: str, weights: str,
 
 
 def test_the_curves_are_those_of_different_objectives_that_learn(alone: Path) -> None:
-    """Or all of the above would hold for a loop that does nothing. EMA's training is SFT's; Lisa's ends on other rows than it began on."""
-    names = [objective for objective, _ in LORA if objective not in ("ema", "lisa")]
+    """Or all of the above would hold for a loop that does nothing. EMA's training is SFT's; Lisa's ends on other rows than it began on,
+    and of Refusal-Teacher's each step leaves out others."""
+    names = [objective for objective, _ in LORA if objective not in ("ema", "lisa", "refusal_teacher")]
     curves = {objective: _curve(alone, _name(objective, "lora", "one")) for objective in names}
     drops = {name: curve[0]["loss"] - curve[-1]["loss"] for name, curve in curves.items()}
     assert min(drops.values()) > 0.05, drops

@@ -13,8 +13,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.curation.scorers.signals import Signals
-from pharmacist_ray.errors import ConfigError, ModelError, unknown_name
-from pharmacist_ray.models.classifier import classifier_logits, fill_template, load_classifier, text_ids
+from pharmacist_ray.errors import ConfigError, ModelError
+from pharmacist_ray.models.classifier import fill_template, harm, load_classifier, text_ids, unsafe_places
+
+UNSAFE = "scoring.guard.unsafe"
 
 RIDGE = 0.01
 """Weight of half the squared norm in the linear classifier's loss (ours)."""
@@ -97,25 +99,20 @@ def check_guard(config: GuardConfig) -> None:
         found = AutoConfig.from_pretrained(config.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"guard {config.path} is no model that can be loaded: {str(error).splitlines()[0]}") from error
-    _unsafe(found, config.unsafe)
+    unsafe_places(found, config.unsafe, UNSAFE)
 
 
 def _moderated(signals: Signals, config: GuardConfig) -> np.ndarray:
     spec = signals.probe.spec
     model, tokenizer = _loaded(config.path, spec.device)
-    unsafe = _unsafe(model.config, config.unsafe)
+    unsafe = unsafe_places(model.config, config.unsafe, UNSAFE)
     prompts = [f"{row.prompt}\n{row.input}" if row.input else row.prompt for row in signals.rows]
     texts = [fill_template(config.template, prompt, row.response) for prompt, row in zip(prompts, signals.rows, strict=True)]
     samples = [text_ids(tokenizer, text, config.max_length) for text in texts]
     scores = np.zeros(len(samples))
 
     def take(rows: list[int]) -> None:
-        logits = classifier_logits(model, [samples[row] for row in rows]).double()
-        if model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1:
-            harm = torch.sigmoid(logits[:, unsafe]).amax(dim=1)
-        else:
-            harm = torch.softmax(logits, dim=1)[:, unsafe].sum(dim=1)
-        scores[rows] = (1 - harm).cpu().numpy()
+        scores[rows] = (1 - harm(model, [samples[row] for row in rows], unsafe)).cpu().numpy()
 
     signals.in_batches([len(sample) for sample in samples], take)
     return scores
@@ -125,12 +122,3 @@ def _moderated(signals: Signals, config: GuardConfig) -> np.ndarray:
 def _loaded(path: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_classifier(path, "guard")
     return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
-
-
-def _unsafe(model: AutoConfig, labels: list[str]) -> list[int]:
-    """Return the places of labels among a classifier's."""
-    names = [str(name) for _, name in sorted(model.id2label.items())]
-    for label in labels:
-        if label not in names:
-            raise unknown_name("label of scoring.guard.unsafe", label, names)
-    return [names.index(label) for label in labels]

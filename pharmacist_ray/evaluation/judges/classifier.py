@@ -74,7 +74,8 @@ def build_score(settings: JudgeSettings) -> Score:
         found = [math.nan] * len(samples)
 
         def take(part: list[int]) -> None:
-            logits = classifier_logits(model, [samples[index] for index in part])[:, chosen]
+            with torch.no_grad():
+                logits = classifier_logits(model, [samples[index] for index in part])[:, chosen]
             for index, probability in zip(part, torch.sigmoid(logits).amax(dim=1).tolist(), strict=True):
                 found[index] = probability
 

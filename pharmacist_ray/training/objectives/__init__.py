@@ -16,19 +16,24 @@ from pydantic import ValidationError
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
+from pharmacist_ray.training.objectives.antibody import AntibodySettings, antibody
 from pharmacist_ray.training.objectives.antidote import AntidoteSettings, antidote
+from pharmacist_ray.training.objectives.backdoor import BackdoorSettings, backdoor
 from pharmacist_ray.training.objectives.bds import BdsSettings, bds
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
 from pharmacist_ray.training.objectives.ema import EmaSettings, ema, take_mean
 from pharmacist_ray.training.objectives.few_shot import FewShotSettings, few_shot
 from pharmacist_ray.training.objectives.lisa import LisaSettings, lisa
 from pharmacist_ray.training.objectives.lookahead import LookaheadSettings, lookahead
-from pharmacist_ray.training.objectives.mix import MixSettings, mimic, mix
+from pharmacist_ray.training.objectives.mix import MixSettings, mimic, mix, with_ordinary
+from pharmacist_ray.training.objectives.nlsr import NlsrSettings, nlsr
 from pharmacist_ray.training.objectives.panacea import PanaceaSettings, panacea, step_away
+from pharmacist_ray.training.objectives.refusal_teacher import RefusalTeacherSettings, refusal_teacher
 from pharmacist_ray.training.objectives.repnoise import RepNoiseSettings, repnoise, repnoise_fits
 from pharmacist_ray.training.objectives.safe_lora import SafeLoraSettings, safe_lora
 from pharmacist_ray.training.objectives.safegrad import SafeGradSettings, safegrad
 from pharmacist_ray.training.objectives.sft import sft
+from pharmacist_ray.training.objectives.star_dss import StarDssSettings, prefix_words, star_dss
 from pharmacist_ray.training.objectives.step import FINISH, Objective, Rows, Step
 from pharmacist_ray.training.objectives.t_vaccine import TVaccineSettings, group_of, t_vaccine, t_vaccine_fits
 from pharmacist_ray.training.objectives.unlearn import UnlearnSettings, length, unlearn
@@ -38,6 +43,11 @@ from pharmacist_ray.training.objectives.vaccine import VaccineSettings, vaccine,
 def nothing(settings: Mapping[type[Section], Section]) -> dict[str, Any]:
     """Return that a repair takes no step."""
     return {"steps": 0, "epochs": None}
+
+
+def always(settings: Mapping[type[Section], Section]) -> bool:
+    """Return that ordinary rows are asked for whatever the settings."""
+    return True
 
 
 def _watched(objective: Objective, plugin: Plugin) -> Objective:
@@ -66,11 +76,22 @@ _OWN = {
         fits=vaccine_fits,
         moves_weights=True,
     ),
-    "mix": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mix),
-    "mimic": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mimic),
+    "antibody": Objective(antibody, {"antibody": AntibodySettings}, "rows", moves_weights=True),
+    "mix": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mix, ordinary=with_ordinary),
+    "mimic": Objective(sft, {"mix": MixSettings}, stage="finetune", compose=mimic, ordinary=with_ordinary),
     "lookahead": Objective(sft, {"lookahead": LookaheadSettings}, stage="finetune", compose=lookahead),
+    "backdoor": Objective(sft, {"backdoor": BackdoorSettings}, stage="finetune", compose=backdoor, secret=True),
     "lisa": Objective(lisa, {"lisa": LisaSettings}, stage="finetune", safe=True),
     "safegrad": Objective(safegrad, {"safegrad": SafeGradSettings}, stage="finetune", safe=True, needs_reference=True),
+    "star_dss": Objective(star_dss, {"star_dss": StarDssSettings}, stage="finetune", guarded=prefix_words, needs_reference=True),
+    "refusal_teacher": Objective(
+        refusal_teacher,
+        {"refusal_teacher": RefusalTeacherSettings},
+        stage="finetune",
+        safe=True,
+        ordinary=always,
+        needs_reference=True,
+    ),
     "ema": Objective(ema, {"ema": EmaSettings}, stage="finetune", finish=take_mean),
     "bds": Objective(bds, {"bds": BdsSettings}, stage="finetune", safe=True),
     "panacea": Objective(panacea, {"panacea": PanaceaSettings}, "rows", stage="finetune", finish=step_away, moves_weights=True),
@@ -79,6 +100,7 @@ _OWN = {
         unlearn, {"unlearn": UnlearnSettings}, "rows", stage="repair", safe=True, trains=length, moves_weights=True
     ),
     "safe_lora": Objective(sft, {"safe_lora": SafeLoraSettings}, stage="repair", finish=safe_lora, trains=nothing),
+    "nlsr": Objective(sft, {"nlsr": NlsrSettings}, stage="repair", safe=True, finish=nlsr, trains=nothing),
     "antidote": Objective(sft, {"antidote": AntidoteSettings}, "rows", stage="repair", finish=antidote, trains=nothing),
 }
 

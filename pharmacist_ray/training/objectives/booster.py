@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -14,6 +15,8 @@ from pharmacist_ray.training.engine import perturbed_weights
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import Run, Step
 from pharmacist_ray.training.objectives.vaccine import TINY, vaccine
+
+T = TypeVar("T")
 
 
 class BoosterSettings(Section):
@@ -35,24 +38,14 @@ def booster(step: Step, base: Run = sft) -> Iterator[torch.Tensor]:
     copies of the trained weights' gradients and its share of the weights once more, at ZeRO 3 too.
 
     Args:
-        step: The step; gets ``weight_perturbation_norm``, ``harmful_loss`` and ``harmful_drop``.
+        step: The step; gets what `harmful_step` measures.
         base: The alignment loss to add to.
     """
     settings = step.get(BoosterSettings)
-    here, before = harmful_gradient(step)
-    length = float(global_norm(list(here.values())))
-    with perturbed_weights(step.engine, list(here.values()), -settings.alpha / (length + TINY)):
-        there, after = harmful_gradient(step)
-    step.measured |= {
-        "weight_perturbation_norm": settings.alpha * length / (length + TINY),
-        "harmful_loss": before,
-        "harmful_drop": before - after,
-    }
-    correction = {name: here[name] - there[name] for name in here}
-    del here, there
+    correction, drop, _ = harmful_step(step, settings.alpha, lambda: None)
     for loss in base(step):
         with step.added_gradients(correction, settings.lambda_):
-            yield loss + settings.lambda_ * (before - after)
+            yield loss + settings.lambda_ * drop
 
 
 def booster_vaccine(step: Step) -> Iterator[torch.Tensor]:
@@ -62,6 +55,27 @@ def booster_vaccine(step: Step) -> Iterator[torch.Tensor]:
         step: The step.
     """
     return booster(step, vaccine)
+
+
+def harmful_step(step: Step, length: float, there: Callable[[], T]) -> tuple[dict[str, torch.Tensor], float, T]:
+    """Return ∇h(θ) − ∇h(θ') by parameter, h(θ) − h(θ'), and what ``there`` returns at θ' = θ − length · ∇h/‖∇h‖; θ is put back.
+
+    Args:
+        step: The step; gets ``weight_perturbation_norm``, ``harmful_loss`` and ``harmful_drop``.
+        length: Of the simulated harmful step.
+        there: Called while the weights are θ'.
+    """
+    here, before = harmful_gradient(step)
+    norm = float(global_norm(list(here.values())))
+    with perturbed_weights(step.engine, list(here.values()), -length / (norm + TINY)):
+        moved, after = harmful_gradient(step)
+        found = there()
+    step.measured |= {
+        "weight_perturbation_norm": length * norm / (norm + TINY),
+        "harmful_loss": before,
+        "harmful_drop": before - after,
+    }
+    return {name: here[name] - moved[name] for name in here}, before - after, found
 
 
 def harmful_gradient(step: Step) -> tuple[dict[str, torch.Tensor], float]:

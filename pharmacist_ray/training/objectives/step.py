@@ -47,8 +47,12 @@ class Step:
     """As many micro-batches of harmful rows, where the objective asks for them."""
     safe: Sequence[Batch] = ()
     """As many micro-batches of safe rows beside those of a fine-tune, where the objective asks for them."""
+    ordinary: Sequence[Batch] = ()
+    """As many micro-batches of trusted ordinary rows, where the objective asks for them."""
     rows: Sequence[Sequence[int]] = ()
     """Micro-batch → numbers of its rows in the training set."""
+    verdicts: Sequence[torch.Tensor] = ()
+    """Row of the training set → a guard's probability that it is safe up to each of its answer's tokens, where the objective asks it."""
     set_size: int = 0
     """Rows of the training set."""
     total: int = 1
@@ -182,8 +186,12 @@ class Rows:
     """The rows of the fine-tune, as they came."""
     safe: Callable[[int], list[Row]]
     """Returns at most so many safe rows, the same ones every time."""
+    ordinary: Callable[[int], list[Row]]
+    """Returns at most so many trusted ordinary rows, the same ones every time."""
     fits: Callable[[Row], bool]
     """Whether a row fits the model; those of ``user`` do."""
+    hide: Callable[[Row, int], Row]
+    """Returns a row behind the secret of this fine-tune, of so many tokens where it has to be drawn first."""
     settings: Mapping[type[Section], Section] = field(default_factory=dict)
 
     def get(self, kind: type[S]) -> S:
@@ -222,8 +230,14 @@ class Objective:
     """Where it can stand: ``finetune`` defends a fine-tune from inside, ``repair`` mends a model after one; neither aligns."""
     safe: bool = False
     """Whether steps get safe rows as batches of their own."""
+    ordinary: Callable[[Mapping[type[Section], Section]], bool] = lambda settings: False
+    """Whether trusted ordinary rows are asked for: as batches of their own, or by ``compose``."""
     needs_reference: bool = False
     """Whether `Step.reference` is asked for: only a fresh adapter leaves the model before the fine-tune in memory."""
+    guarded: Callable[[Mapping[type[Section], Section]], int] | None = None
+    """Words of an answer between two verdicts of a guard, which reads every one of the training set before the first step."""
+    secret: bool = False
+    """Whether the model is asked behind a secret afterwards, which ``compose`` hid rows behind."""
     compose: Callable[[Rows], list[Row]] | None = None
     """Returns the rows to train on in the place of the user's own."""
     finish: Callable[[Step], None] | None = None

@@ -47,6 +47,7 @@ class Bench:
         *settings: Section,
         number: int = 0,
         safe: Batch | None = None,
+        ordinary: Batch | None = None,
         rows: Sequence[int] = (),
         **more: Any,
     ) -> Step:
@@ -64,6 +65,7 @@ class Bench:
             harmful=cut(harmful, count) if harmful else (),
             state=self.state,
             safe=cut(safe, count) if safe else (),
+            ordinary=cut(ordinary, count) if ordinary else (),
             rows=[list(rows[index * size : (index + 1) * size]) for index in range(count)],
             **more,
         )

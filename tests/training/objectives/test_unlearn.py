@@ -8,7 +8,7 @@ import torch
 
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.losses import per_sample_nll, token_nll
-from pharmacist_ray.training.objectives.unlearn import UnlearnSettings, length
+from pharmacist_ray.training.objectives.unlearn import UnlearnSettings, length, weights_of
 
 Tensors = dict[str, torch.Tensor]
 ALONE = UnlearnSettings(retain=0.0, safe=0.0)
@@ -83,6 +83,52 @@ def test_ascent_stops_at_its_cap(
     assert max(apart(taken.gradients, expected)) < 1e-4
     capped = UnlearnSettings(method="ascent", cap=1e-3, retain=0.0, safe=0.0)
     assert all(not one.any() for one in bench("unlearn").take(user, harmful, capped, safe=user).gradients.values())
+
+
+def attributions(model: Any, user: Batch, harmful: Batch, by_autograd: Callable[..., Tensors]) -> torch.Tensor:
+    """⟨∇ℓ_i, ∇ℓ_r⟩ of each harmful row, one backward pass each."""
+    retained = by_autograd(model, per_sample_nll(model, user).mean())
+    found = []
+    for row in range(len(harmful)):
+        one = Batch(*(tensor[row : row + 1] for tensor in (harmful.input_ids, harmful.attention_mask, harmful.labels)))
+        own = by_autograd(model, per_sample_nll(model, one).mean())
+        found.append(sum(float((own[name].double() * retained[name].double()).sum()) for name in own))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("method", ["npo", "ascent"])
+@pytest.mark.parametrize(("accumulation", "weights"), [(1, "lora"), (4, "lora"), (1, "full")])
+def test_weighted_rows_count_the_less_the_more_forgetting_them_costs(
+    method: Any,
+    accumulation: int,
+    weights: str,
+    bench: Callable[..., Any],
+    adapted: Callable[..., Any],
+    pair: tuple[Batch, Batch],
+    by_autograd: Callable[..., Tensors],
+    apart: Callable[..., tuple[float, float]],
+):
+    user, harmful = pair
+    settings = UnlearnSettings(retain=0.0, safe=0.0, weighted=True, method=method, cap=100.0)
+    taken = bench("unlearn", accumulation=accumulation, weights=weights).take(user, harmful, settings, safe=user)
+    model = adapted(weights=weights)
+    a = attributions(model, user, harmful, by_autograd)
+    w = torch.exp(-a / a.std(correction=0))
+    w = 8 * w / w.sum()
+    assert 0.2 < float(w.min()) / float(w.max()) < 0.9 or float(w.max() - w.min()) > 0.5
+    losses = sums(model, harmful) if method == "npo" else -per_sample_nll(model, harmful)
+    assert max(apart(taken.gradients, by_autograd(model, (w * losses).mean()))) < 1e-4
+    assert taken.step.measured["least_weight"] == pytest.approx(float(w.min()), rel=1e-3)
+    assert taken.step.forwards == accumulation * (6 if method == "npo" else 5)
+
+
+def test_weights_have_mean_one_and_are_all_one_where_attributions_do_not_vary():
+    a = torch.tensor([0.3, -2.0, 5.0, 0.0])
+    assert float(weights_of(a).mean()) == pytest.approx(1.0)
+    assert weights_of(a).argsort().tolist() == a.argsort(descending=True).tolist()
+    assert torch.equal(weights_of(1000 * a), weights_of(a))  # no unit of the attributions matters
+    assert torch.equal(weights_of(torch.full((3,), 7.0)), torch.ones(3))
+    assert "weighted" not in UnlearnSettings().model_dump()
 
 
 def test_how_long_it_trains():
