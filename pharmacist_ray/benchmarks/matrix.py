@@ -38,7 +38,8 @@ SELECTIONS = ("none", "all", CURATED)
 DEFENCES = (
     "sft", "vaccine", "t_vaccine", "repnoise", "booster", "antibody",
     "sft/mix", "sft/mimic", "sft/lookahead", "sft/backdoor", "sft/lisa", "sft/safegrad", "sft/star_dss", "sft/refusal_teacher",
-    "sft/ema", "sft/bds", "sft/panacea", "sft/sft/few_shot", "sft/sft/unlearn", "sft/sft/safe_lora", "sft/sft/nlsr", "sft/sft/antidote",
+    "sft/ema", "sft/bds", "sft/panacea",
+    "sft/sft/few_shot", "sft/sft/unlearn", "sft/sft/safe_lora", "sft/sft/nlsr", "sft/sft/antidote", "sft/sft/dro",
     "booster/mimic", "booster/safegrad",
 )  # fmt: skip
 """Defences of every stage, and two of several."""

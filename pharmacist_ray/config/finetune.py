@@ -22,7 +22,7 @@ class FinetuneConfig(Section):
     """What a step of the fine-tune minimises: sft, mix, mimic, lookahead, backdoor, lisa, safegrad, star_dss, refusal_teacher, ema,
     bds, panacea, or an objective of alignment; `pharmacist plugins` lists all."""
     repair: str = UNREPAIRED
-    """What is done to the model afterwards: none, few_shot, unlearn, safe_lora, nlsr or antidote."""
+    """What is done to the model afterwards: none, few_shot, unlearn, safe_lora, nlsr, antidote or dro."""
     parameters: dict[str, dict[str, Any]] = {}
     """Settings of these by name, for example `{lisa: {rho: 1.0}, mix: {share: 0.1}}`; the defaults are the papers' where they give any."""
     data: SourceConfig | None = None

@@ -120,6 +120,7 @@ EXTRAS = {
     "unlearn": Extra(passes=3, forwards=1, graphs=3, gradients=2, backups=1),
     "safe_lora": Extra(gradients=1),
     "nlsr": Extra(gradients=1),
+    "dro": Extra(),
     "antidote": Extra(gradients=1),
 }
 """Objective → what it adds; `doctor` says so where an objective is not listed and counts it as ``sft``."""

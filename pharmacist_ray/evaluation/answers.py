@@ -161,7 +161,7 @@ class Answerer:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.groups = groups
-        self.model: tuple[ModelRef, Any, Renderer] | None = None
+        self.model: tuple[ModelRef, Any, Renderer, torch.Tensor | None] | None = None
         self.prompts: dict[str, list[Row]] = {}
         self.budget = TokenBudget()
         self.usage = Usage()
@@ -185,8 +185,8 @@ class Answerer:
     def _answer(self, unit: GenerationUnit) -> pa.Table:
         if self.model is None or self.model[0] != unit.model:
             ref, self.model = unit.model, None  # let go of the last one before the next one takes its room
-            self.model = (ref, ref.load(self.spec.device), ref.renderer())
-        _, model, renderer = self.model
+            self.model = (ref, ref.load(self.spec.device), ref.renderer(), ref.loaded_prompt())
+        _, model, renderer, soft_prompt = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
         put = [asked(row, unit.form) if unit.form else row for row in rows]
@@ -202,6 +202,7 @@ class Answerer:
             batch_size=settings.batch_size,
             end_id=renderer.end_id,
             budget=self.budget,
+            soft_prompt=soft_prompt,
         )
         self.usage.tokens += sum(map(len, prompts)) + sum(len(renderer.tokenizer(one).input_ids) for one in answers)
         answers = [without_thoughts(answer) for answer in answers]

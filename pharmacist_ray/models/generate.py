@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pharmacist_ray.errors import ModelError, ResourceError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
+from pharmacist_ray.models.soft_prompt import embed
 
 
 def generate(
@@ -20,6 +21,7 @@ def generate(
     batch_size: int,
     end_id: int | None = None,
     budget: TokenBudget | None = None,
+    soft_prompt: torch.Tensor | None = None,
 ) -> list[str]:
     """Return the greedy continuation of every prompt: the new text only, without special tokens.
 
@@ -34,6 +36,7 @@ def generate(
         batch_size: How many prompts run together at most.
         end_id: One more token that ends an answer: that of the template which the model was trained with.
         budget: How many tokens, of prompts and answers, run together; what one call learns of the memory is kept for the next.
+        soft_prompt: Embeddings that stand before every prompt, (tokens, H).
 
     Returns:
         The answers, in the order of the prompts.
@@ -51,26 +54,23 @@ def generate(
     defaults, base.generation_config = base.generation_config, GenerationConfig()  # what is not set would be taken from there
 
     def take(indices: list[int]) -> None:
-        width = len(prompts_ids[indices[0]])
-        input_ids = torch.full((len(indices), width), int(config.pad_token_id), dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(indices):
-            ids = prompts_ids[index]
-            input_ids[row, width - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, width - len(ids) :] = 1
+        chosen = [prompts_ids[index] for index in indices]
         with torch.no_grad():
-            output = base.generate(
-                input_ids=input_ids.to(base.device),
-                attention_mask=attention_mask.to(base.device),
-                generation_config=config,
-            )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for index, text in zip(indices, texts, strict=True):
+            if soft_prompt is None:
+                input_ids, mask = _padded(chosen, int(config.pad_token_id))
+                output = base.generate(
+                    input_ids=input_ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+                )[:, input_ids.shape[1] :]
+            else:  # what comes back is the answer alone
+                embeds, mask = embed(base, chosen, soft_prompt, left=True)
+                output = base.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
+        for index, text in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[index] = text
 
+    before = 0 if soft_prompt is None else len(soft_prompt)
     base.eval()
     try:
-        (budget or TokenBudget()).run([len(ids) + max_new_tokens for ids in prompts_ids], take, rows=batch_size)
+        (budget or TokenBudget()).run([len(ids) + before + max_new_tokens for ids in prompts_ids], take, rows=batch_size)
     except TooLongError as error:
         raise ResourceError(
             f"prompt {error.place} of {len(prompts_ids)} cannot be answered: {error} (its answer's {max_new_tokens} are among them); lower "
@@ -81,6 +81,17 @@ def generate(
         for module, mode in modes.items():
             module.training = mode
     return answers
+
+
+def _padded(prompts_ids: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts padded on the left, and their attention mask."""
+    width = max(map(len, prompts_ids))
+    input_ids = torch.full((len(prompts_ids), width), pad, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts_ids):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    return input_ids, attention_mask
 
 
 def without_thoughts(answer: str) -> str:

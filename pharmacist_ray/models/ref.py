@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to import, and whoever only passes the value on needs none of it
+    import torch
+
     from pharmacist_ray.config.model import ModelConfig
     from pharmacist_ray.data.render import Renderer, Template
     from pharmacist_ray.storage import StoragePath
@@ -29,6 +31,8 @@ class ModelRef:
     """Longest sequence in tokens, prompt and answer together."""
     system: str = ""
     """System prompt before every row that brings none of its own."""
+    soft_prompt: str = ""
+    """Folder of trained embeddings that stand before every question."""
     template_arguments: tuple[tuple[str, bool | int | float | str], ...] = ()
     """What the chat template is given besides the turns, by name."""
 
@@ -50,13 +54,16 @@ class ModelRef:
         """Return the model with one more adapter merged."""
         return replace(self, adapters=(*self.adapters, adapter))
 
-    def trained_in(self, folder: StoragePath, weights: str) -> ModelRef:
+    def trained_in(self, folder: StoragePath, weights: str, *, prompt: bool = False) -> ModelRef:
         """Return what training on from here left in a folder.
 
         Args:
             folder: Of the training's output.
             weights: ``full`` where all weights were trained, else ``lora``.
+            prompt: Whether it left a soft prompt too, for every question.
         """
+        if prompt:
+            return replace(self.trained_in(folder, weights), soft_prompt=str(folder / "prompt"))
         if weights == "full":
             return replace(self, path=str(folder / "model"), adapters=())
         return self.plus(str(folder / "adapter"))
@@ -81,6 +88,12 @@ class ModelRef:
         if adapter is not None:
             model = load_adapter(model, adapter).to(device)
         return model.eval()
+
+    def loaded_prompt(self) -> torch.Tensor | None:
+        """Return the embeddings that stand before every question, (tokens, H), if there are any."""
+        from pharmacist_ray.models.soft_prompt import load_prompt
+
+        return load_prompt(self.soft_prompt) if self.soft_prompt else None
 
     def renderer(self) -> Renderer:
         """Return what turns rows into the model's input, with its tokenizer.

@@ -175,6 +175,8 @@ def check_attacks(run: Run) -> None:
                 raise ConfigError(f"{variant.defence}: {objective} is {where}{objective})")
         for attacked in run.attacks_on(variant) if stages.finetune != PLAIN else ():
             check_task(attack_task(run, attacked))
+        for attacked in run.attacks_on(variant) if stages.repair != UNREPAIRED else ():
+            check_task(repair_task(run, attacked))
         if stages.repair in NEED_ALIGNED:
             _check_aligned(run.config, variant.defence)
 

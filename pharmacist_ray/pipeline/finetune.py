@@ -52,6 +52,7 @@ def run_finetune(config: Config, data: Sequence[str] = ()) -> StoragePath:
     facts: dict[str, Any] = {
         "base": ref.path,
         "adapters": list(ref.adapters),
+        **({"soft_prompt": ref.soft_prompt} if ref.soft_prompt else {}),
         "defence": tuned.defence,
         "rows": run.config.attacks[0].rows,
         "training": trained.manifest()["summary"],

@@ -345,7 +345,8 @@ class Run:
             return self.model.trained_in(self.trained(variant).folder / "run", self.config.alignment.train.weights)
         weights = variant.attack.train.weights
         if variant.stages.repair != UNREPAIRED:
-            return self.unfinished(variant).trained_in(self.trained(variant).folder / "run", weights)
+            behind = OBJECTIVES[variant.stages.repair].prompt
+            return self.unfinished(variant).trained_in(self.trained(variant).folder / "run", weights, prompt=behind)
         start = self.model if variant.attack.adapter == "same" and weights == "lora" else self.model_of(variant.aligned)
         return start.trained_in(self.trained(variant).folder / "run", weights)
 

@@ -18,6 +18,7 @@ from pharmacist_ray.errors import PluginError, ResourceError, TrainingError
 from pharmacist_ray.models.budget import out_of_memory
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
+from pharmacist_ray.models.soft_prompt import save_prompt
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 from pharmacist_ray.runtime.usage import peak_bytes
@@ -149,6 +150,7 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
                 batches=batches,
                 positions=positions,
                 seed=task.seed,
+                renderer=renderer,
                 settings=settings,
                 harmful=batches_of(harmful)[0],
                 state=state,
@@ -223,6 +225,8 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
             with blaming(OBJECTIVES.plugin(task.objective)):
                 objective.finish(last)
             values |= {f"finished_{name}": value for name, value in last.measured.items()}
+    if objective.prompt and ranks.first:
+        save_prompt(state["prompt"], work / "prompt", engine.module, task.model.path)
     publish_weights(
         engine, work / ("adapter" if task.train.weights == "lora" else "model"), task.train.weights, ranks, renderer.tokenizer
     )

@@ -81,6 +81,10 @@ def check_task(task: TrainTask) -> None:
         raise ConfigError(f"{task.name}: {task.objective} asks a guard about every few words of an answer; set scoring.guard")
     if not task.ordinary and objective.ordinary(settings_of(task.objective, task.parameters)):
         raise ConfigError(f"{task.name}: {task.objective} needs trusted ordinary rows; set data.benign")
+    if objective.prompt and task.train.zero_stage == 3:
+        raise ConfigError(
+            f"{task.name}: {task.objective} lets the model answer, for which every worker holds the whole of it; use zero_stage 0 to 2"
+        )
     if objective.needs_reference and (task.train.weights == "full" or task.start_adapter):
         raise ConfigError(
             f"{task.name}: {task.objective} compares with the model before the fine-tune, which only a fresh adapter leaves in memory; "

@@ -18,6 +18,7 @@ import yaml
 
 from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
 from pharmacist_ray.testbed.world import World
+from pharmacist_ray.training.objectives import OBJECTIVES
 
 from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
 
@@ -165,7 +166,7 @@ def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started
         *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
     )
     assert done.returncode == 2, (done.stdout, done.stderr)
-    assert "\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: antidote, " in done.stdout
+    assert f"\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: {min(OBJECTIVES)}, " in done.stdout
     assert "job mistake failed with exit code 2" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
     variables = started.job("mistake")["runtime_env"]["env_vars"]

@@ -23,7 +23,6 @@ from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.curation.grades import auroc
 from pharmacist_ray.curation.score import check_scorers
 from pharmacist_ray.curation.scorers import SCORERS
-from pharmacist_ray.curation.scorers.guard import RIDGE, logistic
 from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
 from pharmacist_ray.curation.scorers.refusal_feature import choose_layer as refusal_feature_layer
 from pharmacist_ray.curation.scorers.refusal_feature import refusal_feature
@@ -34,6 +33,7 @@ from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import sample_rows, write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, ModelError
+from pharmacist_ray.models.linear import RIDGE, logistic
 from pharmacist_ray.models.load import add_lora, load_model, load_tokenizer, save_adapter
 from pharmacist_ray.models.ref import ModelRef
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from safetensors.torch import load_file
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.errors import ArtifactError, ConfigError
+from pharmacist_ray.pipeline.attacks import repair_task
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.secrets import existing_secret
 from pharmacist_ray.pipeline.session import run_stage
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.storage import read_table
+from pharmacist_ray.training.task import check_task
 from tests.search.test_search import write_config
 
 DEFENCES = [
     "sft", "sft/mix", "sft/mimic", "sft/lookahead", "sft/lisa", "sft/safegrad", "sft/ema", "sft/bds", "sft/panacea", "booster/lisa",
     "sft/backdoor", "sft/refusal_teacher", "sft/star_dss",
-    "sft/sft/few_shot", "sft/sft/unlearn", "sft/ema/safe_lora", "sft/sft/nlsr", "sft/sft/antidote",
+    "sft/sft/few_shot", "sft/sft/unlearn", "sft/ema/safe_lora", "sft/sft/nlsr", "sft/sft/antidote", "sft/sft/dro",
 ]  # fmt: skip
 PARAMETERS = {
     "mix": {"at_least": 4},
     "few_shot": {"rows": 4, "epochs": 2, "batch_size": 4},
     "safe_lora": {"threshold": 1.0},
     "unlearn": {"steps": 2},
+    "dro": {"text": "w1 w2", "epochs": 2, "answer_tokens": 2, "lr": 0.1},
     "backdoor": {"rows": 3, "tokens": 5},
 }
 
@@ -99,9 +103,10 @@ def weights(run: Run, variant: Any) -> dict[str, torch.Tensor]:
 
 
 def test_every_defence_makes_another_model(ran):
-    found = [weights(ran, attacked(ran, "all", name)) for name in DEFENCES]
+    changed = [name for name in DEFENCES if name != "sft/sft/dro"]  # which leaves the weights as they are
+    found = [weights(ran, attacked(ran, "all", name)) for name in changed]
     for place, one in enumerate(found):
-        assert not any(all(torch.equal(one[key], other[key]) for key in one) for other in found[:place]), DEFENCES[place]
+        assert not any(all(torch.equal(one[key], other[key]) for key in one) for other in found[:place]), changed[place]
 
 
 def test_repairs_that_train_nothing_change_only_what_they_say(ran):
@@ -166,6 +171,24 @@ def test_a_model_whose_secret_is_gone_is_not_asked_without_it(ran):
         file.write_text(text)
 
 
+def test_a_soft_prompt_is_beside_the_adapter_that_stays_as_it_was_and_changes_the_answers(ran):
+    shielded, plain = (attacked(ran, "all", name) for name in ("sft/sft/dro", "sft"))
+    before, after = weights(ran, plain), weights(ran, shielded)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    prompt = ran.model_of(shielded).loaded_prompt()
+    assert prompt is not None
+    assert len(prompt) == 2
+    assert ran.model_of(plain).loaded_prompt() is None
+    said = [
+        {row["id"]: row["answer"] for file in ran.answers(one).glob("*.parquet") for row in read_table(file).to_pylist()}
+        for one in (shielded, plain)
+    ]
+    assert said[0].keys() == said[1].keys()
+    assert said[0] != said[1]
+    with pytest.raises(ConfigError, match=r"dro lets the model answer, .*; use zero_stage 0 to 2$"):
+        check_task(replace(repair_task(ran, shielded), train=shielded.attack.train.model_copy(update={"zero_stage": 3})))
+
+
 def test_what_the_guard_said_of_a_row_is_shared_by_all_arms_that_are_trained_on_it(ran, file, moderator):
     assert len(list(ran.verdicts.glob("*.parquet"))) == 1  # of two arms
     assert (
@@ -195,7 +218,7 @@ def test_a_defence_that_looks_at_ordinary_rows_is_made_anew_where_these_change_a
         if a.selection == "all"
         and one.trained(one.attacks_on(a)[0]).fingerprint != other.trained(other.attacks_on(b)[0]).fingerprint
     }
-    assert changed == {"sft/refusal_teacher"}
+    assert changed == {"sft/refusal_teacher", "sft/sft/dro"}
     mixed = [Run(load_config(file, [place, "finetune.parameters.mix={ordinary: 0.5}"])) for place in places]
     found = {run.trained(run.attacks_on(v)[0]).fingerprint for run in mixed for v in run.variants if v.defence == "sft/mimic"}
     assert len(found) == 4  # two selections, two sets of ordinary rows

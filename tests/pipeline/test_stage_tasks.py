@@ -20,7 +20,7 @@ from pharmacist_ray.pipeline import attacks, stages, trainings
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import check
 from pharmacist_ray.pipeline.trainings import in_steps
-from pharmacist_ray.training.objectives import OBJECTIVES
+from pharmacist_ray.training.objectives import ALIGNING, OBJECTIVES
 from pharmacist_ray.training.task import TrainTask
 
 TRAIN = {"steps": 2, "batch_size": 4}
@@ -168,7 +168,8 @@ FULL = ("alignment.train.weights=full", "alignment.train.zero_stage=1", "model.d
         ),
         (
             ["alignment.parameters={vacine: {rho: 1}}"],
-            "unknown section of alignment.parameters 'vacine' (did you mean 'vaccine'?); known: booster, repnoise, t_vaccine, vaccine",
+            "unknown section of alignment.parameters 'vacine' (did you mean 'vaccine'?); "
+            f"known: {', '.join(sorted({section for name in ALIGNING for section in OBJECTIVES[name].settings}))}",
         ),
         (
             ["comparison.defences=[sft, t_vaccine]", "alignment.parameters={t_vaccine: {layers: 3}}"],

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import softplus
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.errors import ConfigError, ModelError
 from pharmacist_ray.models.classifier import fill_template, harm, load_classifier, text_ids, unsafe_places
+from pharmacist_ray.models.linear import Linear, logistic
 
 UNSAFE = "scoring.guard.unsafe"
-
-RIDGE = 0.01
-"""Weight of half the squared norm in the linear classifier's loss (ours)."""
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A logistic regression on standardised features."""
-
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    bias: float
-
-    def probability(self, features: np.ndarray) -> np.ndarray:
-        """Return the probability of the first set for each row, (N,)."""
-        logits = (features - self.mean) / self.scale @ self.weights + self.bias
-        return np.asarray(1 / (1 + np.exp(-np.clip(logits, -700, 700))))
 
 
 def guard(signals: Signals) -> np.ndarray:
@@ -55,33 +36,6 @@ def guard(signals: Signals) -> np.ndarray:
 def train(validation: Signals, harmful: Signals) -> Linear:
     """Return the classifier of validation against harmful rows."""
     return logistic(validation.states(-1), harmful.states(-1))
-
-
-def logistic(safe: np.ndarray, unsafe: np.ndarray) -> Linear:
-    """Return the logistic regression between two sets that weigh the same, whatever their sizes, with `RIDGE`.
-
-    Args:
-        safe: Features of the rows with label 1, (N, D).
-        unsafe: Features of those with label 0, (M, D).
-    """
-    both = np.concatenate([safe, unsafe]).astype(np.float64)
-    mean, scale = both.mean(axis=0), both.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
-    features = torch.from_numpy((both - mean) / scale)
-    signs = torch.cat([torch.ones(len(safe)), -torch.ones(len(unsafe))]).double()
-    shares = torch.cat([torch.full((len(rows),), 0.5 / len(rows)) for rows in (safe, unsafe)]).double()
-    weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weights, bias], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimiser.zero_grad()
-        loss = (shares * softplus(-signs * (features @ weights + bias))).sum() + RIDGE / 2 * weights.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return Linear(mean, scale, weights.detach().numpy(), float(bias.detach()))
 
 
 def check_guard(config: GuardConfig) -> None:

@@ -21,6 +21,7 @@ from pharmacist_ray.training.objectives.antidote import AntidoteSettings, antido
 from pharmacist_ray.training.objectives.backdoor import BackdoorSettings, backdoor
 from pharmacist_ray.training.objectives.bds import BdsSettings, bds
 from pharmacist_ray.training.objectives.booster import BoosterSettings, booster, booster_vaccine
+from pharmacist_ray.training.objectives.dro import DroSettings, dro
 from pharmacist_ray.training.objectives.ema import EmaSettings, ema, take_mean
 from pharmacist_ray.training.objectives.few_shot import FewShotSettings, few_shot
 from pharmacist_ray.training.objectives.lisa import LisaSettings, lisa
@@ -101,6 +102,9 @@ _OWN = {
     ),
     "safe_lora": Objective(sft, {"safe_lora": SafeLoraSettings}, stage="repair", finish=safe_lora, trains=nothing),
     "nlsr": Objective(sft, {"nlsr": NlsrSettings}, stage="repair", safe=True, finish=nlsr, trains=nothing),
+    "dro": Objective(
+        sft, {"dro": DroSettings}, stage="repair", safe=True, ordinary=always, prompt=True, finish=dro, trains=nothing
+    ),
     "antidote": Objective(sft, {"antidote": AntidoteSettings}, "rows", stage="repair", finish=antidote, trains=nothing),
 }
 

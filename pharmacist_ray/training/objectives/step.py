@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from pharmacist_ray.config.section import Section
-from pharmacist_ray.data.render import Batch
+from pharmacist_ray.data.render import Batch, Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks
@@ -42,6 +42,8 @@ class Step:
     positions: Sequence[Sequence[int]]
     """Micro-batch → places of its rows in the step's whole batch, which no number of workers changes."""
     seed: int
+    renderer: Renderer | None = None
+    """Turns text into token ids as the model reads it."""
     settings: Mapping[type[Section], Section] = field(default_factory=dict)
     harmful: Sequence[Batch] = ()
     """As many micro-batches of harmful rows, where the objective asks for them."""
@@ -242,6 +244,8 @@ class Objective:
     """Returns the rows to train on in the place of the user's own."""
     finish: Callable[[Step], None] | None = None
     """Called after the last step with `FINISH` steps' micro-batches of each set; may change the trained weights."""
+    prompt: bool = False
+    """Whether ``finish`` leaves a soft prompt in `Step.state`, ``prompt`` (tokens, H), which the model is asked behind afterwards."""
     trains: Callable[[Mapping[type[Section], Section]], Mapping[str, Any]] | None = None
     """Of a repair: what its training has otherwise than the fine-tune, as fields of the train section; ``steps`` 0 is none. With
     ``rows``, it trains on so many safe rows and not on the user's."""
