@@ -74,6 +74,11 @@ def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = 
     from pharmacist_ray.config import load_config
 
     loaded = load_config(config, overrides or [])
+    if not strict and name != "report":
+        from pharmacist_ray.pipeline.standing import stands
+
+        if stands(name, loaded):
+            return
     from pharmacist_ray.pipeline.session import run_stage  # imports torch and ray: not for --help, nor for a mistake
 
     run_stage(name, loaded, strict=strict)

@@ -49,13 +49,13 @@ class Run:
         self.root = config.run_dir
         self.config: Config = with_dtype(at_one_commit(config, base.config.model.path if base else None))
         self.base = base
-        self._known_files: dict[str, Any] = base._known_files if base else {}
+        self.known_files: dict[str, Any] = base.known_files if base else {}  # path → identity, as far as anything has asked
 
     def _file(self, path: str) -> Any:
         """What identifies a file or folder as it is now; looked up once, so that a run and its trials agree with each other."""
-        if path not in self._known_files:
-            self._known_files[path] = dated_identity(path) if self._dated else file_identity(path)
-        return self._known_files[path]
+        if path not in self.known_files:
+            self.known_files[path] = dated_identity(path) if self._dated else file_identity(path)
+        return self.known_files[path]
 
     @cached_property
     def _dated(self) -> bool:

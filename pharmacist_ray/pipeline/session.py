@@ -8,19 +8,25 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import ray
 
+from pharmacist_ray.config.finetune import UNREPAIRED
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config, ResourcesConfig
+from pharmacist_ray.curation.scorers import SCORERS
+from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.errors import ConfigError, ResourceError
-from pharmacist_ray.evaluation.judges import check_judges
+from pharmacist_ray.evaluation.judges import JUDGES, check_judges
 from pharmacist_ray.models.hub import with_model_path
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
+from pharmacist_ray.pipeline.standing import leave_standing
 from pharmacist_ray.runtime.private_ray import start_ray
 from pharmacist_ray.storage import write_text
+from pharmacist_ray.training.objectives import OBJECTIVES
 
 TRIAL_CPUS = 0.1
 """What the process of a search's trial takes for itself: it starts workers and waits for them."""
@@ -43,6 +49,7 @@ def run_stage(name: str, config: Config, *, strict: bool = False) -> Run:
 def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, headings: bool = True) -> Run:
     """Run stages one after the other, with a heading each that says what is there already; see `run_stage`."""
     config = located(config)
+    given = tuple(names)
     run = Run(config)
     check(run)
     if "evaluate" in names:
@@ -66,7 +73,22 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
                 STAGES[name](run)
             if headings:
                 say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
+    if len(given) == 1 and given != ("report",):
+        _leave_standing(given[0], config, run, names)
     return run
+
+
+def _leave_standing(command: str, config: Config, run: Run, stages: Sequence[str]) -> None:
+    """Write down what a command left, unless it hangs on more than files: on a hub's newest commit, or on plug-ins' code."""
+    own = run.config
+    after = [part for name in own.defences for part in name.split("/") if part != UNREPAIRED]
+    judges = [judge.kind for judge in own.evaluation.judges] if own.evaluation else []
+    plugged = SCORERS.plugged(own.scoring.scorers) | OBJECTIVES.plugged(after) | JUDGES.plugged(judges)
+    if plugged | EXPORTS.plugged(own.selection.export) or not Path(own.model.path).exists():
+        return
+    made = [(stage, made_by(run, stage)) for stage in stages if stage != "report"]
+    if all(artifact.ready for _, artifacts in made for artifact in artifacts):
+        leave_standing(command, config, made, run.known_files)
 
 
 def begin(config: Config, run: Run) -> None:

@@ -122,6 +122,8 @@ def test_an_attack_that_hardly_lowered_its_own_harmful_loss_is_named(tmp_path: P
         row("random", "sft", "weak", 0.1, attack_loss=[4.0, 3.5]),
         row("all", "sft", "strong", 0.1, attack_loss=[4.0, 0.5]),
         row("random", "sft", "old", 0.1),
+        row("all", "sft/lisa", "weak", 0.1, attack_loss=[4.0, 4.0]),  # that is Lisa's doing
+        row("all", "sft/sft/few_shot", "weak", 0.1, attack_loss=[4.0, 4.0]),
     ]
     lines, shown = written(tmp_path, rows)
     warning = (

@@ -1,0 +1,93 @@
+"""What a command left standing: where nothing has changed since, the next one says so at once, and imports neither torch nor Ray.
+
+A record beside the artifacts has the configuration, the identity of every file that was looked at, and the fingerprints of what was
+made. It holds nothing that could not be found again: where anything differs, or the record is missing, the stages look for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pharmacist_ray import __version__
+from pharmacist_ray.config.load import dump_config, located
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.pipeline.artifacts import digest
+from pharmacist_ray.pipeline.console import console, escaped, say
+from pharmacist_ray.pipeline.identity import file_identity
+from pharmacist_ray.pipeline.revisions import REASONS
+from pharmacist_ray.report.table import write_report
+from pharmacist_ray.storage import StoragePath, json_of, storage_path, write_text
+
+if TYPE_CHECKING:
+    from pharmacist_ray.pipeline.artifacts import Artifact
+
+SHOWN = 5
+"""Folders of a stage that are named at most (ours)."""
+
+
+def leave_standing(command: str, config: Config, made: Sequence[tuple[str, Sequence[Artifact]]], files: dict[str, Any]) -> None:
+    """Write down what a command made, or found.
+
+    Args:
+        command: Its name.
+        config: The located configuration.
+        made: Stage → its artifacts, in order; all ready.
+        files: Path → identity of every file that was looked at.
+    """
+    record = {
+        "settings": _settings(config),
+        "files": files,
+        "stages": {
+            stage: [[str(one.folder), one.fingerprint, list(one.parts)] for one in artifacts] for stage, artifacts in made
+        },
+    }
+    write_text(json.dumps(record), _place(config, command))
+
+
+def stands(command: str, config: Config) -> bool:
+    """Return whether all that a command would make is there already; if so, say it, and print the comparison if there is one.
+
+    Args:
+        command: ``run``, or a stage.
+        config: The configuration.
+    """
+    config = located(config)
+    try:
+        record = json_of(_place(config, command))
+        same = record["settings"] == _settings(config) and all(
+            json.loads(json.dumps(file_identity(path))) == known for path, known in record["files"].items()
+        )
+        if not same or not all(_ready(*one) for artifacts in record["stages"].values() for one in artifacts):
+            return False
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a broken one
+        return False
+    report = config.run_dir / "report"
+    page, compared = report / "report.html", command == "run" and config.evaluation is not None
+    if command == "run" and not page.exists():
+        return False
+    write_text(dump_config(config), config.run_dir / "config.yaml")
+    say(f"[dim]run directory: {escaped(config.run_dir)}[/]")
+    say(f"[bold]{', '.join(record['stages'])}[/]: there already")
+    if command != "run":
+        for folder, *_ in record["stages"][command][:SHOWN]:
+            say(f"  {escaped(folder)}")
+    if compared:
+        write_report(config.run_dir / "evaluation", report, console)
+    if command == "run":
+        say(f"  report: {escaped(page)}")
+    return True
+
+
+def _place(config: Config, command: str) -> StoragePath:
+    return config.run_dir / "standing" / f"{command}.json"
+
+
+def _settings(config: Config) -> str:
+    return digest([__version__, REASONS, config.model_dump(mode="json")])
+
+
+def _ready(folder: str, fingerprint: str, parts: Sequence[str]) -> bool:
+    place = storage_path(folder)
+    return json_of(place / "manifest.json")["fingerprint"] == fingerprint and all((place / part).exists() for part in parts)
