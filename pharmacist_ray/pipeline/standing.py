@@ -43,7 +43,9 @@ def leave_standing(command: str, config: Config, made: Sequence[tuple[str, Seque
             stage: [[str(one.folder), one.fingerprint, list(one.parts)] for one in artifacts] for stage, artifacts in made
         },
     }
-    write_text(json.dumps(record), _place(config, command))
+    text, place = json.dumps(record), _place(config, command)
+    if not place.exists() or place.read_text() != text:
+        write_text(text, place)
 
 
 def stands(command: str, config: Config) -> bool:

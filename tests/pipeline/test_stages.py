@@ -68,11 +68,13 @@ def failed(code: int, *arguments: object) -> str:
 
 
 def times(root: Path, *but: str) -> dict[str, int]:
-    """Return when each file below a run directory was written, report, resolved configuration and Ray's own left out."""
+    """Return when each file below a run directory was written, but for report, configuration, what stands, and Ray's own."""
     files = (
         path
         for path in root.rglob("*")
-        if path.is_file() and path.relative_to(root).parts[0] not in ("report", "config.yaml", *but) and ".ray" not in path.parts
+        if path.is_file()
+        and path.relative_to(root).parts[0] not in ("report", "config.yaml", "standing", *but)
+        and ".ray" not in path.parts
     )
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in files}
 
