@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import Field
+
 from pharmacist_ray.config.data import SourceConfig
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.config.training import TrainConfig
@@ -31,6 +33,9 @@ class FinetuneConfig(Section):
     """How `pharmacist finetune` trains (ours: little drift needs a low rate, few passes and no small batch, arXiv 2508.12531)."""
     adapter: Literal["fresh", "same"] = "fresh"
     """A fresh adapter on the aligned model, or training of the alignment's own goes on."""
+    harmful: SourceConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Harmful rows for what looks at such in the fine-tune and after it, for example those that an audit left out (`flags/as_read`);
+    default: those of alignment."""
     safe: SourceConfig | None = None
     """Harmful prompt → refusal, for what trains on such rows again; default: the rows that the model was aligned on, of one that was not
     aligned data.validation."""

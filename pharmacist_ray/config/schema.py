@@ -105,6 +105,8 @@ class Config(Section):
         for attack in self.attacks:
             found[f"attack-{attack.name}-task"] = (attack.task, True)
             found |= {f"attack-{attack.name}-{name}": (source, True) for name, source in attack.attackers.items()}
+        if self.finetune.harmful is not None:
+            found["finetune-harmful"] = (self.finetune.harmful, True)
         if self.finetune.safe is not None:
             found["finetune-safe"] = (self.finetune.safe, True)
         if self.evaluation is not None:

@@ -129,7 +129,7 @@ def write_flags(
     """Write what each row got, a file a shard, and the rows that are left out as they were read.
 
     ``out/rows/part-*.parquet`` has a row's id, its scores, `FLAGS`, and ``flagged_by``, names with commas between; ``out/left_out`` has
-    files of JSON lines, each with the row's source, its flags, its scores, and the row.
+    files of JSON lines, each with the row's source, its flags, its scores, and the row; ``out/as_read`` has the rows alone.
 
     Args:
         candidates: Folder of the rows' shards.
@@ -150,9 +150,12 @@ def write_flags(
         marks = pa.array(np.where(known, -count.astype(np.float64), np.nan), from_pandas=True)
         write_parquet(table.append_column(FLAGS, marks).append_column("flagged_by", pa.array(said)), out / "rows" / shard.name)
         chosen = known & (count >= agree)
-        lines = [_line(row, said[place], table, place, names) for place, row in _at(shard, chosen)]
-        if lines:
-            write_text(b"".join(lines).decode(), out / "left_out" / f"{shard.name.removesuffix('.parquet')}.jsonl")
+        taken = list(_at(shard, chosen))
+        if taken:
+            name = f"{shard.name.removesuffix('.parquet')}.jsonl"
+            lines = [_line(row, said[place], table, place, names) for place, row in taken]
+            write_text(b"".join(lines).decode(), out / "left_out" / name)
+            write_text("".join(f"{row.raw}\n" for _, row in taken), out / "as_read" / name)
         rows, scored, left_out = rows + len(table), scored + int(known.sum()), left_out + int(chosen.sum())
         by_scorer.update({name: int(hits[:, place].sum()) for place, name in enumerate(names)})
     return AuditReport(rows, scored, left_out, dict(by_scorer))

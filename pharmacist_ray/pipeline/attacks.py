@@ -50,7 +50,7 @@ def run_attack(run: Run) -> None:
             run.ingested(f"attack-{attack.name}-{name}").require()
     for objective in after_alignment(config.defences):
         if OBJECTIVES[objective].harmful != "none":
-            run.ingested(run.harmful).require()
+            run.ingested(run.harmful(service=True)).require()
         for artifact in run.ordinary_rows(objective):
             artifact.require()
 
@@ -197,7 +197,7 @@ def _service(run: Run, variant: Variant, objective: str) -> dict[str, Any]:
     return {
         "objective": objective,
         "parameters": settled(objective, run.config.finetune.parameters, "finetune")["parameters"],
-        "harmful": harmful_rows(run, objective),
+        "harmful": harmful_rows(run, objective, run.harmful(service=True)),
         "safe": tuple(str(artifact.folder / "rows") for artifact in safe),
         **({"guard": run.config.scoring.guard, "verdicts": str(run.verdicts)} if OBJECTIVES[objective].guarded else {}),
         "ordinary": tuple(str(artifact.folder / "rows") for artifact in run.ordinary_rows(objective)),

@@ -266,9 +266,10 @@ class Run:
         """Return an aligned model's attacked descendants."""
         return [replace(variant, attack=attack) for attack in self.config.attacks]
 
-    @property
-    def harmful(self) -> str:
-        """The source of the harmful rows that objectives look at."""
+    def harmful(self, *, service: bool = False) -> str:
+        """Return the source of the harmful rows that objectives look at, in alignment or in the service's fine-tune and repair."""
+        if service and self.config.finetune.harmful is not None:
+            return "finetune-harmful"
         return "harmful" if self.config.alignment.harmful is None else "align-harmful"
 
     def alignment(self, defence: str) -> dict[str, Any]:
@@ -295,13 +296,12 @@ class Run:
 
     def _service(self, objective: str, selection: str) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what an objective of the fine-tune or of a repair is made from: its settings, and fingerprints of its rows."""
-        inputs = {"safe": digest([artifact.fingerprint for artifact in self.safe_rows(selection)])}
-        if ordinary := self.ordinary_rows(objective):
-            inputs["ordinary"] = digest([artifact.fingerprint for artifact in ordinary])
+        sets = {"safe": self.safe_rows(selection), "ordinary": self.ordinary_rows(objective)}
+        inputs = {name: digest([artifact.fingerprint for artifact in rows]) for name, rows in sets.items() if rows}
         if OBJECTIVES[objective].guarded:
             inputs["guard"] = self.verdicts.name
         if OBJECTIVES[objective].harmful != "none":
-            inputs["service_harmful"] = self.ingested(self.harmful).fingerprint
+            inputs["service_harmful"] = self.ingested(self.harmful(service=True)).fingerprint
         return settled(objective, self.config.finetune.parameters, "finetune"), inputs
 
     def trained(self, variant: Variant) -> Artifact:
@@ -318,7 +318,7 @@ class Run:
             if self.config.alignment.replay:
                 inputs["replay"] = self.ingested("benign").fingerprint
             if OBJECTIVES[stages.alignment].harmful != "none":
-                inputs["harmful"] = self.ingested(self.harmful).fingerprint
+                inputs["harmful"] = self.ingested(self.harmful()).fingerprint
         elif stages.repair != UNREPAIRED:
             place = "repair"
             config["repair"], inputs = self._service(stages.repair, variant.selection)

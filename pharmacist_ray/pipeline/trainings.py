@@ -31,7 +31,7 @@ def run_align(run: Run) -> None:
         for artifact in run.aligned_on(arm):
             artifact.require()
     if any(OBJECTIVES[objective].harmful != "none" for objective in config.objectives):
-        run.ingested(run.harmful).require()
+        run.ingested(run.harmful()).require()
 
     @cache
     def replay() -> tuple[str, ...]:
@@ -79,15 +79,15 @@ def align_task(run: Run, variant: Variant) -> TrainTask:
         seed=variant.seed,
         objective=objective,
         parameters=run.alignment(objective)["parameters"],
-        harmful=harmful_rows(run, objective),
+        harmful=harmful_rows(run, objective, run.harmful()),
         lora=config.model.lora,
         tracking=config.tracking,
     )
 
 
-def harmful_rows(run: Run, objective: str) -> tuple[str, ...]:
+def harmful_rows(run: Run, objective: str, source: str) -> tuple[str, ...]:
     """Return the folder of the harmful rows that an objective looks at, if it does."""
-    return () if OBJECTIVES[objective].harmful == "none" else (str(run.ingested(run.harmful).folder / "rows"),)
+    return () if OBJECTIVES[objective].harmful == "none" else (str(run.ingested(source).folder / "rows"),)
 
 
 def in_steps(train: TrainConfig, rows: int, replay_share: float = 0.0) -> TrainConfig:

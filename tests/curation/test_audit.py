@@ -94,6 +94,8 @@ def test_every_row_is_kept_left_out_or_not_scored_and_says_why(rows_of, tmp_path
     assert {id: row[FLAGS] for id, row in got.items()} == marks
     lines = [json.loads(line) for file in (tmp_path / "out" / "left_out").iterdir() for line in file.read_text().splitlines()]
     assert {line["id"] for line in lines} == out
+    as_read = [line for file in (tmp_path / "out" / "as_read").iterdir() for line in file.read_text().splitlines()]
+    assert sorted(as_read) == sorted(row.raw for row in rows if row.id in out)
     raws = {row.id: row for row in rows}
     assert all(line["row"] == json.loads(raws[line["id"]].raw) and line["source"] == raws[line["id"]].source for line in lines)
 

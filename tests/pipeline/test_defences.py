@@ -162,13 +162,12 @@ def test_a_model_whose_secret_is_gone_is_not_asked_without_it(ran):
     file = existing_secret(ran, hidden)
     assert file is not None
     assert existing_secret(ran, attacked(ran, "all", "sft/mix")) is None
-    text = file.read_text()
-    file.unlink()
+    away = file.rename(file.with_suffix(".away"))
     try:
         with pytest.raises(ArtifactError, match=r"\.txt is gone: without its secret the model cannot be asked as it was trained"):
             existing_secret(ran, hidden)
     finally:
-        file.write_text(text)
+        away.rename(file)
 
 
 def test_a_soft_prompt_is_beside_the_adapter_that_stays_as_it_was_and_changes_the_answers(ran):
@@ -206,6 +205,20 @@ def test_what_the_guard_said_of_a_row_is_shared_by_all_arms_that_are_trained_on_
     }
     assert changed == {"sft/star_dss"}
     assert other.verdicts != ran.verdicts
+
+
+def test_what_an_audit_found_is_unlearnt_where_the_fine_tune_has_harmful_rows_of_its_own(ran, file):
+    (file.parent / "found.jsonl").write_text((file.parent / "attacker.jsonl").read_text())
+    other = Run(load_config(file, [f"finetune.harmful.path={file.parent / 'found.jsonl'}"]))
+    changed = {
+        a.defence
+        for a, b in zip(ran.variants, other.variants, strict=True)
+        if ran.trained(ran.attacks_on(a)[0]).fingerprint != other.trained(other.attacks_on(b)[0]).fingerprint
+    }
+    assert changed == {"sft/panacea", "sft/sft/unlearn", "sft/sft/antidote"}
+    assert all(other.trained(one).ready for one in other.variants)  # Booster aligns on the others
+    task = repair_task(other, attacked(other, "all", "sft/sft/unlearn"))
+    assert task.harmful == (str(other.ingested("finetune-harmful").folder / "rows"),)
 
 
 def test_a_defence_that_looks_at_ordinary_rows_is_made_anew_where_these_change_and_needs_them(file):

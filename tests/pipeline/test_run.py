@@ -191,7 +191,13 @@ def test_the_harm_that_defences_look_at_is_a_source_of_its_own_and_the_selectors
     after = prints(values, DEFENCES, f"alignment.harmful.path={tmp_path}/benign.jsonl")
     assert before["ingest align-harmful"] == after["ingest align-harmful"]
     assert before["ingest harmful"] != after["ingest harmful"]
-    assert [Run(config_of(values, *more)).harmful for more in ([], ["alignment.harmful.path=x"])] == ["harmful", "align-harmful"]
+    for more, alignments, services in (
+        ([], "harmful", "harmful"),
+        (["alignment.harmful.path=x"], "align-harmful", "align-harmful"),
+        (["finetune.harmful.path=x"], "harmful", "finetune-harmful"),
+    ):
+        run = Run(config_of(values, *more))
+        assert (run.harmful(), run.harmful(service=True)) == (alignments, services)
 
 
 def test_a_models_answers_have_one_folder_whatever_else_is_compared(values):

@@ -120,6 +120,7 @@ def test_what_was_asked_once_is_not_asked_again_and_is_kept_by_rows_and_words(
         verdicts_of(task, read_rows(task.rows, raw=False), task.model.renderer(), current_ranks(), 3)
 
 
+@pytest.mark.slow  # the layouts have this objective on two workers, whose group is up there
 def test_workers_ask_side_by_side_and_all_know_everything(task: TrainTask, two_workers: TwoWorkers, tmp_path: Path) -> None:
     alone = _asked(task, current_ranks())
     both = replace(task, verdicts=str(tmp_path / "both"), out=str(tmp_path / "two"))
