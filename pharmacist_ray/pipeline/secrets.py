@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.secret import make_secret
 from pharmacist_ray.errors import ArtifactError, ModelError
@@ -37,8 +35,8 @@ def secret_of(run: Run, variant: Variant, renderer: Renderer, tokens: int) -> st
             f"{run.config.model.path}: no secret can be made of its vocabulary, {error}; use another defence than backdoor"
         ) from error
     with replacing(file) as draft:
-        Path(draft).touch(mode=0o600)
-        Path(draft).write_text(secret, encoding="utf-8")
+        draft.touch(mode=0o600)
+        draft.write_text(secret, encoding="utf-8")
     return secret
 
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pharmacist_ray import __version__
 from pharmacist_ray.config.load import dump_config, located
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.pipeline.artifacts import digest
+from pharmacist_ray.pipeline.artifacts import Artifact, digest
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.identity import file_identity
 from pharmacist_ray.pipeline.revisions import REASONS
 from pharmacist_ray.report.table import write_report
 from pharmacist_ray.storage import StoragePath, json_of, storage_path, write_text
-
-if TYPE_CHECKING:
-    from pharmacist_ray.pipeline.artifacts import Artifact
 
 SHOWN = 5
 """Folders of a stage that are named at most (ours)."""
@@ -63,22 +60,27 @@ def stands(command: str, config: Config) -> bool:
         )
         if not same or not all(_ready(*one) for artifacts in record["stages"].values() for one in artifacts):
             return False
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or a broken one
+        if command == "run" and not (config.run_dir / "report" / "report.html").exists():
+            return False
+        write_text(dump_config(config), config.run_dir / "config.yaml")
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # none, a broken one, or nowhere to write: the stages will say
         return False
-    report = config.run_dir / "report"
-    page, compared = report / "report.html", command == "run" and config.evaluation is not None
-    if command == "run" and not page.exists():
-        return False
-    write_text(dump_config(config), config.run_dir / "config.yaml")
     say(f"[dim]run directory: {escaped(config.run_dir)}[/]")
     say(f"[bold]{', '.join(record['stages'])}[/]: there already")
     if command != "run":
         for folder, *_ in record["stages"][command][:SHOWN]:
             say(f"  {escaped(folder)}")
-    if compared:
+        return True
+    report = config.run_dir / "report"
+    if config.evaluation is not None:
         write_report(config.run_dir / "evaluation", report, console)
-    if command == "run":
-        say(f"  report: {escaped(page)}")
+    say(f"  report: {escaped(report / 'report.html')}")
     return True
 
 

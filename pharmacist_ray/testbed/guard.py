@@ -29,7 +29,7 @@ def make_guard(base: Path, world: World, out: Path) -> None:
         world: The world; the guard's rows are `World.moderation`.
         out: Gets ``model.safetensors``, ``config.json`` and the tokenizer.
     """
-    if (out / "config.json").exists():
+    if out.exists():
         return
     tokenizer = AutoTokenizer.from_pretrained(base)
     verbosity = logging.get_verbosity()
@@ -57,5 +57,7 @@ def make_guard(base: Path, world: World, out: Path) -> None:
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    draft = out.with_name(f"{out.name}.partial")
+    model.eval().save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    draft.rename(out)

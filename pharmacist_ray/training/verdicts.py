@@ -88,9 +88,8 @@ def verdicts_of(task: TrainTask, table: pa.Table, renderer: Renderer, ranks: Ran
     ids = sorted(rows)
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
     files = [storage_path(task.verdicts) / f"{_digest(block, words)}.parquet" for block in blocks]
-    missing = [place for place, file in enumerate(files) if not file.exists()]
-    ranks.barrier()  # so that all see the same ones missing
-    if mine := missing[ranks.rank :: ranks.workers]:
+    # By its number and not by what is missing: another arm may write a block while the workers look.
+    if mine := [place for place in range(ranks.rank, len(blocks), ranks.workers) if not files[place].exists()]:
         guard = _Guard(task.guard, str(ranks.device))
         for place in mine:
             ranks.set_status(f"{task.name}: the guard reads block {place + 1} of {len(blocks)}")

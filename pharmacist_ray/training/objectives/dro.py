@@ -85,7 +85,11 @@ def dro(step: Step) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            plain, behind = (states(model, questions, prompt) for prompt in (None, start))
+            places = range(0, len(questions), settings.batch_size)
+            plain, behind = (
+                torch.cat([states(model, questions[place : place + settings.batch_size], prompt) for place in places])
+                for prompt in (None, start)
+            )
         refused = [
             is_refusal(answer)
             for prompt in (None, start)

@@ -34,8 +34,8 @@ class NlsrSettings(Section):
 class Layer:
     """One adapted matrix."""
 
-    reference: Factors
-    """(1 + β)ΔW_a."""
+    aligned: Factors
+    """ΔW_a; the reference is 1 + β times it."""
     user: Factors
     """What the fine-tune added to the alignment's ΔW_a, its B without the scale."""
     scale: float
@@ -68,9 +68,9 @@ def nlsr(step: Step) -> None:
     if not step.merged:
         raise ConfigError("nlsr needs a model that was aligned with an adapter, whose neurons it puts back")
     weights = {name: weight.float().clone() for name, weight in whole_weights(step.engine)}
-    layers = _layers(step, weights, settings)
+    layers = _layers(step, weights)
     critical = {name: critical_neurons(layer, settings) for name, layer in layers.items()}
-    alike = {name: similarity(layer, critical[name], settings.beta) for name, layer in layers.items()}
+    alike = {name: similarity(layer, critical[name]) for name, layer in layers.items()}
     turned = sorted(alike, key=lambda name: (alike[name], name))[: round(settings.layers * len(alike))]
     lost = [0.0]
     for name in turned:
@@ -92,7 +92,7 @@ def critical_neurons(layer: Layer, settings: NlsrSettings) -> torch.Tensor:
         layer: The layer.
         settings: P_SR.
     """
-    b, a = (one.double() for one in layer.reference)
+    b, a = (one.double() for one in layer.aligned)  # the reference is a multiple of it
     values, vectors = torch.linalg.eigh(layer.inputs.double())
     left, _, _ = torch.linalg.svd(b @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)  # of B A X, by the Gram of A X
     first = left[:, : max(1, round(b.shape[1] * (1 - settings.sparsity)))]
@@ -104,18 +104,17 @@ def critical_neurons(layer: Layer, settings: NlsrSettings) -> torch.Tensor:
     return mask
 
 
-def similarity(layer: Layer, critical: torch.Tensor, beta: float) -> float:
+def similarity(layer: Layer, critical: torch.Tensor) -> float:
     """Return the cosine between the critical rows of the reference and of the update after the fine-tune; 0 where one is 0.
 
     Args:
         layer: The layer.
         critical: (d_out,) of truth values.
-        beta: β.
     """
-    reference = _rows(layer.reference, critical)
-    both = _stacked(_rows(_aligned(layer, beta), critical), _rows(_scaled(layer), critical))
-    lengths = (_inner(reference, reference) * _inner(both, both)) ** 0.5
-    return _inner(reference, both) / lengths if lengths > 0 else 0.0
+    aligned = _rows(layer.aligned, critical)  # how long the reference is does nothing to a cosine
+    both = _stacked(aligned, _rows(_scaled(layer), critical))
+    lengths = (_inner(aligned, aligned) * _inner(both, both)) ** 0.5
+    return _inner(aligned, both) / lengths if lengths > 0 else 0.0
 
 
 def repaired(layer: Layer, critical: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -126,7 +125,7 @@ def repaired(layer: Layer, critical: torch.Tensor, beta: float) -> tuple[torch.T
         critical: (d_out,) of truth values.
         beta: β.
     """
-    beyond = layer.reference[0] * (beta / (1 + beta)), layer.reference[1]  # the alignment itself is in the frozen weights
+    beyond = layer.aligned[0] * beta, layer.aligned[1]  # the alignment itself is in the frozen weights
     b, a = _stacked(_rows(_scaled(layer), ~critical), _rows(beyond, critical))
     left, right = torch.linalg.qr(b), torch.linalg.qr(a.T)
     u, values, v = torch.linalg.svd(left.R @ right.R.T)
@@ -141,7 +140,7 @@ def repaired(layer: Layer, critical: torch.Tensor, beta: float) -> tuple[torch.T
     return new_b.to(layer.user[0]), new_a.to(layer.user[1]), lost
 
 
-def _layers(step: Step, weights: dict[str, torch.Tensor], settings: NlsrSettings) -> dict[str, Layer]:
+def _layers(step: Step, weights: dict[str, torch.Tensor]) -> dict[str, Layer]:
     """Return the layers that alignment and fine-tune both adapt, by the name of their B."""
     aligned, found = factors_of(step.merged[-1]), {}
     modules = dict(step.model.named_modules())
@@ -152,7 +151,7 @@ def _layers(step: Step, weights: dict[str, torch.Tensor], settings: NlsrSettings
         b, a = (one.to(step.ranks.device) for one in aligned[module])
         user = weights[name], weights[name.replace(".lora_B.", ".lora_A.")]
         (scale,) = holders[module].scaling.values()
-        found[name] = Layer((b * (1 + settings.beta), a), user, float(scale), grams[module])
+        found[name] = Layer((b, a), user, float(scale), grams[module])
     return found
 
 
@@ -185,10 +184,6 @@ def _grams(step: Step, holders: dict[str, nn.Module], projections: dict[str, tor
         for handle in handles:
             handle.remove()
     return {module: step.ranks.total(one) for module, one in sums.items()}
-
-
-def _aligned(layer: Layer, beta: float) -> Factors:
-    return layer.reference[0] / (1 + beta), layer.reference[1]
 
 
 def _scaled(layer: Layer) -> Factors:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch.nn.functional import cosine_similarity
 
 from pharmacist_ray.config.section import Count, Positive, Section, Share
 from pharmacist_ray.data.render import IGNORE, Batch
-from pharmacist_ray.models.losses import answer_log_probs, kl_divergence
 from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.models.taps import captured, decoder_layers
 from pharmacist_ray.training.engine import release_gathered
@@ -47,18 +47,17 @@ def refusal_teacher(step: Step) -> Iterator[torch.Tensor]:
         step: The step; gets ``left_out_share`` and ``teacher_divergence``, in nats.
     """
     settings = step.get(RefusalTeacherSettings)
-    harmful, ordinary = _means(step, settings)
-    feature, middle = harmful - ordinary, (harmful + ordinary) / 2
+    means = None if settings.threshold is None else _means(step, settings)
     gone, divergences = [], []
     for index, (batch, safe) in enumerate(zip(step.batches, step.safe, strict=True)):
-        if settings.threshold is None:
-            kept = torch.ones(len(batch), device=feature.device)
-        else:
-            cosine = torch.nn.functional.cosine_similarity(_asked(step, batch, settings.depth) - middle, feature[None])
-            kept = (cosine <= settings.threshold).float()
+        kept = torch.ones(len(batch), device=step.ranks.device)
+        if means is not None and settings.threshold is not None:
+            harmful, ordinary = means
+            centred = _asked(step, batch, settings.depth) - (harmful + ordinary) / 2
+            kept = (cosine_similarity(centred, (harmful - ordinary)[None]) <= settings.threshold).float()
         with step.same_dropout("align", index):
             loss = step.loss(replace(batch, weights=kept if batch.weights is None else kept * batch.weights))
-        divergence = _divergence(step, safe, settings.temperature)
+        divergence = step.divergence(safe, temperature=settings.temperature)
         gone.append(1 - kept.mean())
         divergences.append(divergence.detach())
         yield loss + settings.beta * divergence
@@ -69,11 +68,10 @@ def refusal_teacher(step: Step) -> Iterator[torch.Tensor]:
 def _means(step: Step, settings: RefusalTeacherSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean states of harmful prompts and of ordinary ones, over the rows of all workers' steps so far up to the anchors."""
     seen = step.state.setdefault("refusal_teacher:seen", torch.zeros((), dtype=torch.int64))
-    for name, batches in (("harmful", step.safe), ("ordinary", step.ordinary)):
-        if int(seen) < settings.anchors:
+    if int(seen) < settings.anchors:
+        for name, batches in (("harmful", step.safe), ("ordinary", step.ordinary)):
             key, total = f"refusal_teacher:{name}", step.ranks.total(_summed(step, batches, settings.depth)).cpu()
             step.state[key] = step.state[key] + total if key in step.state else total
-    if int(seen) < settings.anchors:
         seen += sum(map(len, step.safe)) * step.ranks.workers
     both = (step.state[f"refusal_teacher:{name}"] / int(seen) for name in ("harmful", "ordinary"))
     harmful, ordinary = (mean.to(step.ranks.device, torch.float32) for mean in both)
@@ -95,14 +93,3 @@ def _asked(step: Step, batch: Batch, depth: float) -> torch.Tensor:
     release_gathered(step.engine)
     last = (batch.labels != IGNORE).int().argmax(dim=1) - 1
     return states[0][torch.arange(len(batch), device=last.device), last].float()
-
-
-def _divergence(step: Step, safe: Batch, temperature: float) -> torch.Tensor:
-    with without_dropout(step.model):
-        with torch.no_grad(), step.reference():
-            teacher, _ = answer_log_probs(step.model, safe)
-        release_gathered(step.engine)
-        step.forwards += 2
-        student, mask = answer_log_probs(step.engine, safe)
-    softened = [torch.log_softmax(one / temperature, dim=-1) for one in (teacher, student)]
-    return temperature**2 * kl_divergence(softened[0], softened[1], mask).mean()

@@ -10,9 +10,6 @@ import torch
 from pydantic import Field
 
 from pharmacist_ray.config.section import Section
-from pharmacist_ray.data.render import Batch
-from pharmacist_ray.models.losses import answer_log_probs, kl_divergence
-from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.models.perturb import dot
 from pharmacist_ray.training.objectives.step import Step
 
@@ -41,7 +38,7 @@ def safegrad(step: Step) -> Iterator[torch.Tensor]:
     """
     settings = step.get(SafeGradSettings)
     user, _ = step.mean_gradient(step.batches, "align", partial(step.loss, aside=True))
-    safe, divergence = step.mean_gradient(step.safe, "safe", partial(_divergence, step))
+    safe, divergence = step.mean_gradient(step.safe, "safe", partial(step.divergence, aside=True))
     factor, cosine = surgery(list(user.values()), list(safe.values()), settings.rho)
     step.measured |= {"gradient_cosine": cosine, "safe_divergence": divergence}
     del user
@@ -63,12 +60,3 @@ def surgery(user: Sequence[torch.Tensor], safe: Sequence[torch.Tensor], rho: flo
         return rho, 0.0
     lengths = (square * float(dot(user, user))) ** 0.5
     return rho + max(0.0, -inner / square), inner / lengths if lengths else 0.0
-
-
-def _divergence(step: Step, batch: Batch) -> torch.Tensor:
-    with without_dropout(step.model):
-        with torch.no_grad(), step.reference():
-            before, _ = answer_log_probs(step.model, batch)
-        step.forwards += 2
-        now, mask = answer_log_probs(step.model, batch)
-    return kl_divergence(before, now, mask).mean()

@@ -14,7 +14,8 @@ import torch
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.data.render import Batch, Renderer
 from pharmacist_ray.data.schema import Row
-from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.losses import answer_log_probs, kl_divergence, per_sample_nll
+from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.training.engine import release_gathered
 
@@ -102,6 +103,24 @@ class Step:
         """Let the bare model be, inside a block, what it was before a fresh adapter came onto it."""
         with self.model.disable_adapter():
             yield
+
+    def divergence(self, batch: Batch, *, temperature: float = 1.0, aside: bool = False) -> torch.Tensor:
+        """Return the mean over samples of KL(p_before ‖ p_now) on their answers, without dropout, times the squared temperature of both.
+
+        Args:
+            batch: A micro-batch.
+            temperature: T; 1 leaves both as they are.
+            aside: Whether the pass is not for the engine to differentiate.
+        """
+        with without_dropout(self.model):
+            with torch.no_grad(), self.reference():
+                before, _ = answer_log_probs(self.model, batch)
+            release_gathered(self.engine)
+            self.forwards += 2
+            now, mask = answer_log_probs(self.model if aside else self.engine, batch)
+        if temperature != 1.0:
+            before, now = (torch.log_softmax(one / temperature, dim=-1) for one in (before, now))
+        return temperature**2 * kl_divergence(before, now, mask).mean()
 
     @contextmanager
     def same_dropout(self, what: str, micro_batch: int) -> Iterator[None]:
