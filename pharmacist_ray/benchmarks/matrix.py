@@ -45,6 +45,8 @@ DEFENCES = (
 """Defences of every stage, and two of several."""
 UNDEFENDED = ("none", "sft")
 """The base model, neither aligned nor defended: what every defence is held against under the adaptive attacker."""
+IN_TRIALS = 'resources={"workers": 0, "actors": 0, "cpus_per_worker": 1}'
+"""The red team's trials fine-tune and answer in their own processes: so small a model is done before workers have started."""
 
 Row = dict[str, Any]
 Arm = tuple[str, str]
@@ -107,7 +109,8 @@ def _in_world(
         for arm, numbers in by_arm(json_of(run.evaluated.require() / "table.json")).items():
             arms[arm] = numbers
         if adaptive:
-            for row in json_of(run_redteam(config) / "redteam.json")["arms"]:
+            attacked = run_redteam(load_config(folder / "config.yaml", [*shared, *own, IN_TRIALS, *overrides]))
+            for row in json_of(attacked / "redteam.json")["arms"]:
                 worst = {"unbounded": row["unbounded_hs"]} | ({"bounded": row["worst"]["hs"]} if row["worst"] else {})
                 arms[row["selection"], row["defence"]] |= worst
     return arms
