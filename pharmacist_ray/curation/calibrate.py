@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from pharmacist_ray.config.scoring import CALIBRATED
-from pharmacist_ray.curation.combine import Ranks, rank_among, sample_scores
+from pharmacist_ray.curation.combine import Ranks, Read, as_it_is, rank_among, sample_scores
 from pharmacist_ray.curation.planted import FEWEST, FILE, GOOD, KINDS, unit_of
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.selector import LEARNT
@@ -133,18 +133,19 @@ def calibration_columns(scorers: Sequence[str], where: str = "scoring.scorers") 
     return found
 
 
-def calibrate(tables: Iterable[pa.Table], planted: PlantedScores) -> Calibrated:
+def calibrate(parts: Iterable[Any], planted: PlantedScores, read: Read = as_it_is) -> Calibrated:
     """Fit the model on the planted rows.
 
     Args:
-        tables: The candidates' scores, shard after shard: the id and the columns that take part; read once.
+        parts: The candidates' scores, shard after shard: the id and the columns that take part; each is read once.
         planted: The planted rows and their scores.
+        read: Reads a part.
 
     Raises:
         ArtifactError: The scores are those of other rows.
         DataError: Too few planted rows have a score.
     """
-    sample = sample_scores(tables, planted.columns)
+    sample = sample_scores(parts, planted.columns, read)
     ranks = Ranks({name: np.sort(values) for name, values in sample.items()})
     rows = read_table(planted.rows / FILE, columns=["id", "category", "raw"])
     scores = read_table(planted.scores / FILE, columns=["id", *planted.columns])

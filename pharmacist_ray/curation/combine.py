@@ -7,19 +7,30 @@ whose ids come first in a fixed order that has nothing to do with the scores: a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pharmacist_ray.data.schema import uniform
+from pharmacist_ray.runtime.tasks import in_tasks
 
 SAMPLE = 1 << 20
 """Rows among which ranks are taken: 8 MB a score (ours)."""
 
 _SEED = 2_654_435_761
+
+Read = Callable[[Any], pa.Table]
+"""Reads the id and the score columns of a part, such as a shard's file."""
+
+
+def as_it_is(table: pa.Table) -> pa.Table:
+    """Read a part that is a table already."""
+    return table
 
 
 @dataclass(frozen=True)
@@ -77,45 +88,64 @@ class BestRank(Ranks):
         return np.asarray(self.ranks(table).max(axis=1))
 
 
-def best_rank(tables: Iterable[pa.Table], columns: Sequence[str]) -> BestRank:
+def best_rank(parts: Iterable[Any], columns: Sequence[str], read: Read = as_it_is) -> BestRank:
     """Return the best of ranks among all rows that have every score.
 
     Args:
-        tables: Shard after shard, the id and the columns; read once.
+        parts: Shard after shard; each is read once.
         columns: The score columns.
+        read: Reads a part.
     """
-    return BestRank({name: np.sort(values) for name, values in sample_scores(tables, columns).items()})
+    return BestRank({name: np.sort(values) for name, values in sample_scores(parts, columns, read).items()})
 
 
-def rank_sum(tables: Iterable[pa.Table], weights: Mapping[str, float]) -> RankSum:
+def rank_sum(parts: Iterable[Any], weights: Mapping[str, float], read: Read = as_it_is) -> RankSum:
     """Return the sum of ranks among all rows that have every score.
 
     Args:
-        tables: Shard after shard, the id and the columns of ``weights``; read once.
+        parts: Shard after shard; each is read once.
         weights: Score column → weight above 0.
+        read: Reads a part.
     """
-    sample = sample_scores(tables, list(weights))
+    sample = sample_scores(parts, list(weights), read)
     return RankSum({name: np.sort(values) for name, values in sample.items()}, dict(weights))
 
 
-def sample_scores(tables: Iterable[pa.Table], names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+def sample_scores(parts: Iterable[Any], names: Sequence[str], read: Read = as_it_is) -> dict[str, NDArray[np.float64]]:
     """Return the scores of at most `SAMPLE` rows that have all of them, chosen by id: score → (n,), the same rows in each.
 
     Args:
-        tables: Shard after shard, the id and the score columns; read once.
+        parts: Shard after shard; each is read once.
         names: The score columns.
+        read: Reads a part.
     """
-    order = np.empty(0)
-    kept = {name: np.empty(0) for name in names}
-    for table in tables:
-        columns = {name: _floats(table, name) for name in names}
-        known = ~np.isnan(np.sum(list(columns.values()), axis=0))
-        order = np.concatenate([order, [uniform(id, _SEED) for id in table.column("id").filter(pa.array(known)).to_pylist()]])
-        kept = {name: np.concatenate([values, columns[name][known]]) for name, values in kept.items()}
+    order, kept = np.empty(0), np.empty((len(names), 0))
+    last = 1.0  # who comes after it has no place in the sample any more, so of many parts little is sent here
+
+    def asked() -> Iterator[tuple[Any, float]]:
+        for part in parts:
+            yield part, last
+
+    for found, values in in_tasks(partial(_among_first, names=tuple(names), read=read), asked()):
+        order, kept = np.concatenate([order, found]), np.concatenate([kept, values], axis=1)
         if len(order) > SAMPLE:
             first = np.argpartition(order, SAMPLE)[:SAMPLE]
-            order, kept = order[first], {name: values[first] for name, values in kept.items()}
-    return kept
+            order, kept = order[first], kept[:, first]
+            last = float(order.max())
+    return dict(zip(names, kept, strict=True))
+
+
+def _among_first(
+    asked: tuple[Any, float], *, names: tuple[str, ...], read: Read
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return place in the order and scores, (n,) and (scores, n), of a part's rows that have all scores and come early enough."""
+    part, last = asked
+    table = read(part)
+    values = np.stack([_floats(table, name) for name in names])
+    known = ~np.isnan(values.sum(axis=0))
+    order = np.array([uniform(id, _SEED) for id in table.column("id").filter(pa.array(known)).to_pylist()], np.float64)
+    early = order <= last
+    return order[early], values[:, known][:, early]
 
 
 def rank_among(known: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,10 +15,13 @@ nesting deeper than 16), the values become JSON strings, and the manifest names 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import IO, Any
 
 import orjson
 import pyarrow as pa
@@ -28,28 +31,47 @@ import pyarrow.parquet as pq
 import pharmacist_ray
 from pharmacist_ray.data.schema import ROW_SCHEMA
 from pharmacist_ray.errors import ArtifactError, DataError
-from pharmacist_ray.storage import StoragePath, move_tree, opened_parquet, remove_tree, working_folder
+from pharmacist_ray.runtime.tasks import in_tasks
+from pharmacist_ray.storage import StoragePath, matching, move_tree, opened_parquet, remove_tree, replacing, write_text
 
-Kept = Callable[[], Iterator[tuple[StoragePath, pa.Table]]]
-"""Starts a pass over the shards: the file with all rows of a shard, and the (id, score, …) of the rows to keep."""
+Keep = Callable[[Any], tuple[StoragePath, pa.Table]]
+"""Returns the file with all rows of a shard, and the id, score and category of those to keep, in the file's order."""
 Kind = None | str | list[Any] | dict[str, Any]
 """The type of one place in JSON: None (only nulls so far), bool, int, float, string, json, [kind of the items], {key: kind}."""
+
+MAX_CATEGORIES = 1000
+"""Categories that are counted one by one; with quotas this bounds the memory at 0.5 GB."""
 
 _KEYS, _DEPTH, _COLUMNS = 128, 16, 1000
 _FILE_BYTES = 256 << 20  # text per data file; the hub advises files of a few hundred MB
 _BATCH = 1024  # rows
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was kept of a shard."""
+
+    rows: int
+    size: int
+    """Bytes, as text in memory."""
+    categories: Counter[str]
+    """Rows of each; empty if there are more than `MAX_CATEGORIES`."""
+    scores: tuple[float, float] | None
+    """The lowest and the highest; None where nothing was kept."""
+    kinds: dict[str, Kind]
+    """The type of every original column, in the order of appearance."""
+
+
 @contextmanager
-def replacing(out: StoragePath) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` that takes its place if the block succeeds, and is removed if it fails.
+def taking_its_place(out: StoragePath) -> Iterator[StoragePath]:
+    """Give a new folder beside ``out`` that takes its place if the block succeeds, and is removed if it fails.
 
     Raises:
         ArtifactError: ``out`` is there and is not a selection, so it is not ours to replace.
     """
     if out.exists() and (out.is_file() or any(out.iterdir())) and not (out / "manifest.json").is_file():
         raise ArtifactError(f"{out} is there and is not a selection (it has no manifest.json); move it or choose another folder")
-    fresh = working_folder(out.with_name(f".{out.name}.new"))
+    fresh = out.with_name(f".{out.name}.new")
     remove_tree(fresh)
     fresh.mkdir(parents=True)
     try:
@@ -60,24 +82,45 @@ def replacing(out: StoragePath) -> Iterator[Path]:
     move_tree(fresh, out, last=["manifest.json"])
 
 
-def write_curated(folder: Path, kept: Kept, *, facts: Mapping[str, Any], provenance: Mapping[str, Any], jsonl: bool) -> None:
+def write_curated(
+    folder: StoragePath,
+    shards: Sequence[Any],
+    keep: Keep,
+    *,
+    facts: Callable[[Sequence[Part]], Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+    jsonl: bool,
+) -> None:
     """Write the files of a selection in two passes over the kept rows: canonical rows and types, then typed columns.
+
+    Where Ray is connected, its tasks do: a shard each, then a file each.
 
     Args:
         folder: An empty folder.
-        kept: The rows to keep.
-        facts: Rule and counts, for the manifest and the card.
+        shards: All shards.
+        keep: Says what of a shard is kept.
+        facts: Returns rule and counts, for the manifest and the card, from what was kept of each shard.
         provenance: Where it came from, for the manifest and the card. JSON-able.
         jsonl: Also write ``curated.jsonl``.
 
     Raises:
         DataError: A column is called ``pharmacist_…``, or there are more than 1,000 different columns.
     """
-    kind = _write_rows(folder, kept, jsonl)
-    files = _write_data(folder, kept, kind)
+    parts, kind = list[Part](), dict[str, Kind]()
+    for part in in_tasks(partial(_write_rows, keep=keep, folder=folder, jsonl=jsonl), shards):
+        kind |= {name: _both(kind.get(name), one) for name, one in part.kinds.items()}
+        parts.append(replace(part, kinds={}))
+        if len(kind) > _COLUMNS:
+            raise DataError(f"the kept rows have more than {_COLUMNS} different columns; nest them in one, or drop some")
+    if clash := sorted(name for name in kind if name.startswith("pharmacist_")):
+        raise DataError(f"column '{clash[0]}' of the data has a name that selections use for their own; rename or drop it")
+    if jsonl:
+        _join(folder / "lines", folder / "curated.jsonl")
+    files = list(in_tasks(partial(_write_data, keep=keep, folder=folder, kinds=kind), _files(shards, parts), fewest=2))
+    known = facts(parts)
     manifest = {
         "kind": "selection",
-        **facts,
+        **known,
         "json_columns": sorted(_json_places(kind)),
         "files": files,
         "versions": {
@@ -89,62 +132,76 @@ def write_curated(folder: Path, kept: Kept, *, facts: Mapping[str, Any], provena
     }
     options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
     text = orjson.dumps(manifest, default=str, option=options).decode()
-    (folder / "README.md").write_text(_card(facts, text), encoding="utf-8")
-    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    write_text(_card(known, text), folder / "README.md")
+    write_text(text + "\n", folder / "manifest.json")
 
 
-def _write_rows(folder: Path, kept: Kept, jsonl: bool) -> dict[str, Kind]:
-    """Write ``rows/`` and ``curated.jsonl``; return the kind of every original column, in order of appearance."""
-    kinds: dict[str, Kind] = {}
-    (folder / "rows").mkdir()
+def _write_rows(shard: Any, *, keep: Keep, folder: StoragePath, jsonl: bool) -> Part:
+    """Write what is kept of a shard to ``rows/``, and to ``lines/`` if its lines are wanted."""
+    source, table = keep(shard)
+    kinds, size = dict[str, Kind](), 0
     with ExitStack() as stack:
-        lines = stack.enter_context((folder / "curated.jsonl").open("wb")) if jsonl else None
-        for source, table in kept():
-            with pq.ParquetWriter(folder / "rows" / source.name, ROW_SCHEMA) as writer:
-                for batch in _rows(source, table):
-                    writer.write_batch(batch)
-                    for raw, record in _records(batch):
-                        for name, value in record.items():
-                            kinds[name] = _merge(kinds.get(name), value)
-                        if lines is not None:
-                            lines.write((orjson.dumps(record) if "\n" in raw else raw.encode()) + b"\n")
-            if len(kinds) > _COLUMNS:
-                raise DataError(f"the kept rows have more than {_COLUMNS} different columns; nest them in one, or drop some")
-    if clash := sorted(name for name in kinds if name.startswith("pharmacist_")):
-        raise DataError(f"column '{clash[0]}' of the data has a name that selections use for their own; rename or drop it")
-    return kinds
+        file = stack.enter_context(replacing(folder / "rows" / source.name))
+        lines: IO[bytes] | None = None
+        if jsonl:
+            piece = stack.enter_context(replacing(folder / "lines" / f"{source.stem}.jsonl"))
+            lines = stack.enter_context(piece.open("wb"))
+        with pq.ParquetWriter(file, ROW_SCHEMA) as writer:
+            for batch in _rows(source, table):
+                writer.write_batch(batch)
+                size += batch.nbytes
+                for raw, record in _records(batch):
+                    for name, value in record.items():
+                        kinds[name] = _merge(kinds.get(name), value)
+                    if lines is not None:
+                        lines.write((orjson.dumps(record) if "\n" in raw else raw.encode()) + b"\n")
+    ends = pc.min_max(table["score"]).as_py() if len(table) else None
+    counts = Counter({one["values"]: one["counts"] for one in pc.value_counts(table["category"]).to_pylist()})
+    few = counts if len(counts) <= MAX_CATEGORIES else Counter[str]()
+    return Part(len(table), size, few, ends and (ends["min"], ends["max"]), kinds)
 
 
-def _write_data(folder: Path, kept: Kept, kinds: dict[str, Kind]) -> list[str]:
-    """Write ``data/`` in files of about 256 MB of text; return their paths."""
-    fields = [pa.field(name, _arrow_type(kind)) for name, kind in kinds.items()]
+def _join(pieces: StoragePath, file: StoragePath) -> None:
+    """Make one file of the pieces in a folder, in the order of their names, and remove them."""
+    with replacing(file) as target, target.open("wb") as out:
+        for piece in matching(pieces, "*.jsonl"):
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, out)
+    remove_tree(pieces)
+
+
+def _files(shards: Sequence[Any], parts: Sequence[Part]) -> list[tuple[str, list[Any]]]:
+    """Return the files of ``data/`` and the shards that each is made from: one after the other, about 256 MB of text a file."""
+    groups, room = list[list[Any]](), 0
+    for shard, part in zip(shards, parts, strict=True):
+        if part.rows:
+            if room <= 0:
+                groups.append([])
+                room = _FILE_BYTES
+            groups[-1].append(shard)
+            room -= part.size
+    return [(f"data/train-{number:05d}-of-{len(groups):05d}.parquet", group) for number, group in enumerate(groups)]
+
+
+def _write_data(named: tuple[str, list[Any]], *, keep: Keep, folder: StoragePath, kinds: dict[str, Kind]) -> str:
+    """Write a file of ``data/`` from what is kept of some shards; return its name."""
+    name, shards = named
+    fields = [pa.field(column, _arrow_type(kind)) for column, kind in kinds.items()]
     schema = pa.schema([*fields, pa.field("pharmacist_id", pa.string()), pa.field("pharmacist_score", pa.float64())])
-    (folder / "data").mkdir()
-    count, room, writer = 0, 0, None
-    try:
-        for source, table in kept():
-            scores = dict(zip(table["id"].to_pylist(), table["score"].to_pylist(), strict=True))
+    with replacing(folder / name) as file, pq.ParquetWriter(file, schema) as writer:
+        for source, table in map(keep, shards):
+            done = 0
             for batch in _rows(folder / "rows" / source.name, table):
-                if writer is None or room <= 0:
-                    if writer is not None:
-                        writer.close()
-                    writer = pq.ParquetWriter(folder / "data" / f"{count}.parquet", schema)
-                    count, room = count + 1, _FILE_BYTES
                 records = [record for _, record in _records(batch)]
-                ids = batch["id"].to_pylist()
                 columns = [
                     pa.array([_fit(kinds[field.name], record.get(field.name)) for record in records], field.type)
                     for field in fields
                 ]
-                writer.write_batch(pa.record_batch([*columns, ids, [scores[id] for id in ids]], schema=schema))
-                room -= batch.nbytes
-    finally:
-        if writer is not None:
-            writer.close()
-    names = [f"data/train-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
-    for index, name in enumerate(names):
-        (folder / "data" / f"{index}.parquet").rename(folder / name)
-    return names
+                mine = table.slice(done, len(batch))  # the file has the kept rows alone, in the table's order
+                done += len(batch)
+                ids, scores = (mine[column].combine_chunks() for column in ("id", "score"))
+                writer.write_batch(pa.record_batch([*columns, ids, scores], schema=schema))
+    return name
 
 
 def _rows(source: StoragePath, table: pa.Table) -> Iterator[pa.RecordBatch]:
@@ -194,6 +251,20 @@ def _merge(kind: Kind, value: Any, depth: int = 0) -> Kind:
                 inside[key] = _merge(inside.get(key), item, depth + 1)
             return inside if len(inside) <= _KEYS else "json"
     return "json"
+
+
+def _both(kind: Kind, other: Kind) -> Kind:
+    """Return the kind of a place that has one kind in some rows and another in others."""
+    if kind is None or other is None:
+        return other if kind is None else kind
+    if isinstance(kind, list) and isinstance(other, list):
+        return [_both(kind[0], other[0])]
+    if isinstance(kind, dict) and isinstance(other, dict):
+        inside = kind | {key: _both(kind.get(key), inner) for key, inner in other.items()}
+        return inside if len(inside) <= _KEYS else "json"
+    if kind == other:
+        return kind
+    return "float" if {str(kind), str(other)} == {"int", "float"} else "json"
 
 
 def _arrow_type(kind: Kind) -> pa.DataType:

@@ -94,7 +94,7 @@ def write_weights(selection: StoragePath, out: StoragePath) -> None:
 
 def _known(selection: StoragePath) -> NDArray[np.float64]:
     """Return the scores among which ranks are found, in order."""
-    return np.sort(sample_scores(map(_scores, parquet_files(selection / "data")), ["score"])["score"])
+    return np.sort(sample_scores(parquet_files(selection / "data"), ["score"], _scores)["score"])
 
 
 def _weights(known: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ any of the four in 99 of 100 cases for J = 0.9, in 23 for J = 0.5 and in 3 for J
 a row that is not among the best of each of its groups is left out. No two rows are compared with each other, and the result is a
 function of texts, scores and ids.
 
-Signatures go to a temporary folder, 224 bytes a row, in parts that fit into memory. In memory are one shard, one part, and a bit a row.
+Signatures go to a temporary folder, 224 bytes a row, in parts that fit into memory. In memory are a few shards or parts, and a bit a row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pharmacist_ray.curation.scored import Scored, Shard, read_scored
+from pharmacist_ray.curation.scored import Ranking, Scored, Shard, read_scored
+from pharmacist_ray.runtime.tasks import in_tasks
 from pharmacist_ray.storage import disk_full_errors, opened_parquet, row_count
 
 BANDS = 4
@@ -40,33 +42,33 @@ PART = 1 << 20
 
 _WORDS = re.compile(r"\w+")
 _BATCH = 1024  # rows
+_FEW = 8  # parts from which on it is worth the start of workers
 _RECORD = np.dtype([("group", "<u8"), ("key", "S40"), ("shard", "<u4"), ("row", "<u4")])
 
 
-def within_quota(shards: Sequence[Shard], scorer: str, descending: bool, most: int) -> list[Shard]:
+def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int) -> list[Shard]:
     """Return the shards with the rows marked that are left out.
 
     Args:
         shards: All shards.
-        scorer: The score that says which rows of a group are the best; ties are broken by id.
-        descending: Whether a higher score is better.
+        ranking: Says which rows of a group are the best; ties are broken by id.
         most: At most so many rows of a group stay.
 
     Raises:
         ResourceError: The disk is full.
     """
-    counts = []
+    left_out: list[NDArray[np.uint8]] = []  # a bit a row
     with tempfile.TemporaryDirectory() as place, disk_full_errors(Path(place)):
         parts = max(1, math.ceil(sum(row_count(shard.rows) for shard in shards) * BANDS / PART))
-        for number, shard in enumerate(shards):
-            rows = read_scored(shard, scorer, descending)[1]
-            counts.append(len(rows.ids))
-            _spill(number, rows, signatures(_texts(shard, rows)), Path(place), parts)
-        left_out = [np.zeros(count, np.bool_) for count in counts]
-        for file in sorted(Path(place).iterdir()):
-            for shard_of, row in _beyond(np.fromfile(file, _RECORD), most):
-                left_out[shard_of][row] = True
-    return [replace(shard, left_out=np.packbits(mask)) for shard, mask in zip(shards, left_out, strict=True)]
+        for records in in_tasks(partial(_signed, ranking=ranking), enumerate(shards)):
+            left_out.append(np.zeros(-(-len(records) // BANDS // 8), np.uint8))
+            _spill(records, Path(place), parts)
+        files = sorted(Path(place).iterdir())
+        for beyond in in_tasks(partial(_beyond, most=most), (np.fromfile(file, _RECORD) for file in files), fewest=_FEW):
+            for number in np.unique(beyond["shard"]):
+                row = beyond["row"][beyond["shard"] == number]
+                np.bitwise_or.at(left_out[number], row >> 3, (128 >> (row & 7)).astype(np.uint8))
+    return [replace(shard, left_out=bits) for shard, bits in zip(shards, left_out, strict=True)]
 
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint64]:
@@ -100,24 +102,31 @@ def _texts(shard: Shard, rows: Scored) -> list[str]:
     return texts
 
 
-def _spill(shard: int, rows: Scored, found: NDArray[np.uint64], place: Path, parts: int) -> None:
-    """Write the signatures of a shard's rows to the parts that they belong to."""
+def _signed(numbered: tuple[int, Shard], *, ranking: Ranking) -> NDArray[np.void]:
+    """Return a record for each signature of each of a shard's scored rows."""
+    number, shard = numbered
+    rows = read_scored(shard, ranking)[1]
+    found = signatures(_texts(shard, rows))
     records = np.empty(found.size, _RECORD)
     records["group"] = found.ravel()
     records["key"] = np.repeat(rows.keys, BANDS)
-    records["shard"] = shard
+    records["shard"] = number
     records["row"] = np.repeat(np.arange(len(found)), BANDS)
+    return records
+
+
+def _spill(records: NDArray[np.void], place: Path, parts: int) -> None:
+    """Write signatures to the parts that they belong to."""
     part = records["group"] % np.uint64(parts)
     for number in np.unique(part):
         with (place / f"{int(number):06d}").open("ab") as file:
             records[part == number].tofile(file)
 
 
-def _beyond(records: NDArray[np.void], most: int) -> list[tuple[int, int]]:
-    """Return shard and row of all that are not among the best of their group."""
+def _beyond(records: NDArray[np.void], *, most: int) -> NDArray[np.void]:
+    """Return the shard and row, with repeats, of all that are not among the best of their group."""
     _, which, counts = np.unique(records["group"], return_inverse=True, return_counts=True)
     records, which = records[counts[which] > most], which[counts[which] > most]
     order = np.lexsort((records["key"], which))
     first = np.searchsorted(which[order], which[order], "left")
-    beyond = records[order[np.arange(len(order)) - first >= most]]
-    return list(zip(beyond["shard"].tolist(), beyond["row"].tolist(), strict=True))
+    return np.asarray(records[["shard", "row"]][order[np.arange(len(order)) - first >= most]])

@@ -1,9 +1,10 @@
-"""Candidates and their scores, joined shard by shard."""
+"""Candidates and their scores, joined shard by shard, and how they are ranked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +26,27 @@ class Shard:
 
     rows: StoragePath
     scores: StoragePath
-    blend: Blend | None = None
-    """How several score columns make one; None where a column is the score."""
     left_out: NDArray[np.uint8] | None = None
     """A bit for each scored row, in the order of ids: set where it is left out as a near-duplicate of better rows."""
 
-    def score(self, scorer: str) -> pa.Table:
-        """Return the ids of the score file and one column of float64."""
+
+@dataclass(frozen=True)
+class Ranking:
+    """What rows are ranked by."""
+
+    scorer: str
+    """A score column, or the name of what is made of several."""
+    descending: bool
+    """Whether a higher score is better."""
+    blend: Blend | None = None
+    """How several score columns make one; None where a column is the score."""
+
+    def scores(self, file: StoragePath) -> pa.Table:
+        """Return the ids of a score file and the scores as float64: NaN and null are not scored."""
         if self.blend is None:
-            table = read_table(self.scores, columns=["id", scorer])
-            return pa.table({"id": table["id"], "score": table[scorer].cast(pa.float64())})
-        table = read_table(self.scores, columns=["id", *self.blend.columns])
+            table = read_table(file, columns=["id", self.scorer])
+            return pa.table({"id": table["id"], "score": table[self.scorer].cast(pa.float64())})
+        table = read_table(file, columns=["id", *self.blend.columns])
         return pa.table({"id": table["id"], "score": pa.array(self.blend.of(table))})
 
 
@@ -53,16 +64,19 @@ def find_shards(
     scores: StoragePath,
     candidates: StoragePath,
     scorer: str,
+    *,
+    descending: bool = True,
     weights: Mapping[str, float] | None = None,
     planted: PlantedScores | None = None,
     turns: Sequence[str] = (),
-) -> list[Shard]:
-    """Return the shards in order of their names.
+) -> tuple[list[Shard], Ranking]:
+    """Return the shards in order of their names, and what their rows are ranked by.
 
     Args:
         scores: Folder with one ``part-*.parquet`` per shard: an id column and a float column per scorer.
         candidates: Folder with one ``rows/part-*.parquet`` per shard.
         scorer: The column that will be read.
+        descending: Whether a higher score is better.
         weights: Columns whose ranks are added up instead, with their weights.
         planted: The planted rows by which scores are weighed instead.
         turns: Columns that take turns instead.
@@ -81,35 +95,33 @@ def find_shards(
         odd = min(rows.keys() ^ scored.keys())
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
     columns = list(planted.columns) if planted else list(weights or turns or (scorer,))
-    for path in scored.values():
-        known = [name for name in parquet_schema(path).names if name != "id"]
-        for column in columns:
-            if column not in known:
-                raise unknown_name("scorer", column, known)
-    tables = (read_table(path, columns=["id", *columns]) for path in scored.values())
+    known = [name for name in parquet_schema(next(iter(scored.values()))).names if name != "id"]
+    for column in columns:
+        if column not in known:
+            raise unknown_name("scorer", column, known)
+    parts, read = list(scored.values()), partial(read_table, columns=["id", *columns])
     blend: Blend | None = None
     if planted:
-        blend = calibrate(tables, planted)
+        blend = calibrate(parts, planted, read)
     elif weights:
-        blend = rank_sum(tables, weights)
+        blend = rank_sum(parts, weights, read)
     elif turns:
-        blend = best_rank(tables, turns)
-    return [Shard(path, scored[name], blend) for name, path in rows.items()]
+        blend = best_rank(parts, turns, read)
+    return [Shard(path, scored[name]) for name, path in rows.items()], Ranking(scorer, descending, blend)
 
 
-def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, Scored]:
+def read_scored(shard: Shard, ranking: Ranking) -> tuple[pa.Array, Scored]:
     """Return the categories of all rows of a shard, and its scored rows that are not left out, in the order of their ids.
 
     Args:
         shard: The shard.
-        scorer: The column of the scores; NaN and null are not scored.
-        descending: Whether a higher score is better; for the keys.
+        ranking: What rows are ranked by.
 
     Raises:
         ArtifactError: The scores are those of other candidates, or the candidates are not sorted by unique ids.
     """
     rows = read_table(shard.rows, columns=["id", "category"])
-    table = shard.score(scorer)
+    table = ranking.scores(shard.scores)
     ids, category = rows["id"].combine_chunks(), rows["category"].combine_chunks()
     letters = fixed_width(ids, shard.rows)
     if np.any(letters[1:] <= letters[:-1]):
@@ -130,5 +142,5 @@ def read_scored(shard: Shard, scorer: str, descending: bool) -> tuple[pa.Array, 
         known[known] = np.unpackbits(shard.left_out, count=int(known.sum())) == 0
     mask = pa.array(known)
     return category, Scored(
-        ids.filter(mask), values[known], category.filter(mask), keys_of(values[known], letters[known], descending)
+        ids.filter(mask), values[known], category.filter(mask), keys_of(values[known], letters[known], ranking.descending)
     )

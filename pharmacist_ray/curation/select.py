@@ -1,15 +1,16 @@
 """Which candidates are kept: a ratio, a count or a threshold, with quotas per category; ties are broken by id.
 
-The result is a pure function of (ids, scores, categories): shards, file order and batch sizes do not matter. Shards are read one
-after the other, several times, and never all at once; `topk` finds where to cut.
+The result is a pure function of (ids, scores, categories): shards, file order and batch sizes do not matter. Shards are read several
+times, a few at once, by Ray's tasks where it is connected and else one after the other; `topk` finds where to cut.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +19,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores
-from pharmacist_ray.curation.curated import replacing, write_curated
+from pharmacist_ray.curation.curated import MAX_CATEGORIES, Part, taking_its_place, write_curated
 from pharmacist_ray.curation.near_duplicates import within_quota
-from pharmacist_ray.curation.scored import Scored, Shard, find_shards, read_scored
-from pharmacist_ray.curation.topk import NONE, Keys, kth_keys, threshold_key
+from pharmacist_ray.curation.scored import Ranking, Scored, Shard, find_shards, read_scored
+from pharmacist_ray.curation.topk import NONE, Answer, Query, answer, kth_keys, threshold_key
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.runtime.tasks import in_tasks
 from pharmacist_ray.storage import StoragePath, disk_full_errors
-
-_MAX_CATEGORIES = 1000  # counted one by one; with quotas this bounds the memory at 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iter
         DataError: The rule keeps nothing, asks for more rows than were scored, or names a category that no row has.
         ArtifactError: A folder or shard is missing, or the scores are those of other candidates.
     """
-    shards = _open(scores, candidates, rule)
-    cuts = _find_cuts(shards, rule, _take_census(shards, rule))
-    for _, table in _kept(shards, rule, cuts):
+    shards, ranking = _open(scores, candidates, rule)
+    cuts = _find_cuts(shards, ranking, rule, _take_census(shards, ranking, rule))
+    for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards):
         yield table.select(["id", "score"])
 
 
@@ -179,31 +179,39 @@ def write_selection(
         ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
-    shards = _open(scores, candidates, rule, planted)
-    census = _take_census(shards, rule)
-    cuts = _find_cuts(shards, rule, census)
-    kept, kept_of, worst = 0, Counter[str](), list[float]()
-    for _, table in _kept(shards, rule, cuts):
-        if len(table):
-            kept += len(table)
-            kept_of.update({name: n for name, n in _counts(table["category"]).items() if name in census.candidates_of})
-            worst.append(pc.min_max(table["score"])["min" if rule.descending else "max"].as_py())
-    cut = min(worst) if rule.descending else max(worst)
-    report = SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of), _left_out(shards))
-    with disk_full_errors(out), replacing(out) as folder:
-        facts = {"rule": asdict(rule), **asdict(report)}
-        del facts["folder"]
-        if isinstance(blend := shards[0].blend, Calibrated):
-            facts["calibration"] = blend.facts(kept / census.scored)
-        write_curated(folder, lambda: _kept(shards, rule, cuts), facts=facts, provenance=provenance, jsonl=jsonl)
-    return report
+    shards, ranking = _open(scores, candidates, rule, planted)
+    census = _take_census(shards, ranking, rule)
+    keep = partial(_kept, ranking=ranking, cuts=_find_cuts(shards, ranking, rule, census))
+    reports: list[SelectionReport] = []
+
+    def facts(parts: Sequence[Part]) -> dict[str, Any]:
+        kept_of = sum((part.categories for part in parts), Counter[str]())
+        ends = [part.scores for part in parts if part.scores]
+        cut = min(low for low, _ in ends) if rule.descending else max(high for _, high in ends)
+        kept = sum(part.rows for part in parts)
+        reports.append(
+            SelectionReport(out, census.candidates, census.scored, kept, cut, census.by_category(kept_of), _left_out(shards))
+        )
+        found = {"rule": asdict(rule), **asdict(reports[0])}
+        del found["folder"]
+        if isinstance(ranking.blend, Calibrated):
+            found["calibration"] = ranking.blend.facts(kept / census.scored)
+        return found
+
+    with disk_full_errors(out), taking_its_place(out) as folder:
+        write_curated(folder, shards, keep, facts=facts, provenance=provenance, jsonl=jsonl)
+    return reports[0]
 
 
-def _open(scores: StoragePath, candidates: StoragePath, rule: Rule, planted: PlantedScores | None = None) -> list[Shard]:
-    shards = find_shards(scores, candidates, rule.scorer, rule.weights, planted, rule.turns)
-    if rule.near_duplicates is None:
-        return shards
-    return within_quota(shards, rule.scorer, rule.descending, rule.near_duplicates)
+def _open(
+    scores: StoragePath, candidates: StoragePath, rule: Rule, planted: PlantedScores | None = None
+) -> tuple[list[Shard], Ranking]:
+    shards, ranking = find_shards(
+        scores, candidates, rule.scorer, descending=rule.descending, weights=rule.weights, planted=planted, turns=rule.turns
+    )
+    if rule.near_duplicates is not None:
+        shards = within_quota(shards, ranking, rule.near_duplicates)
+    return shards, ranking
 
 
 def _left_out(shards: list[Shard]) -> int:
@@ -220,32 +228,40 @@ def _codes(category: pa.Array, groups: list[str]) -> NDArray[np.int64]:
     return np.asarray(codes, dtype=np.int64)
 
 
-def _take_census(shards: list[Shard], rule: Rule) -> _Census:
+def _counted(shard: Shard, *, ranking: Ranking) -> _Census:
+    """Return how many rows a shard has."""
+    category, rows = read_scored(shard, ranking)
+    of_each = Counter(_counts(category)), Counter(_counts(rows.categories))
+    if len(of_each[0]) > MAX_CATEGORIES:  # only that they are too many is of use
+        of_each = Counter(dict(of_each[0].most_common(MAX_CATEGORIES + 1))), Counter()
+    return _Census(len(category), len(rows.ids), *of_each)
+
+
+def _take_census(shards: list[Shard], ranking: Ranking, rule: Rule) -> _Census:
     census, few = _Census(), True
-    for shard in shards:
-        category, rows = read_scored(shard, rule.scorer, rule.descending)
-        census.candidates += len(category)
-        census.scored += len(rows.ids)
+    for one in in_tasks(partial(_counted, ranking=ranking), shards):
+        census.candidates += one.candidates
+        census.scored += one.scored
         if few:
-            census.candidates_of.update(_counts(category))
-            census.scored_of.update(_counts(rows.categories))
-            few = len(census.candidates_of) <= _MAX_CATEGORIES
+            census.candidates_of.update(one.candidates_of)
+            census.scored_of.update(one.scored_of)
+            few = len(census.candidates_of) <= MAX_CATEGORIES
     if not few and rule.quotas:
         raise DataError(
-            f"selection.quotas take at most {_MAX_CATEGORIES} categories; data.category_column seems to name no category"
+            f"selection.quotas take at most {MAX_CATEGORIES} categories; data.category_column seems to name no category"
         )
     if not few:
         census.candidates_of.clear()
     return census
 
 
-def _find_cuts(shards: list[Shard], rule: Rule, census: _Census) -> _Cuts:
+def _find_cuts(shards: list[Shard], ranking: Ranking, rule: Rule, census: _Census) -> _Cuts:
     """Return where the rule cuts: first within each category that has a quota, then among all rows that are left."""
     if census.scored == 0:
         raise DataError(f"no candidate has a score in column '{rule.scorer}': nothing to select")
     if rule.threshold is not None:
         cuts = _Cuts(threshold_key(rule.threshold, rule.descending))
-        if not any(cuts.keep(read_scored(shard, rule.scorer, rule.descending)[1]).any() for shard in shards):
+        if not any(len(table) for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards)):
             raise DataError(f"selection.threshold={rule.threshold} keeps none of the {census.scored} scored rows; loosen it")
         return cuts
     if rule.count is not None and rule.count > census.scored:
@@ -258,21 +274,29 @@ def _find_cuts(shards: list[Shard], rule: Rule, census: _Census) -> _Cuts:
     places = {name: min(n, census.scored_of[name]) for name, n in _apportion(_quotas(rule, census), size).items()}
     names = list(places)
 
-    def quota_groups() -> Iterator[tuple[NDArray[np.int64], Keys]]:
-        for shard in shards:
-            rows = read_scored(shard, rule.scorer, rule.descending)[1]
-            yield _codes(rows.categories, names), rows.keys
+    def of_quotas(query: Query) -> Iterator[Answer]:
+        return in_tasks(partial(_of_groups, ranking=ranking, groups=names, query=query), shards)
 
-    cuts = _Cuts(NONE, dict(zip(names, kth_keys(quota_groups, [(places[g], census.scored_of[g]) for g in names]), strict=True)))
+    cuts = _Cuts(NONE, dict(zip(names, kth_keys(of_quotas, [(places[g], census.scored_of[g]) for g in names]), strict=True)))
     placed = sum(places.values())
 
-    def all_left() -> Iterator[tuple[NDArray[np.int64], Keys]]:
-        for shard in shards:
-            rows = read_scored(shard, rule.scorer, rule.descending)[1]
-            free = rows.keys[~cuts.keep(rows)]
-            yield np.zeros(len(free), dtype=np.int64), free
+    def of_the_rest(query: Query) -> Iterator[Answer]:
+        return in_tasks(partial(_not_yet_kept, ranking=ranking, cuts=cuts, query=query), shards)
 
-    return replace(cuts, fill=kth_keys(all_left, [(size - placed, census.scored - placed)])[0])
+    return replace(cuts, fill=kth_keys(of_the_rest, [(size - placed, census.scored - placed)])[0])
+
+
+def _of_groups(shard: Shard, *, ranking: Ranking, groups: list[str], query: Query) -> Answer:
+    """Ask a shard's rows by category."""
+    rows = read_scored(shard, ranking)[1]
+    return answer(query, _codes(rows.categories, groups), rows.keys)
+
+
+def _not_yet_kept(shard: Shard, *, ranking: Ranking, cuts: _Cuts, query: Query) -> Answer:
+    """Ask a shard's rows that no quota keeps, as one group."""
+    rows = read_scored(shard, ranking)[1]
+    left = rows.keys[~cuts.keep(rows)]
+    return answer(query, np.zeros(len(left), dtype=np.int64), left)
 
 
 def _quotas(rule: Rule, census: _Census) -> Mapping[str, float]:
@@ -295,9 +319,8 @@ def _apportion(shares: Mapping[str, float], places: int) -> dict[str, int]:
     return places_of
 
 
-def _kept(shards: list[Shard], rule: Rule, cuts: _Cuts) -> Iterator[tuple[StoragePath, pa.Table]]:
-    """Yield each shard's file of rows, and its kept rows as a table (id, score, category)."""
-    for shard in shards:
-        rows = read_scored(shard, rule.scorer, rule.descending)[1]
-        table = pa.table({"id": rows.ids, "score": rows.scores, "category": rows.categories})
-        yield shard.rows, table.filter(pa.array(cuts.keep(rows)))
+def _kept(shard: Shard, *, ranking: Ranking, cuts: _Cuts) -> tuple[StoragePath, pa.Table]:
+    """Return a shard's file of rows, and its kept rows as a table (id, score, category)."""
+    rows = read_scored(shard, ranking)[1]
+    table = pa.table({"id": rows.ids, "score": rows.scores, "category": rows.categories})
+    return shard.rows, table.filter(pa.array(cuts.keep(rows)))

@@ -7,7 +7,8 @@ where the cut falls, and stop when few enough keys are left to be compared direc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +19,60 @@ from pharmacist_ray.storage import StoragePath
 
 Keys = NDArray[np.bytes_]
 """Keys of n rows, (n,), or fixed-width ids."""
-Batches = Callable[[], Iterator[tuple[NDArray[np.int64], Keys]]]
-"""Starts a pass over all rows: batches of group index (n,) and key (n,)."""
-
 _ID = 32  # characters of an id
 _KEY = 8 + _ID
 NONE = b"\x00" * _KEY
 """A cut before every key."""
 DIRECT = 1 << 20
 """At most so many keys are compared directly: 40 MB."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a pass over all rows is to find out about some groups."""
+
+    prefixes: Mapping[int, bytes]
+    """Group → how the keys begin that are looked at."""
+    few: frozenset[int]
+    """Groups of which the keys themselves are wanted, not counts."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a query finds in some of the rows."""
+
+    pools: Mapping[int, Keys]
+    """Group → keys, of groups that have few."""
+    counts: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    """Group → values of the next two bytes that are there, and how many keys have each."""
+
+
+Pass = Callable[[Query], Iterable[Answer]]
+"""Asks all rows a query, part by part, in any order; `answer` is what it says of a part."""
+
+
+def answer(query: Query, codes: NDArray[np.int64], keys: Keys) -> Answer:
+    """Return what a query finds in a part of the rows.
+
+    Args:
+        query: What is asked.
+        codes: Each row's group, −1 for none, (n,).
+        keys: Each row's key, (n,).
+    """
+    pools, counts = dict[int, Keys](), dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]()
+    order = np.argsort(codes, kind="stable")
+    ordered = codes[order]
+    for group, prefix in query.prefixes.items():
+        first, last = np.searchsorted(ordered, (group, group + 1))
+        mine = keys[order[first:last]]
+        letters = mine.view(np.uint8).reshape(-1, _KEY)
+        inside = np.all(letters[:, : len(prefix)] == np.frombuffer(prefix, dtype=np.uint8), axis=1)
+        if group in query.few:
+            pools[group] = mine[inside]
+        else:
+            digits = letters[inside, len(prefix) : len(prefix) + 2].astype(np.int64)
+            counts[group] = np.unique(digits @ np.array([256, 1]), return_counts=True)
+    return Answer(pools, counts)
 
 
 def fixed_width(ids: pa.Array, where: StoragePath) -> Keys:
@@ -63,13 +109,13 @@ def threshold_key(threshold: float, descending: bool) -> bytes:
     return bytes(keys_of(np.array([threshold]), np.array([b"\xff" * _ID]), descending)[0])
 
 
-def kth_keys(batches: Batches, wanted: Sequence[tuple[int, int]], direct: int = DIRECT) -> list[bytes]:
+def kth_keys(ask: Pass, wanted: Sequence[tuple[int, int]], direct: int = DIRECT) -> list[bytes]:
     """Return, for each group, the key of its k-th best row.
 
-    In memory are one batch, 65,536 counts per group that is larger than its part of ``direct``, and ``direct`` keys.
+    In memory are one answer, 65,536 counts per group that is larger than its part of ``direct``, and ``direct`` keys.
 
     Args:
-        batches: All rows; called once for every two bytes of key that are needed, mostly once to three times.
+        ask: A pass over all rows; called once for every two bytes of key that are needed, mostly once to three times.
         wanted: k and the number of rows, for each group; the cut of a group with k = 0 is `NONE`.
         direct: The number of keys that may be held.
     """
@@ -79,18 +125,11 @@ def kth_keys(batches: Batches, wanted: Sequence[tuple[int, int]], direct: int = 
         few = {group for group, (_, _, size) in state.items() if size <= max(direct // len(wanted), 1)}
         pools: dict[int, list[Keys]] = {group: [] for group in few}
         counts = {group: np.zeros(1 << 16, dtype=np.int64) for group in state.keys() - few}
-        for codes, keys in batches():
-            order = np.argsort(codes, kind="stable")
-            starts = np.searchsorted(codes[order], np.arange(len(wanted) + 1))
-            for group, (prefix, _, _) in state.items():
-                mine = keys[order[starts[group] : starts[group + 1]]]
-                letters = mine.view(np.uint8).reshape(-1, _KEY)
-                inside = np.all(letters[:, : len(prefix)] == np.frombuffer(prefix, dtype=np.uint8), axis=1)
-                if group in few:
-                    pools[group].append(mine[inside])
-                else:
-                    digits = letters[inside, len(prefix) : len(prefix) + 2].astype(np.int64)
-                    counts[group] += np.bincount(digits @ np.array([256, 1]), minlength=1 << 16)
+        for found in ask(Query({group: prefix for group, (prefix, _, _) in state.items()}, frozenset(few))):
+            for group, pool in found.pools.items():
+                pools[group].append(pool)
+            for group, (values, times) in found.counts.items():
+                counts[group][values] += times
         for group in few:
             k = state.pop(group)[1]
             cuts[group] = bytes(np.partition(np.concatenate(pools[group]), k - 1)[k - 1])

@@ -25,6 +25,7 @@ from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
 from pharmacist_ray.pipeline.standing import leave_standing
 from pharmacist_ray.runtime.private_ray import start_ray
+from pharmacist_ray.runtime.tasks import MANY
 from pharmacist_ray.storage import write_text
 from pharmacist_ray.training.objectives import OBJECTIVES
 
@@ -108,10 +109,12 @@ def needs_ray(run: Run, name: str) -> bool:
     """Whether a stage needs Ray, which takes seconds to start: something of it is missing, and other processes are to make it.
 
     Ingestion is always done by Ray Data, training by ``resources.workers`` and scoring and evaluation by ``resources.actors``, or in
-    this process where those are 0. Selection and the report are made here.
+    this process where those are 0. Selection is made by tasks where there are many shards, and the report is made here.
     """
     workers, actors = run.config.resources.workers, run.config.resources.actors
-    processes = {"ingest": 1, "fit": workers, "score": actors, "align": workers, "attack": workers, "evaluate": actors}
+    shards = run.ingested("candidates").manifest().get("summary", {}).get("shards", 0)
+    processes = {"ingest": 1, "fit": workers, "score": actors, "select": int(shards >= MANY)}
+    processes |= {"align": workers, "attack": workers, "evaluate": actors}
     return processes.get(name, 0) > 0 and not all(artifact.ready for artifact in made_by(run, name))
 
 

@@ -193,11 +193,11 @@ def push_tree(folder: Path, target: StoragePath, *, last: Sequence[str] = ()) ->
             _upload(file, target / name)
 
 
-def move_tree(folder: Path, target: StoragePath, *, last: Sequence[str] = ()) -> None:
-    """Let a finished working folder take the place of ``target``, which readers see complete, or not complete, never mixed.
+def move_tree(folder: StoragePath, target: StoragePath, *, last: Sequence[str] = ()) -> None:
+    """Let a finished folder take the place of ``target``, which readers see complete, or not complete, never mixed.
 
     Args:
-        folder: A folder beside the target, or a stand-in; it is gone afterwards.
+        folder: A folder beside the target, or a stand-in for it; it is gone afterwards.
         target: The final name; what is there is replaced.
         last: Names of the files that tell readers it is complete.
     """
@@ -205,15 +205,34 @@ def move_tree(folder: Path, target: StoragePath, *, last: Sequence[str] = ()) ->
         for name in last:
             (target / name).unlink(missing_ok=True)
         remove_tree(target)
-        push_tree(folder, target, last=last)
+        if isinstance(folder, RemotePath):
+            _move_objects(folder, target, last)
+        else:
+            push_tree(folder, target, last=last)
         remove_tree(folder)
         return
+    assert isinstance(folder, Path)
     old = target.with_name(f".{target.name}.old")
     remove_tree(old)
     if target.exists():
         target.rename(old)
     folder.rename(target)
     remove_tree(old)
+
+
+def _move_objects(folder: RemotePath, target: RemotePath, last: Sequence[str]) -> None:
+    """Give the objects of a prefix another one; the storage does it, none is fetched."""
+    files = [folder.at(info) for info in folder.listing(recursive=True) if info.is_file]
+    for source in sorted(files, key=lambda file: (file.name in last, str(file))):
+        _renamed(source, target / source.relative_to(folder))
+
+
+def _renamed(source: RemotePath, target: RemotePath) -> None:
+    def move() -> None:
+        if source.exists() or not target.exists():  # asked again, it may have been done
+            target.filesystem.move(source.inner, target.inner)
+
+    patient(target, move)
 
 
 def pull_tree(target: StoragePath, folder: Path) -> None:

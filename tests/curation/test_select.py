@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pharmacist_ray.curation import topk
+from pharmacist_ray.curation import curated, topk
 from pharmacist_ray.curation.select import Rule, select_ids, write_selection
 from pharmacist_ray.data.schema import Row, row_id, shard_of, table_from_rows
 from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
@@ -149,11 +150,11 @@ def test_radix_selection_equals_sorting(scores: list[float], data: st.DataObject
     sizes = [int((codes == group).sum()) for group in range(3)]
     wanted = [(data.draw(st.integers(0, size)), size) for size in sizes]
 
-    def batches() -> Any:
+    def ask(query: topk.Query) -> Any:
         for part in np.array_split(np.arange(len(scores)), 4):
-            yield codes[part], keys[part]
+            yield topk.answer(query, codes[part], keys[part])
 
-    for group, cut in enumerate(topk.kth_keys(batches, wanted, direct=3)):
+    for group, cut in enumerate(topk.kth_keys(ask, wanted, direct=3)):
         mine = [(scores[i] if not descending else -scores[i], ids[i], i) for i in range(len(scores)) if codes[i] == group]
         expected = {i for _, _, i in sorted(mine)[: wanted[group][0]]}
         assert {i for i in range(len(scores)) if codes[i] == group and keys[i] <= cut} == expected
@@ -164,11 +165,11 @@ def test_radix_selection_narrows_down_equal_scores_without_holding_them() -> Non
     keys = topk.keys_of(np.zeros(5000), ids, descending=True)
     passes = itertools.count()
 
-    def batches() -> Any:
+    def ask(query: topk.Query) -> Any:
         next(passes)
-        yield np.zeros(5000, dtype=np.int64), keys
+        yield topk.answer(query, np.zeros(5000, dtype=np.int64), keys)
 
-    assert topk.kth_keys(batches, [(1234, 5000)], direct=50)[0] == bytes(keys[1233])
+    assert topk.kth_keys(ask, [(1234, 5000)], direct=50)[0] == bytes(keys[1233])
     assert next(passes) <= 7
 
 
@@ -342,3 +343,61 @@ def test_an_object_with_endless_keys_becomes_json(tmp_path: Path) -> None:
     table = pq.read_table(out / "data" / "train-00000-of-00001.parquet")
     assert table.schema.field("deep").type == pa.string()
     assert all(len(json.loads(value)) == 1 for value in table["deep"].to_pylist())
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("s", ratio=0.4),
+        Rule("both", ratio=0.4, weights={"s": 1.0, "t": 2.0}),
+        Rule("s", count=70, quotas="proportional", near_duplicates=1, descending=False),
+    ],
+)
+def test_tasks_of_ray_leave_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Rule) -> None:
+    draw = np.random.default_rng(0)
+    records: list[dict[str, Any]] = [
+        {"prompt": f"p {number // 3}", "category": "ab"[number % 2], "n": number if number % 7 else 0.5} for number in range(200)
+    ]
+    records[17] |= {"deep": {"x": 1}}
+    records[120] |= {"deep": {"y": [None, 2]}, "n": "many"}
+    scores: dict[str, list[float | None]] = {name: [float(value) for value in draw.normal(size=200)] for name in "st"}
+    scores["s"][5] = None
+    candidates, folder = write_inputs(tmp_path, make_rows(records), scores, 12)
+    monkeypatch.setattr(curated, "_FILE_BYTES", 1500)
+
+    def made(place: Path) -> dict[Path, bytes]:
+        write_selection(candidates, folder, rule, place, provenance={}, jsonl=True)
+        return {file.relative_to(place): file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
+
+    monkeypatch.setattr("pharmacist_ray.runtime.tasks.ray.is_initialized", lambda: False)
+    here = made(tmp_path / "here")
+    monkeypatch.undo()
+    monkeypatch.setattr(curated, "_FILE_BYTES", 1500)
+    monkeypatch.setattr("pharmacist_ray.runtime.tasks.in_tasks.__kwdefaults__", {"fewest": 2, "what": "selection"})
+    assert made(tmp_path / "tasks") == here
+    assert sum(str(file).startswith("data/") for file in here) > 2
+    assert not any(str(file).startswith("lines") for file in here)
+
+
+@given(
+    st.lists(
+        st.recursive(
+            st.none()
+            | st.booleans()
+            | st.integers(-3, 3)
+            | st.just(2**70)
+            | st.floats(allow_nan=False)
+            | st.text("ab", max_size=2),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("xyz", max_size=1), inner, max_size=3),
+            max_leaves=8,
+        ),
+        max_size=6,
+    ),
+    st.integers(0, 6),
+)
+def test_the_types_of_two_parts_together_are_those_of_the_whole(values: list[Any], cut: int) -> None:
+    def of(some: list[Any]) -> Any:
+        return functools.reduce(curated._merge, some, None)
+
+    assert curated._both(of(values[:cut]), of(values[cut:])) == of(values)
