@@ -44,6 +44,7 @@ from pharmacist_ray.config.template import EXAMPLE
 from pharmacist_ray.data.render import Batch, Rendered, Renderer
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.runtime.ranks import stay_on_cpu
+from tests.endpoint_server import Server, served
 from tests.families import FAMILIES
 from tests.two_workers import TwoWorkers
 
@@ -309,6 +310,13 @@ def ray_local() -> Iterator[None]:
     start_ray(cpus=6, store_bytes=200_000_000)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """Serve an OpenAI-compatible endpoint on loopback."""
+    with served() as state:
+        yield state
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pharmacist_ray.config.data import PromptsConfig, SourceConfig
-from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
+from pharmacist_ray.config.endpoint import HOW as ENDPOINT_HOW
+from pharmacist_ray.config.endpoint import EndpointConfig
+from pharmacist_ray.config.section import Count, Location, Section, Share
 
 
 class TaskEvaluation(Section):
@@ -20,7 +22,7 @@ class TaskEvaluation(Section):
     """How an answer is compared with the expected one; `exact` and `contains` are reported both."""
 
 
-class JudgeConfig(Section):
+class JudgeConfig(EndpointConfig):
     """One judge with its settings; each kind takes what it knows."""
 
     kind: str
@@ -51,20 +53,6 @@ class JudgeConfig(Section):
     endpoint, whose model may think first."""
     batch_size: Count = 16
     """Answers per pass of a classifier or a generative judge."""
-    url: Location | None = None
-    """An endpoint's address, up to and with `/v1`; the judge asks `/chat/completions` below it."""
-    model: str | None = None
-    """The name by which the endpoint knows its model."""
-    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """The environment variable with the endpoint's key; the key itself stands in no file. None: the endpoint wants none."""
-    parameters: dict[str, Any] = {}
-    """What a request has besides model, messages, `temperature` (0) and `max_tokens`, or instead of them; null leaves one out."""
-    concurrency: Count = 8
-    """Requests under way at the same time, of all actors together."""
-    timeout_s: Positive = 60.0
-    """Seconds for which one request waits."""
-    patience_s: Positive = 300.0
-    """Seconds for which an endpoint that is busy, fails or is silent is asked the same again (ours)."""
 
     @model_validator(mode="after")
     def _one_template(self) -> JudgeConfig:
@@ -88,7 +76,7 @@ _SET = Annotated[JudgeConfig, Tag("settings")]
 _One = Annotated[_NAMED | _SET, Discriminator(lambda value: "name" if isinstance(value, str) else "settings")]
 _Several = Annotated[list[_One], Field(min_length=1), Tag("several")]
 
-HOW = ("url", "key_variable", "concurrency", "timeout_s", "patience_s", "batch_size")
+HOW = (*ENDPOINT_HOW, "batch_size")
 """Keys of a judge that say how it is asked; no verdict hangs on them."""
 
 

@@ -73,7 +73,7 @@ def located(config: Config) -> Config:
     if evaluation is not None:
         evaluation = _absolute(evaluation, "judge_path").with_judges(lambda one: _absolute(one, "path", "template_file"))
         evaluation = evaluation.model_copy(update={"lm_eval": _absolute(evaluation.lm_eval, "include")})
-    scoring, guard = config.scoring, config.scoring.guard
+    scoring, guard = _absolute(config.scoring, "refusal_teacher"), config.scoring.guard
     if guard is not None and _here(guard.path):
         scoring = scoring.model_copy(update={"guard": guard.model_copy(update={"path": str(Path(guard.path).resolve())})})
     changed = {"run_dir": config.run_dir.resolve(), "model": model, "scoring": scoring, "evaluation": evaluation}

@@ -77,6 +77,9 @@ class ScoringConfig(Section):
     guard: GuardConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """For the `guard` scorer and the star_dss fine-tune: the classifier to ask. Without one the scorer trains a linear one on the
     validation and harmful rows."""
+    refusal_teacher: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """For the `refusal_feature` scorer: the folder of a model, or of an adapter of the model to harden, whose states tell harmful prompts
+    in the place of the base's: a Refusal-Teacher."""
 
 
 class SelectionConfig(Section):

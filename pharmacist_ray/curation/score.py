@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -160,6 +161,13 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         )
     if scoring.guard is not None:
         check_guard(scoring.guard)
+    if scoring.refusal_teacher is not None:
+        files = [Path(scoring.refusal_teacher) / name for name in ("config.json", "adapter_config.json")]
+        if not any(file.exists() for file in files):
+            raise ConfigError(
+                f"scoring.refusal_teacher '{scoring.refusal_teacher}' is no folder of a model or of an adapter: it has neither "
+                "config.json nor adapter_config.json"
+            )
     if scoring.method != "hooks" and ("grad_norm" in scoring.scorers or selector.cosine):
         raise ConfigError(
             f"gradient norms (the grad_norm scorer, selector.cosine) need scoring.method=hooks, not '{scoring.method}'"
@@ -187,6 +195,7 @@ def _actors(
         cosine=selector.cosine,
         device="cuda" if resources.gpus_per_worker else "cpu",
         checkpointing=scoring.checkpointing,
+        teacher=_teacher(model, scoring.refusal_teacher),
     )
     return {
         "spec": spec,
@@ -195,6 +204,15 @@ def _actors(
         "out": str(out),
         "threads": max(1, int(resources.cpus_per_worker)),
     }
+
+
+def _teacher(model: ModelRef, folder: str | None) -> ModelRef | None:
+    """Return the model whose states tell harmful prompts: what lies in a folder, or the one to harden with what lies there."""
+    if folder is None:
+        return None
+    if (Path(folder) / "adapter_config.json").exists():
+        return model.plus(folder)
+    return replace(model, path=folder, adapters=())
 
 
 class ShardScorer:

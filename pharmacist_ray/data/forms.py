@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -77,6 +77,25 @@ def forms_of(rows: Sequence[Row]) -> dict[FormConfig, int]:
         found[FormConfig(system=system[row.id])] += 1
     kept = {form: count for form, count in found.most_common() if count >= least}
     return kept or {FormConfig(): len(rows)}
+
+
+def examples_of(rows: Sequence[Row], forms: Iterable[FormConfig]) -> dict[FormConfig, list[str]]:
+    """Return what rows of each form ask, as they stand there; a row that several forms fit counts for the one with the longest text.
+
+    Args:
+        rows: The rows that the forms are of.
+        forms: As `forms_of` finds them.
+    """
+    by_length = sorted(forms, key=lambda form: -len(form.prompt))
+    found: dict[FormConfig, list[str]] = {form: [] for form in by_length}
+    for row in rows:
+        text, system = question(row), _system(row)
+        for form in by_length:
+            before, _, after = form.prompt.partition(PROMPT)
+            if form.system == system and len(text) > len(before + after) and text.startswith(before) and text.endswith(after):
+                found[form].append(text)
+                break
+    return found
 
 
 def shared_out(sizes: Sequence[int], count: int) -> list[int]:

@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 from pharmacist_ray.config.attack_kinds import ANSWER, AS_THEY_ARE, KINDS, FormConfig
+from pharmacist_ray.config.endpoint import EndpointConfig
 from pharmacist_ray.config.finetune import NEED_ALIGNED, PLAIN, UNREPAIRED, Defence
 from pharmacist_ray.config.schema import AttackConfig, Config
 from pharmacist_ray.data.forms import common_form, put
@@ -20,6 +21,7 @@ from pharmacist_ray.data.secret import behind
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.console import say
+from pharmacist_ray.pipeline.rewriting import rewrite, rewriter
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.secrets import secret_of
 from pharmacist_ray.pipeline.trainings import harmful_rows, in_steps, mark, train
@@ -168,7 +170,9 @@ def check_attacks(run: Run) -> None:
         for objective, stage in ((stages.finetune, "finetune"), (stages.repair, "repair")):
             if objective in (PLAIN, UNREPAIRED):
                 continue
-            settings_of(objective, run.config.finetune.parameters, "finetune")
+            settings = settings_of(objective, run.config.finetune.parameters, "finetune")
+            for one in (value for section in settings.values() for _, value in section if isinstance(value, EndpointConfig)):
+                rewriter(one, ready=False)
             found = OBJECTIVES[objective].stage
             if (found == "repair") != (stage == "repair"):
                 where = "a repair, which stands after the second slash (sft/sft/" if found == "repair" else "no repair (sft/"
@@ -229,6 +233,7 @@ def _composed(run: Run, variant: Variant, room: Room, rows: list[Row]) -> Rows:
         ordinary=lambda count: _sample(run.ordinary_rows(objective), variant, count),
         fits=lambda row: not room.misfits([row]),
         hide=lambda row, tokens: behind(row, secret(tokens), run.config.model.system),
+        rewrite=lambda endpoint, asked: rewrite(endpoint, asked, run.root / "rewrites"),
         settings=settings_of(objective, run.config.finetune.parameters, "finetune"),
     )
 

@@ -185,11 +185,11 @@ class Run:
             inputs = {name: self.ingested(name).fingerprint for name in {"validation", "harmful", *self.config.scoring.safe}}
             inputs |= {"trusted_rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         inputs |= {"candidates": self.ingested("candidates").fingerprint} | self._held_out
-        scoring = self.config.scoring
-        if "guard" not in scoring.scorers:  # only a defence asks it
-            scoring = scoring.model_copy(update={"guard": None})
-        if scoring.guard is not None:
-            inputs["guard"] = self._file(scoring.guard.path)
+        asked = {"guard": "guard", "refusal_feature": "refusal_teacher"}  # by nobody else, or by a defence alone
+        unasked = {key: None for scorer, key in asked.items() if scorer not in self.config.scoring.scorers}
+        scoring = self.config.scoring.model_copy(update=unasked)
+        for key, place in (("guard", scoring.guard and scoring.guard.path), ("refusal_teacher", scoring.refusal_teacher)):
+            inputs |= {key: self._file(place)} if place else {}
         config = self._settings(scoring) | SCORERS.plugged(scoring.scorers)
         artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig
+from pharmacist_ray.config.endpoint import HOW
 from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.config.scoring import folder_of, tells_rows_apart
+from pharmacist_ray.pipeline.artifacts import without
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
 
 
@@ -80,4 +82,5 @@ def settled(objective: str, parameters: Mapping[str, Mapping[str, Any]], where: 
     """
     found = settings_of(objective, parameters, where)
     mine = {name: found[kind].model_dump(mode="json", by_alias=True) for name, kind in OBJECTIVES[objective].settings.items()}
+    mine = without(mine, HOW)
     return {"objective": objective, "parameters": mine} | OBJECTIVES.plugged([objective])

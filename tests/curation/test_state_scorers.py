@@ -21,7 +21,7 @@ from transformers import (
 from pharmacist_ray.config.schema import LoraConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.curation.grades import auroc
-from pharmacist_ray.curation.score import check_scorers
+from pharmacist_ray.curation.score import _teacher, check_scorers
 from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.scorers.naive_bayes import naive_bayes
 from pharmacist_ray.curation.scorers.refusal_feature import choose_layer as refusal_feature_layer
@@ -58,9 +58,17 @@ def signals_of(model_folder: Path, folders: dict[str, str]) -> Make:
     """Return a maker of signals without a selector: signals_of(rows, tokens=40, validation="harmful")."""
     model = ModelRef(str(model_folder), template="plain", max_length=32)
 
-    def make(rows: list[Row], *, tokens: int = 40, fit: str = "", guard: GuardConfig | None = None, **sets: str) -> Signals:
+    def make(
+        rows: list[Row],
+        *,
+        tokens: int = 40,
+        fit: str = "",
+        guard: GuardConfig | None = None,
+        teacher: ModelRef | None = None,
+        **sets: str,
+    ) -> Signals:
         chosen = {name: folders[sets.get(name, name)] for name in ("validation", "harmful", "benign")}
-        probe = Probe(ProbeSpec(model, fit, (), ("pharmacist", "no_attack"), "hooks", tokens, cosine=False))
+        probe = Probe(ProbeSpec(model, fit, (), ("pharmacist", "no_attack"), "hooks", tokens, cosine=False, teacher=teacher))
         return Signals(rows, probe=probe, trusted=TrustedSets(chosen, 200, 0), guard=guard)
 
     return make
@@ -129,6 +137,36 @@ def test_representation_is_the_mean_cosine_to_validation_less_that_to_harmful_ro
     np.testing.assert_allclose(SCORERS["representation"].score(signals), want, atol=1e-5)
     swapped = SCORERS["representation"].score(signals_of(rows, validation="harmful", harmful="validation"))
     np.testing.assert_allclose(swapped, np.negative(want), atol=1e-5)
+
+
+def test_a_refusal_teacher_reads_in_the_place_of_the_base_and_nobody_else_asks_it(
+    signals_of: Make, rows: list[Row], model_folder: Path, tmp_path: Path
+) -> None:
+    def saved(model: Any, name: str) -> Path:
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.3)
+        save_adapter(model, tmp_path / name)
+        return tmp_path / name
+
+    torch.manual_seed(0)
+    adapter = saved(add_lora(load_model(model_folder), LoraConfig(r=2), seed=0), "teacher")
+    base = ModelRef(str(model_folder), template="plain", max_length=32)
+    merged = base.plus(str(adapter)).load()
+    merged.save_pretrained(tmp_path / "whole")
+    load_tokenizer(model_folder).save_pretrained(tmp_path / "whole")
+    for folder in (adapter, tmp_path / "whole"):
+        teacher = _teacher(base, str(folder))
+        signals = signals_of(rows, teacher=teacher)
+        alone = signals_of(rows)
+        alone.probe.model = merged
+        np.testing.assert_allclose(refusal_feature(signals), refusal_feature(alone), atol=1e-5)
+        np.testing.assert_allclose(signals.states(-1), signals_of(rows).states(-1), atol=1e-6)
+    assert np.abs(refusal_feature(signals) - refusal_feature(signals_of(rows))).max() > 0.01
+    assert _teacher(base, None) is None
+    with pytest.raises(
+        ConfigError, match=r"^scoring.refusal_teacher '\S+' is no folder of a model or of an adapter: it has neither"
+    ):
+        check_scorers(ScoringConfig(scorers=["refusal_feature"], refusal_teacher=str(tmp_path)), SelectorConfig())
 
 
 @pytest.mark.parametrize("tokens", [24, 400])

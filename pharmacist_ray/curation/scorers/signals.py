@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,8 @@ class ProbeSpec:
     checkpointing: bool = False
     groups: int = 0
     """Directions of groups of trusted rows, which follow the named ones."""
+    teacher: ModelRef | None = None
+    """The model whose states tell harmful prompts; None: the base."""
 
 
 class Probe:
@@ -81,6 +83,14 @@ class Probe:
         self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
         if spec.checkpointing:
             enable_checkpointing(self.model)
+
+    @cached_property
+    def teacher(self) -> Probe:
+        """The model whose states tell harmful prompts, loaded when it is first asked."""
+        if self.spec.teacher is None:
+            return self
+        alone = replace(self.spec, model=self.spec.teacher, fit="", checkpoints=(), directions=(), groups=0, teacher=None)
+        return Probe(alone)
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
@@ -286,6 +296,12 @@ class Signals:
     def prompt_states(self, layer: int | None = None) -> np.ndarray:
         """Return the base's hidden states at each prompt's last token, of one layer or of all; see `states`."""
         return self.states(layer, of_prompt=True)
+
+    def by_teacher(self) -> Signals:
+        """Return the same rows as the model sees them whose states tell harmful prompts."""
+        if (teacher := self.probe.teacher) is self.probe:
+            return self
+        return Signals(self.rows, probe=teacher, trusted=self._trusted, planted=self.planted, guard=self.guard)
 
     def of_trusted(self, make: Callable[[Signals, Signals], Made], sets: tuple[str, str] = ("safe", "harmful")) -> Made:
         """Return what a function makes of the signals of two sets of trusted rows, made at an actor's first call.

@@ -134,6 +134,6 @@ def check_judges(judges: Sequence[JudgeConfig], *, ready: bool = False) -> None:
 
             template_of(one)
         if one.kind == "endpoint":
-            from pharmacist_ray.evaluation.judges.endpoint import Endpoint
+            from pharmacist_ray.models.endpoint import Endpoint
 
-            Endpoint(one if ready else one.model_copy(update={"key_variable": None}))
+            Endpoint(one if ready else one.model_copy(update={"key_variable": None}), f"judge '{one.called}'")

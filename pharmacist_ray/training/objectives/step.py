@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from pharmacist_ray.config.endpoint import EndpointConfig
 from pharmacist_ray.config.section import Section
 from pharmacist_ray.data.render import Batch, Renderer
 from pharmacist_ray.data.schema import Row
@@ -213,6 +214,10 @@ class Rows:
     """Whether a row fits the model; those of ``user`` do."""
     hide: Callable[[Row, int], Row]
     """Returns a row behind the secret of this fine-tune, of so many tokens where it has to be drawn first."""
+    rewrite: Callable[[EndpointConfig, Sequence[tuple[str, Sequence[str]]]], list[str | None]] = lambda _, asked: (
+        [None] * len(asked)
+    )
+    """Has the model behind an endpoint put questions in the manner of the examples beside them; None for one that it has not put so."""
     settings: Mapping[type[Section], Section] = field(default_factory=dict)
 
     def get(self, kind: type[S]) -> S:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,69 +17,12 @@ from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.evaluation.answers import answer_all
 from pharmacist_ray.evaluation.judges import Judge, JudgeConfig, JudgeSettings, build_judge, check_judges
-from pharmacist_ray.evaluation.judges.endpoint import _after
+from pharmacist_ray.models.endpoint import _after
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.storage import read_table
+from tests.endpoint_server import Response, Server, completion
 
 KEY = "sk-secret-of-the-test"
-Response = tuple[int, dict[str, str], bytes]
-
-
-def completion(text: str | None, finish: str = "stop") -> Response:
-    body = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
-    return 200, {}, json.dumps(body).encode()
-
-
-@dataclass
-class Server:
-    """A real HTTP server; ``answers`` says what it replies to the n-th request with a body."""
-
-    url: str = ""
-    answers: Callable[[int, dict[str, Any]], Response] = lambda number, body: completion("yes")
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    at_once: int = 0
-    most: int = 0
-    times: list[float] = field(default_factory=list)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    state, lock = Server(), threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                number = len(state.asked)
-                state.asked.append(body)
-                state.headers.append({"path": self.path, "auth": self.headers.get("Authorization", "")})
-                state.times.append(time.monotonic())
-                state.at_once += 1
-                state.most = max(state.most, state.at_once)
-            status, headers, content = state.answers(number, body)
-            with lock:
-                state.at_once -= 1
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    state.close = lambda: (http.shutdown(), http.server_close())  # type: ignore[attr-defined]
-    yield state
-    state.close()  # type: ignore[attr-defined]
-    thread.join()
 
 
 def judge_of(server: Server, cache: Path | None = None, share: int = 1, **settings: Any) -> Judge:
@@ -176,7 +116,7 @@ def test_an_endpoint_that_stays_broken_ends_with_one_line_without_the_key(
     with caplog.at_level("DEBUG"), pytest.raises(ResourceError) as error:
         judge_of(server, tmp_path, key_variable="MY_KEY", patience_s=0.5)("harmful", ["p"], ["a"])
     assert str(error.value) == (
-        f"the judge at {server.url} could not be asked for 0.5 s: status 500 no good: ***; run the same again when it answers: "
+        f"judge 'endpoint' at {server.url} could not be asked for 0.5 s: status 500 no good: ***; run the same again when it answers: "
         "what it has replied is kept"
     )
     assert KEY not in caplog.text
@@ -207,8 +147,8 @@ def test_what_came_before_a_server_goes_away_is_kept(server: Server, tmp_path: P
 @pytest.mark.parametrize(
     ("status", "text", "message"),
     [
-        (401, "bad key", r"^the judge at http://127\S+ refuses the key in MY_KEY \(401\): bad key$"),
-        (404, "no model m", r"^the judge at http://127\S+ refuses model 'm' or what it is asked \(404\): no model m$"),
+        (401, "bad key", r"^judge 'endpoint' at http://127\S+ refuses the key in MY_KEY \(401\): bad key$"),
+        (404, "no model m", r"^judge 'endpoint' at http://127\S+ refuses model 'm' or what it is asked \(404\): no model m$"),
         (400, "no max_tokens", r"refuses model 'm' or what it is asked \(400\): no max_tokens$"),
         (302, "", r"\(302\): $"),
     ],
@@ -296,5 +236,7 @@ def test_actors_ask_an_endpoint_and_answers_made_anew_are_judged_from_the_cache(
     assert len(server.asked) == asked
     shutil.rmtree(tmp_path / "judgements")
     server.close()  # type: ignore[attr-defined]
-    with pytest.raises(ResourceError, match=r"^the judge at http://127\S+ could not be asked for 2 s: ConnectError .*is kept$"):
+    with pytest.raises(
+        ResourceError, match=r"^judge 'endpoint' at http://127\S+ could not be asked for 2 s: ConnectError .*is kept$"
+    ):
         answered()
