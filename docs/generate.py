@@ -129,8 +129,12 @@ def configuration() -> str:
         "## Settings of objectives {#alignment-parameters}",
         "What `alignment.parameters` and `finetune.parameters` may hold, by the name of its section. The defaults are the papers'.",
     ]
+    shown = {*sections(Config)}
     for name, kind in {name: kind for objective in OBJECTIVES.values() for name, kind in objective.settings.items()}.items():
         parts += [f"### {name}", _keys(kind)]
+        for inner in (one for one in sections(kind) if one not in {kind, *shown}):
+            parts += [f"### {_title(inner)} {{#{_anchor(inner)}}}", _text(inspect.getdoc(inner) or ""), _keys(inner)]
+            shown.add(inner)
     return "\n\n".join(parts) + "\n"
 
 
