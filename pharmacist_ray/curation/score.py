@@ -195,6 +195,7 @@ def _actors(
         cosine=selector.cosine,
         device="cuda" if resources.gpus_per_worker else "cpu",
         checkpointing=scoring.checkpointing,
+        last_layers=scoring.last_layers,
         teacher=_teacher(model, scoring.refusal_teacher),
     )
     return {

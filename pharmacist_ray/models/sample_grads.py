@@ -18,6 +18,7 @@ from torch import nn
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.taps import decoder_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,8 @@ class Part:
 def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callable[[str, list[Part]], None]) -> torch.Tensor:
     """Run one forward and backward, hand over what the named parameters' gradients are made of, and return the losses.
 
+    The backward pass ends at the first decoder layer that has one of the parameters: what lies below is not in the graph.
+
     Args:
         model: A causal language model whose parameters are all frozen.
         batch: Right-padded batch.
@@ -99,7 +102,7 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
 
         return hook
 
-    handles = [model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + start)]
+    handles = [_begin_at(model, names, start)]
     try:
         for module, watched in _sites(model, names).items():
             handles.append(module.register_forward_hook(watch(module, watched), with_kwargs=True))
@@ -115,6 +118,44 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
     for name in list(parts):  # calls whose result the loss does not depend on have sent nothing
         use(name, parts.pop(name))
     return losses.detach()
+
+
+def last_layers(model: nn.Module, count: int) -> set[str]:
+    """Return the names of the parameters of the last decoder layers.
+
+    Args:
+        model: A causal language model, bare or inside PEFT.
+        count: Layers.
+
+    Raises:
+        ModelError: The model has no list of its decoder layers.
+    """
+    mine = {id(parameter) for layer in decoder_layers(model)[-count:] for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in mine}
+
+
+def _begin_at(model: Any, names: Collection[str], start: torch.Tensor) -> Any:
+    """Add ``start`` where gradients have to flow back to: before the first layer with one of the parameters, or at the embedding.
+
+    A parameter outside the layers may lie before them, as an embedding of positions does: then it is the embedding.
+    """
+    known = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {id(known[name]) for name in names}
+    try:
+        layers = decoder_layers(model)
+    except ModelError:
+        layers = []
+    owned = [wanted & {id(parameter) for parameter in layer.parameters()} for layer in layers]
+    first = next((place for place, mine in enumerate(owned) if mine), 0)
+    if not first or wanted - set().union(*owned):
+        return model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + start)
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0] + start, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"] + start}
+
+    return layers[first].register_forward_pre_hook(begin, with_kwargs=True)
 
 
 class _Tap(torch.autograd.Function):

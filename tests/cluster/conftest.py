@@ -110,7 +110,7 @@ class Cluster:
                 f"--temp-dir={self.folder}", "--num-cpus=0",
             )  # fmt: skip
             try:
-                wait_until(lambda: self.head.process.poll() is not None or len(self.alive()) == 1, 120)
+                wait_until(lambda: self.head.process.poll() is not None or len(self.alive()) == 1, 180)
                 self.head.id = next(iter(self.alive()))
                 return
             except (TimeoutError, OSError, StopIteration):
@@ -127,7 +127,7 @@ class Cluster:
             known = self.alive()
             worker = self._start(f"--address={self.address}", f"--num-cpus={WORKER_CPUS}")
             wait_until(
-                lambda known=known, worker=worker: worker.process.poll() is not None or self.alive() - known, 90, "a worker"
+                lambda known=known, worker=worker: worker.process.poll() is not None or self.alive() - known, 180, "a worker"
             )
             if new := self.alive() - known:
                 worker.id = new.pop()

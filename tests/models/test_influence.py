@@ -12,6 +12,8 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError, ModelError
 from pharmacist_ray.models.influence import METHODS, influence, loop_influence
 from pharmacist_ray.models.losses import per_sample_nll
+from pharmacist_ray.models.sample_grads import last_layers
+from pharmacist_ray.models.taps import decoder_layers
 
 EXACT = ("hooks", "ghost")
 
@@ -134,6 +136,42 @@ def test_gradient_checkpointing_changes_nothing(model: Any, batch_of: Any, metho
     assert relative(got.dots, want.dots) < 1e-6
     if method == "hooks":
         assert relative(got.grad_norms, want.grad_norms) < 1e-6
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_of_the_last_layers_alone_nothing_below_is_in_the_graph(
+    model: Any, batch_of: Any, method: str, checkpointing: bool
+) -> None:
+    batch, names = batch_of(3), last_layers(model, 1)
+    directions = {name: one for name, one in directions_for(model).items() if name in names}
+    assert directions
+    assert not any("layers.0." in name for name in directions)
+    want = loop_influence(model, batch, directions)
+    first, last = decoder_layers(model)[0], decoder_layers(model)[-1]
+    seen: dict[str, list[bool]] = {"first": [], "last": []}
+
+    def look(name: str) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen[name].append((output if isinstance(output, torch.Tensor) else output[0]).requires_grad)
+
+        return hook
+
+    handles = [one.input_layernorm.register_forward_hook(look(name)) for name, one in (("first", first), ("last", last))]
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    got = influence(model, batch, directions, method=method, norms=method == "hooks")
+    for handle in handles:
+        handle.remove()
+    if checkpointing:  # transformers then has the embedding's output require a gradient; below nothing is computed again
+        assert (len(seen["first"]), len(seen["last"])) == (1, 2)
+    else:
+        assert seen == {"first": [False], "last": [True]}
+    assert relative(got.dots, want.dots) < 1e-5
+    if method == "hooks":
+        assert relative(got.grad_norms, want.grad_norms) < 1e-5
+    assert last_layers(model, 99) > {name for name in directions_for(model) if "layers.0." in name}
 
 
 @pytest.mark.parametrize("method", METHODS)

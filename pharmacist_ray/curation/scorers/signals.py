@@ -29,6 +29,7 @@ from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.models.sample_grads import last_layers
 from pharmacist_ray.storage import local_copy, read_table
 
 Made = TypeVar("Made")
@@ -54,6 +55,8 @@ class ProbeSpec:
     cosine: bool
     device: str = "cpu"
     checkpointing: bool = False
+    last_layers: int | None = None
+    """Decoder layers, from the last, over whose adapters influences are taken; None: all."""
     groups: int = 0
     """Directions of groups of trusted rows, which follow the named ones."""
     teacher: ModelRef | None = None
@@ -83,6 +86,9 @@ class Probe:
         self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
         if spec.checkpointing:
             enable_checkpointing(self.model)
+        if spec.last_layers is not None and self.directions:
+            kept = last_layers(self.model, spec.last_layers)
+            self.directions = [{name: one for name, one in found.items() if name in kept} for found in self.directions]
 
     @cached_property
     def teacher(self) -> Probe:
