@@ -26,7 +26,7 @@ from mkdocs.structure.pages import Page
 from plan import plan
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
-from results import findings, provenance, results, table
+from results import findings, provenance, results, stood, table
 
 from pharmacist_ray.config.attack_kinds import AS_THEY_ARE, KINDS
 from pharmacist_ray.config.public_sets import PROMPT_SETS, ROW_SETS, PublicSet
@@ -77,8 +77,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Put what is made into a written page: ``<!-- results: NAME -->``, ``<!-- findings: NAME -->``, ``<!-- families -->`` and so on."""
     for name, result in results().items():
         markdown = markdown.replace(f"<!-- results: {name} -->", f"{table(result)}\n\n{provenance(result)}")
-        if result["kind"] == "evidence":
-            markdown = markdown.replace(f"<!-- findings: {name} -->", findings(result))
+        if say := {"evidence": findings, "matrix": stood}.get(result["kind"]):
+            markdown = markdown.replace(f"<!-- findings: {name} -->", say(result))
     made = {
         "families": families,
         "prompt sets": prompt_sets,
@@ -289,6 +289,8 @@ ABOUT = {
     "evidence": "What each arm is worth, over worlds that each have a base model of their own. See [Evidence](../evidence.md).",
     "matrix": "Defences of every stage against every kind of attack and against an attacker who adapts; HS is in the attacker's form. "
     "What each of them is: [Defences](../defences.md).",
+    "peers": "What a score for every row costs, over a pass that computes losses alone, ours and other systems' methods written from their "
+    "descriptions: the median over rounds. Agreement is with the exact first-order influence.",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
     "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",

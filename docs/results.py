@@ -3,7 +3,8 @@
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
 takes a finished run, or what a measuring job wrote: the ``benchmark.json`` or ``gpu.json`` of `jobs.benchmark`, the ``growth.json`` of
-`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json`` of `jobs.benchmark planted`.
+`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json`` or ``peers.json`` of `jobs.benchmark`, the ``matrix.json`` of
+`jobs.matrix`.
 Run it on the machine that measured, from the commit that was measured: both go into the file.
 `python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
@@ -82,6 +83,8 @@ def measured(source: Path) -> dict[str, Any]:
         return {"kind": "evidence", "date": date, **{name: found[name] for name in ("worlds", "noises", "rows")}}
     if "planted" in found:
         return {"kind": "planted", "date": date, "seeds": found["seeds"], "rows": found["planted"]}
+    if "peers" in found:
+        return {"kind": "peers", "date": date, "rows": found["peers"]}
     if "gpu" in found:
         load = {name: found["trial"][name] for name in ("dtype", "length", "rank")}
         return {"kind": "gpu", "date": date, "machine": found["machine"], "load": load, "rows": found["gpu"]}
@@ -149,7 +152,9 @@ def table(result: dict[str, Any]) -> str:
         attacks = [one["name"] for one in result["attacks"]]
         body.sort(key=lambda cells: attacks.index(cells[0]))
     rules = [
-        "---" if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work", "score") else "---:"
+        "---"
+        if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work", "score", "method")
+        else "---:"
         for heading in headings
     ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *body))
@@ -199,6 +204,51 @@ def findings(result: dict[str, Any]) -> str:
             f"{clean['random']['align_seconds'][0] / clean['all']['align_seconds'][0]:.2f} of that on the whole, as it does on a selection."
         )
     return " ".join(said)
+
+
+def stood(result: dict[str, Any]) -> str:
+    """Return what the matrix says, in sentences: which defences an attacker who adapts does not get past, and what they cost."""
+    rows = {(row["selection"], row["defence"]): row for row in result["rows"]}
+    bare = rows["none", "sft"]
+    plain = next(row for (selection, defence), row in rows.items() if defence == "sft" and selection not in ("none", "all"))
+    others = [row for row in rows.values() if row is not bare]
+    alive = sorted((row for row in others if row.get("survives")), key=lambda row: row["bounded"][0])
+    fallen = [row for row in others if row.get("survives") is False]
+    unheld = [row for row in others if "survives" not in row and "bounded" not in row]
+    untold = [row for row in others if "survives" not in row and "bounded" in row]
+    less = [row for row in fallen if (found := row["minus"].get("mean")) and found[2] < 0]
+    said = [
+        f"Over {bare['worlds']} worlds the undefended model ends at HS {interval(bare['bounded'])} under the attacker who adapts, and at "
+        f"{interval(bare['mean'])} over the fixed attacks.",
+        "Below it under the attacker who adapts, by the interval of the difference: "
+        + ("; ".join(_costs(row, plain) for row in alive) if alive else "none")
+        + f". Plain training on the same rows: {_costs(plain, plain)}.",
+        f"These do not survive: {_names([_arm(row) for row in fallen])}." if fallen else "All others survive.",
+    ]
+    if less:
+        said.append(
+            f"Of them, against the fixed attacks alone, {_names([_arm(row) for row in less])} would have looked like a defence."
+        )
+    if unheld:
+        said.append(
+            f"No fine-tune against {_names([_arm(row) for row in unheld])} left a model within the bound in some world: it is the defence "
+            "that takes the model's use away, so there is no figure."
+        )
+    if untold:
+        said.append(f"In too few worlds is there a figure for {_names([_arm(row) for row in untold])}.")
+    return " ".join(said)
+
+
+def _arm(row: Row) -> str:
+    return row["defence"] if row["selection"] not in ("none", "all") else f"{row['defence']} on {row['selection']}"
+
+
+def _costs(row: Row, plain: Row) -> str:
+    useless = "" if row["accuracy"][0] >= plain["accuracy"][0] / 2 else ", so it takes the fine-tune itself away"
+    return (
+        f"`{_arm(row)}` (HS {interval(row['bounded'])}, task accuracy {number(row['accuracy'][0])}, helpful {number(row['helpful'][0])}"
+        f"{useless})"
+    )
 
 
 def _names(arms: list[str]) -> str:
@@ -299,6 +349,16 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "over SFT": lambda row: f"{row['ratio']:.2f}",
         "forwards a step": lambda row: f"{row['forwards']:g}",
         "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
+    },
+    "peers": {
+        "model": lambda row: f"{row['shape']}, {row['weights']}",
+        "tokens at most": lambda row: str(row["length"]),
+        "method": lambda row: row["method"],
+        "over a forward": lambda row: f"{row['ratio']:.2f}",
+        "rows/s": lambda row: f"{row['samples_per_s']:,.0f}",
+        "peak MiB": lambda row: f"{row['peak_mib']:,.0f}",
+        "bytes a row": lambda row: f"{row['bytes_per_row']:,}",
+        "agreement": lambda row: "–" if row["agreement"] is None else f"{row['agreement']:.3f}",
     },
     "gpu": {
         "model": lambda row: row["shape"],

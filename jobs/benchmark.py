@@ -1,7 +1,8 @@
 """Measure what each objective costs on one worker of this cluster, what this machine's GPU does, or how well scores find corruption.
 
 `python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed,
-and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours.
+and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours. `python -m jobs.benchmark peers` holds our
+scoring against the methods of other systems.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
         gpu(given[1:])
     elif given[:1] == ["planted"]:
         planted(given[1:])
+    elif given[:1] == ["peers"]:
+        peers(given[1:])
     else:
         objectives(given)
 
@@ -99,6 +102,37 @@ def gpu(arguments: list[str]) -> None:
     )
     with plain_failures():
         show(measure(trial), trial, given.out)
+
+
+def peers(arguments: list[str]) -> None:
+    """Measure what a score for every row costs by our methods and by those of other systems, in this process's machine."""
+    from pharmacist_ray.benchmarks.peer_methods import METHODS, SHAPES, Load
+    from pharmacist_ray.benchmarks.peers import measure, show
+
+    usual = Load()
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark peers",
+        description="Score the same rows on the same model by our methods and by other systems', written from their descriptions.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="+", default=["1M", "20M"], choices=list(SHAPES), help="Llamas with random weights")
+    parser.add_argument("--weights", nargs="+", default=["lora"], choices=["lora", "full"], help="whose gradients")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[64, 128], help="tokens of the longest rows")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rows", type=int, default=usual.rows)
+    parser.add_argument("--rounds", type=int, default=usual.rounds, help="timed passes over all rows")
+    parser.add_argument("--device", default=usual.device, choices=["cpu", "cuda"])
+    parser.add_argument("--tokens-per-batch", type=int, default=usual.tokens_per_batch)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for peers.json")
+    given = parser.parse_args(arguments)
+    loads = [
+        Load(shape, weights, given.rows, length, given.tokens_per_batch, given.rounds, given.device)
+        for shape in given.shapes
+        for weights in given.weights
+        for length in given.lengths
+    ]
+    with plain_failures():
+        show(measure(loads, given.methods), given.out)
 
 
 def planted(arguments: list[str]) -> None:

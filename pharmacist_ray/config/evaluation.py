@@ -13,6 +13,17 @@ from pharmacist_ray.config.endpoint import EndpointConfig
 from pharmacist_ray.config.section import Count, Location, Section, Share
 
 
+class EngineConfig(EndpointConfig):
+    """Who answers in the place of this program: an OpenAI-compatible endpoint that serves the base.
+
+    It takes prompts as token ids and loads LoRA adapters by request, as vLLM does: `vllm serve BASE --enable-lora --max-lora-rank 64` with
+    `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`.
+    """
+
+    kind: Literal["endpoint"] = "endpoint"
+    """The only kind so far."""
+
+
 class TaskEvaluation(Section):
     """Accuracy on the user's task."""
 
@@ -114,6 +125,9 @@ class EvaluationConfig(Section):
     """Longest answer in tokens (Vaccine's public code: 128)."""
     batch_size: Count = 64
     """Prompts per generation batch."""
+    engine: EngineConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Who answers: None is transformers, on `resources.actors`. An endpoint (`{url: …, model: BASE}`) is given each model's adapters, so
+    the run directory has to be a folder that it reads."""
     bootstrap_draws: Count = 2000
     """Draws of the bootstrap over runs and clusters of prompts."""
     group_column: str | None = Field(default=None, exclude_if=lambda value: value is None)

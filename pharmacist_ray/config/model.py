@@ -43,6 +43,9 @@ class ModelConfig(Section):
         default=None, exclude_if=lambda value: value is None
     )
     """Attention implementation of transformers; by default the one that it takes for this model."""
+    quantization: Literal["8bit", "4bit"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Load the frozen base in 8 bits or in 4 (NF4), for adapters on GPUs that the whole base does not fit; needs
+    `pip install 'pharmacist-ray[quantization]'`."""
     lora: LoraConfig = LoraConfig()
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along. Leave it off unless you have read that code."""

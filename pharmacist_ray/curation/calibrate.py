@@ -133,7 +133,7 @@ def calibration_columns(scorers: Sequence[str], where: str = "scoring.scorers") 
     return found
 
 
-def calibrate(parts: Iterable[Any], planted: PlantedScores, read: Read = as_it_is) -> Calibrated:
+def calibrate(parts: Sequence[Any], planted: PlantedScores, read: Read = as_it_is) -> Calibrated:
     """Fit the model on the planted rows.
 
     Args:

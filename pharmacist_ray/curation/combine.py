@@ -7,7 +7,7 @@ whose ids come first in a fixed order that has nothing to do with the scores: a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,7 +88,7 @@ class BestRank(Ranks):
         return np.asarray(self.ranks(table).max(axis=1))
 
 
-def best_rank(parts: Iterable[Any], columns: Sequence[str], read: Read = as_it_is) -> BestRank:
+def best_rank(parts: Sequence[Any], columns: Sequence[str], read: Read = as_it_is) -> BestRank:
     """Return the best of ranks among all rows that have every score.
 
     Args:
@@ -99,7 +99,7 @@ def best_rank(parts: Iterable[Any], columns: Sequence[str], read: Read = as_it_i
     return BestRank({name: np.sort(values) for name, values in sample_scores(parts, columns, read).items()})
 
 
-def rank_sum(parts: Iterable[Any], weights: Mapping[str, float], read: Read = as_it_is) -> RankSum:
+def rank_sum(parts: Sequence[Any], weights: Mapping[str, float], read: Read = as_it_is) -> RankSum:
     """Return the sum of ranks among all rows that have every score.
 
     Args:
@@ -111,7 +111,7 @@ def rank_sum(parts: Iterable[Any], weights: Mapping[str, float], read: Read = as
     return RankSum({name: np.sort(values) for name, values in sample.items()}, dict(weights))
 
 
-def sample_scores(parts: Iterable[Any], names: Sequence[str], read: Read = as_it_is) -> dict[str, NDArray[np.float64]]:
+def sample_scores(parts: Sequence[Any], names: Sequence[str], read: Read = as_it_is) -> dict[str, NDArray[np.float64]]:
     """Return the scores of at most `SAMPLE` rows that have all of them, chosen by id: score → (n,), the same rows in each.
 
     Args:
@@ -126,7 +126,7 @@ def sample_scores(parts: Iterable[Any], names: Sequence[str], read: Read = as_it
         for part in parts:
             yield part, last
 
-    for found, values in in_tasks(partial(_among_first, names=tuple(names), read=read), asked()):
+    for found, values in in_tasks(partial(_among_first, names=tuple(names), read=read), asked(), count=len(parts)):
         order, kept = np.concatenate([order, found]), np.concatenate([kept, values], axis=1)
         if len(order) > SAMPLE:
             first = np.argpartition(order, SAMPLE)[:SAMPLE]

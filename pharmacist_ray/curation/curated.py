@@ -107,7 +107,7 @@ def write_curated(
         DataError: A column is called ``pharmacist_…``, or there are more than 1,000 different columns.
     """
     parts, kind = list[Part](), dict[str, Kind]()
-    for part in in_tasks(partial(_write_rows, keep=keep, folder=folder, jsonl=jsonl), shards):
+    for part in in_tasks(partial(_write_rows, keep=keep, folder=folder, jsonl=jsonl), shards, count=len(shards)):
         kind |= {name: _both(kind.get(name), one) for name, one in part.kinds.items()}
         parts.append(replace(part, kinds={}))
         if len(kind) > _COLUMNS:
@@ -116,7 +116,8 @@ def write_curated(
         raise DataError(f"column '{clash[0]}' of the data has a name that selections use for their own; rename or drop it")
     if jsonl:
         _join(folder / "lines", folder / "curated.jsonl")
-    files = list(in_tasks(partial(_write_data, keep=keep, folder=folder, kinds=kind), _files(shards, parts), fewest=2))
+    groups = _files(shards, parts)
+    files = list(in_tasks(partial(_write_data, keep=keep, folder=folder, kinds=kind), groups, count=len(groups), fewest=2))
     known = facts(parts)
     manifest = {
         "kind": "selection",

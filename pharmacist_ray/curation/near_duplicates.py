@@ -60,11 +60,12 @@ def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int) -> list[S
     left_out: list[NDArray[np.uint8]] = []  # a bit a row
     with tempfile.TemporaryDirectory() as place, disk_full_errors(Path(place)):
         parts = max(1, math.ceil(sum(row_count(shard.rows) for shard in shards) * BANDS / PART))
-        for records in in_tasks(partial(_signed, ranking=ranking), enumerate(shards)):
+        for records in in_tasks(partial(_signed, ranking=ranking), enumerate(shards), count=len(shards)):
             left_out.append(np.zeros(-(-len(records) // BANDS // 8), np.uint8))
             _spill(records, Path(place), parts)
         files = sorted(Path(place).iterdir())
-        for beyond in in_tasks(partial(_beyond, most=most), (np.fromfile(file, _RECORD) for file in files), fewest=_FEW):
+        parts_of = (np.fromfile(file, _RECORD) for file in files)
+        for beyond in in_tasks(partial(_beyond, most=most), parts_of, count=len(files), fewest=_FEW):
             for number in np.unique(beyond["shard"]):
                 row = beyond["row"][beyond["shard"] == number]
                 np.bitwise_or.at(left_out[number], row >> 3, (128 >> (row & 7)).astype(np.uint8))

@@ -145,7 +145,7 @@ def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iter
     """
     shards, ranking = _open(scores, candidates, rule)
     cuts = _find_cuts(shards, ranking, rule, _take_census(shards, ranking, rule))
-    for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards):
+    for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards, count=len(shards)):
         yield table.select(["id", "score"])
 
 
@@ -239,7 +239,7 @@ def _counted(shard: Shard, *, ranking: Ranking) -> _Census:
 
 def _take_census(shards: list[Shard], ranking: Ranking, rule: Rule) -> _Census:
     census, few = _Census(), True
-    for one in in_tasks(partial(_counted, ranking=ranking), shards):
+    for one in in_tasks(partial(_counted, ranking=ranking), shards, count=len(shards)):
         census.candidates += one.candidates
         census.scored += one.scored
         if few:
@@ -261,7 +261,7 @@ def _find_cuts(shards: list[Shard], ranking: Ranking, rule: Rule, census: _Censu
         raise DataError(f"no candidate has a score in column '{rule.scorer}': nothing to select")
     if rule.threshold is not None:
         cuts = _Cuts(threshold_key(rule.threshold, rule.descending))
-        if not any(len(table) for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards)):
+        if not any(len(table) for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards, count=len(shards))):
             raise DataError(f"selection.threshold={rule.threshold} keeps none of the {census.scored} scored rows; loosen it")
         return cuts
     if rule.count is not None and rule.count > census.scored:
@@ -275,13 +275,13 @@ def _find_cuts(shards: list[Shard], ranking: Ranking, rule: Rule, census: _Censu
     names = list(places)
 
     def of_quotas(query: Query) -> Iterator[Answer]:
-        return in_tasks(partial(_of_groups, ranking=ranking, groups=names, query=query), shards)
+        return in_tasks(partial(_of_groups, ranking=ranking, groups=names, query=query), shards, count=len(shards))
 
     cuts = _Cuts(NONE, dict(zip(names, kth_keys(of_quotas, [(places[g], census.scored_of[g]) for g in names]), strict=True)))
     placed = sum(places.values())
 
     def of_the_rest(query: Query) -> Iterator[Answer]:
-        return in_tasks(partial(_not_yet_kept, ranking=ranking, cuts=cuts, query=query), shards)
+        return in_tasks(partial(_not_yet_kept, ranking=ranking, cuts=cuts, query=query), shards, count=len(shards))
 
     return replace(cuts, fill=kth_keys(of_the_rest, [(size - placed, census.scored - placed)])[0])
 

@@ -15,6 +15,8 @@ from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.errors import ConfigError
 
 BYTES = {"float32": 4, "bfloat16": 2}
+FEW_BITS = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""Bytes of a weight in few bits, by `model.quantization`; of NF4 with the float32 scale of each 64."""
 RESERVE = 2 * 2**30
 """Bytes for the CUDA context, NCCL and fragmentation (ours, an assumption)."""
 BUCKET = 5e7
@@ -61,6 +63,8 @@ class Setup:
     offload: Literal["none", "optimizer", "parameters"] = "none"
     lora: bool = True
     dtype: str = "float32"
+    quantization: str | None = None
+    """``8bit`` or ``4bit``: the frozen base's linear modules are in so few bits."""
     checkpointing: bool = False
     micro_batch: int = 1
     accumulation: int = 1
@@ -155,6 +159,7 @@ def setup_of(config: Config, train: TrainConfig, objective: str = "sft") -> Setu
         offload=train.offload,
         lora=train.weights == "lora",
         dtype=dtype,
+        quantization=config.model.quantization,
         checkpointing=train.checkpointing,
         micro_batch=train.batch_size // (workers * train.accumulation),
         accumulation=train.accumulation,
@@ -181,6 +186,7 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
     """
     extra, width, gpus = extra_of(setup.objective), BYTES[setup.dtype], "GPUs" if setup.gpu else "workers"
     frozen = shape.parameters if setup.lora else 0
+    few = shape.linear if setup.lora and setup.quantization else 0
     trained, wide = (shape.adapter, 4) if setup.lora else (shape.parameters, width)
 
     def shared(stage: int) -> tuple[tuple[float, str], ...]:
@@ -192,7 +198,8 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
     away, all_away = setup.offload != "none" and setup.zero > 0, setup.offload == "parameters" and setup.zero == 3
     weights, tokens = (trained, "weights"), ((setup.micro_batch, "rows"), (setup.length, "tokens"))
     items = [
-        one("base weights", (frozen, "weights"), (width, "B"), stage=3, host=all_away),
+        one("base weights", (frozen - few, "weights"), (width, "B"), stage=3, host=all_away),
+        one("base weights in few bits", (few, "weights"), (FEW_BITS.get(setup.quantization or "", 0.0), "B")),
         one("trained weights", weights, (wide, "B"), stage=3, host=all_away),
         one("gradients", weights, (wide, "B"), stage=2, host=away and setup.zero >= 2),
         one("AdamW's two moments", weights, (8, "B"), stage=1, host=away),
@@ -284,6 +291,8 @@ def advice(shape: Shape, setup: Setup, room: float) -> tuple[list[str], float]:
         steps.append(("model.dtype=bfloat16", {"dtype": "bfloat16"}))
     if setup.workers > 1:
         steps += [("offload=optimizer", {"offload": "optimizer"}), ("offload=parameters", {"offload": "parameters"})]
+    if setup.workers == 1 and setup.lora and setup.gpu and not setup.quantization:  # more workers share it, at all its bits
+        steps += [(f"model.quantization={bits}", {"quantization": bits}) for bits in FEW_BITS]
     taken: dict[str, str] = {}
     for name, change in steps:
         tried = replace(setup, **change)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.groups import AT_ONCE
 from pharmacist_ray.curation.selector import DIRECTIONS
-from pharmacist_ray.doctor.estimate import BYTES, LOGIT, RESERVE, Item, Setup, layer_bytes
+from pharmacist_ray.doctor.estimate import BYTES, FEW_BITS, LOGIT, RESERVE, Item, Setup, layer_bytes
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.models.influence import CHUNK
 
@@ -81,7 +81,7 @@ def answer_memory(shape: Shape, config: Config) -> list[Item]:
     width, rows = BYTES[setup.dtype], (settings.batch_size, "rows")
     tokens = (config.model.max_length + settings.max_new_tokens, "tokens")
     items = [
-        Item("weights", ((shape.parameters, "weights"), (width, "B"))),
+        *base_memory(shape, setup),
         Item("keys and values", ((shape.layers, "layers"), rows, tokens, (2 * shape.keys * width, "B"))),
         # The prompts' own pass, of which only the last position's logits are made.
         Item("forward pass of a layer", (rows, (setup.length, "tokens"), (_forward_bytes(shape, setup), "B"))),
@@ -152,6 +152,7 @@ def _setup(config: Config, tokens_per_batch: int, checkpointing: bool) -> Setup:
     rows = max(1, tokens_per_batch // config.model.max_length)
     return Setup(
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         checkpointing=checkpointing,
         micro_batch=rows,
         length=max(length, config.model.max_length),
@@ -169,9 +170,15 @@ def _adapter(shape: Shape) -> Factors:
 
 def weights_memory(shape: Shape, setup: Setup) -> list[Item]:
     """Return what the base and an adapter in float32 take."""
+    return [*base_memory(shape, setup), Item("adapter", _adapter(shape))]
+
+
+def base_memory(shape: Shape, setup: Setup) -> list[Item]:
+    """Return what the base takes."""
+    few = shape.linear if setup.quantization else 0
     return [
-        Item("base weights", ((shape.parameters, "weights"), (BYTES[setup.dtype], "B"))),
-        Item("adapter", _adapter(shape)),
+        Item("base weights", ((shape.parameters - few, "weights"), (BYTES[setup.dtype], "B"))),
+        Item("base weights in few bits", ((few, "weights"), (FEW_BITS.get(setup.quantization or "", 0.0), "B"))),
     ]
 
 

@@ -22,6 +22,8 @@ class Shape:
 
     parameters: int
     """All of the base, tied weights once."""
+    linear: int
+    """Those of linear modules but the output head's: what `model.quantization` keeps in few bits."""
     embedding: int
     """The input table, or 0 where the output head is the same tensor: a look-up multiplies nothing."""
     head: int
@@ -73,6 +75,11 @@ def shape_of(model: ModelConfig) -> Shape:
     head_width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
     table, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     sizes = [parameter.numel() for parameter in base.parameters()]
+    linear = sum(
+        module.weight.numel()
+        for module in base.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not base.get_output_embeddings()
+    )
     linears = [(name, _width(module)) for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)]
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -80,6 +87,7 @@ def shape_of(model: ModelConfig) -> Shape:
     adapted = [(name, _width(module.base_layer)) for name, module in with_lora.named_modules() if hasattr(module, "lora_A")]
     return Shape(
         parameters=sum(sizes),
+        linear=linear,
         embedding=0 if table is head else table.numel(),
         head=head.numel(),
         largest=max(sizes),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.data.secret import behind
+from pharmacist_ray.evaluation.engine import EndpointEngine
 from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
 from pharmacist_ray.evaluation.judges.verdict import PromptKind
 from pharmacist_ray.evaluation.tasks import CHECKERS
@@ -71,6 +73,8 @@ class AnswerSpec:
     threads: int
     judgements: StoragePath | None = None
     actors: int = 1
+    served: Path | None = None
+    """Folder of the adapters that an endpoint is given."""
 
 
 def answer_all(
@@ -82,6 +86,7 @@ def answer_all(
     forms: Mapping[StoragePath, FormConfig] | None = None,
     secrets: Mapping[StoragePath, StoragePath] | None = None,
     judgements: StoragePath | None = None,
+    served: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Write ``<folder>/<set>-<start>.parquet`` (`ANSWER_SCHEMA`) for every model and prompt set; what is there stays.
@@ -94,6 +99,7 @@ def answer_all(
         settings: The evaluation section.
         resources: Actors and what each may use.
         judgements: The folder in which the replies of endpoints are kept.
+        served: Folder for the adapters that an endpoint is given, where one answers.
         progress: Called with (units done, units in all).
 
     Returns:
@@ -121,7 +127,7 @@ def answer_all(
     groups = list(blocks.values())
     device, threads = "cuda" if resources.gpus_per_worker else "cpu", max(1, int(resources.cpus_per_worker))
     actors = max(1, min(resources.actors, len(groups)))
-    spec = AnswerSpec(settings, device, threads, judgements, actors)
+    spec = AnswerSpec(settings, device, threads, judgements, actors, served)
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
     taken = []
     for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
@@ -163,6 +169,7 @@ class Answerer:
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer, torch.Tensor | None] | None = None
         self.prompts: dict[str, list[Row]] = {}
+        self.engine = EndpointEngine(spec.settings.engine, spec.actors) if spec.settings.engine else None
         self.budget = TokenBudget()
         self.usage = Usage()
         self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges]
@@ -185,7 +192,8 @@ class Answerer:
     def _answer(self, unit: GenerationUnit) -> pa.Table:
         if self.model is None or self.model[0] != unit.model:
             ref, self.model = unit.model, None  # let go of the last one before the next one takes its room
-            self.model = (ref, ref.load(self.spec.device), ref.renderer(), ref.loaded_prompt())
+            loaded = None if self.engine else ref.load(self.spec.device)
+            self.model = (ref, loaded, ref.renderer(), ref.loaded_prompt())
         _, model, renderer, soft_prompt = self.model
         rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
         settings = self.spec.settings
@@ -194,16 +202,22 @@ class Answerer:
             secret = storage_path(unit.secret).read_text()
             put = [behind(row, secret, renderer.system) for row in put]
         prompts = [renderer.prompt_ids(row) for row in put]
-        answers = generate(
-            model,
-            renderer.tokenizer,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            end_id=renderer.end_id,
-            budget=self.budget,
-            soft_prompt=soft_prompt,
-        )
+        if self.engine:
+            assert self.spec.served is not None
+            answers = self.engine.answers(
+                unit.model, prompts, max_new_tokens=settings.max_new_tokens, end_id=renderer.end_id, files=self.spec.served
+            )
+        else:
+            answers = generate(
+                model,
+                renderer.tokenizer,
+                prompts,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                end_id=renderer.end_id,
+                budget=self.budget,
+                soft_prompt=soft_prompt,
+            )
         self.usage.tokens += sum(map(len, prompts)) + sum(len(renderer.tokenizer(one).input_ids) for one in answers)
         answers = [without_thoughts(answer) for answer in answers]
         table: dict[str, list[Any]] = {

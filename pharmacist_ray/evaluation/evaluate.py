@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def evaluate(
     resources: ResourcesConfig,
     out: StoragePath,
     judgements: StoragePath | None = None,
+    served: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Let all subjects answer, judge, and write ``summary.json`` and ``table.json``; with several judges ``judges.json`` too.
@@ -87,6 +89,7 @@ def evaluate(
         resources: Actors and what each may use.
         out: Folder to fill.
         judgements: The folder in which the replies of endpoints are kept.
+        served: Folder for the adapters that an endpoint is given, where one answers.
         progress: Called with (units done, units in all).
 
     Returns:
@@ -104,6 +107,7 @@ def evaluate(
         forms={subject.answers: subject.form for subject in subjects if subject.form},
         secrets={subject.answers: subject.secret for subject in subjects if subject.secret},
         judgements=judgements,
+        served=served,
         progress=progress,
     )
     labels = labels_of(row.response for row in iterate_rows(prompts["task"])) if "task" in prompts else frozenset()

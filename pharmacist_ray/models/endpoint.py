@@ -105,13 +105,23 @@ class Cache:
 class Endpoint:
     """Asks one endpoint, several requests at a time."""
 
-    def __init__(self, config: EndpointConfig, what: str, share: int = 1) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig,
+        what: str,
+        share: int = 1,
+        *,
+        path: str = "/chat/completions",
+        read: Callable[[httpx2.Response], Reply] | None = None,
+    ) -> None:
         """Check what can be checked without a request.
 
         Args:
             config: Where it is and how it is asked.
             what: What it is here, for errors: ``judge 'strict'``.
             share: Processes that ask it at the same time.
+            path: What requests are posted to, below its address.
+            read: Returns what a response says; by default the first choice of a chat completion, or of a completion.
 
         Raises:
             ConfigError: There is no address, or it is none; the key is not set.
@@ -123,9 +133,9 @@ class Endpoint:
         name = config.key_variable
         if name is not None and not os.environ.get(name):
             raise ConfigError(f"{what}: its key_variable {name} is not set in the environment; export it (on every node)")
-        self.config, self.what, self.url = config, what, config.url.rstrip("/") + "/chat/completions"
+        self.config, self.what, self.url = config, what, config.url.rstrip("/") + path
         self.key = os.environ[name] if name else ""
-        self.width = max(1, config.concurrency // share)
+        self.width, self.read = max(1, config.concurrency // share), read or _first_choice
 
     def ask_all(self, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Reply]]:
         """Yield place and reply of each request, as they come; the first that cannot be had ends the others.
@@ -205,16 +215,20 @@ class Endpoint:
                 f"{self.what} at {self.config.url} refuses model '{self.config.model}' or what it is asked ({status}): {text}"
             )
         try:
-            choice = response.json()["choices"][0]
-            content = choice["message"]["content"]
+            return self.read(response)
         except (ValueError, KeyError, IndexError, TypeError):
             raise Busy(f"no chat completion but {text}") from None
-        return None if choice.get("finish_reason") == "content_filter" or content is None else str(content)
 
     def _plain(self, text: str) -> str:
         """Return the beginning of a text on one line, without the key."""
         shown = " ".join(text.split())
         return (shown.replace(self.key, "***") if self.key else shown)[:200]
+
+
+def _first_choice(response: httpx2.Response) -> Reply:
+    choice = response.json()["choices"][0]
+    content = choice["message"]["content"] if "message" in choice else choice["text"]
+    return None if choice.get("finish_reason") == "content_filter" or content is None else str(content)
 
 
 _backoff = wait_exponential_jitter(multiplier=0.5, max=30)

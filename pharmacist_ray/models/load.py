@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.errors import ModelError, unknown_name
 from pharmacist_ray.models.hub import on_hub, snapshot
+from pharmacist_ray.models.quantized import beside, differentiable, is_quantized, quantized_loading
 from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.storage import StoragePath, local_copy
 
@@ -58,6 +59,7 @@ def load_model(
     merge: bool = False,
     trust_remote_code: bool = False,
     attn: str | None = None,
+    quantization: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """Return a causal language model in evaluation mode.
@@ -69,6 +71,7 @@ def load_model(
         merge: Add the adapter into the weights, so that a plain model comes back.
         trust_remote_code: Run model code that comes with the weights. Only for sources as trusted as this package.
         attn: The attention implementation, a name that transformers knows; by default the one that it takes for this model.
+        quantization: ``8bit`` or ``4bit`` for a frozen base in so few bits (see `models.quantized`).
         device: Where the model goes.
 
     Raises:
@@ -86,6 +89,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
         **({"attn_implementation": attn} if attn else {}),
+        **(quantized_loading(quantization, DTYPES[dtype], device) if quantization else {}),
     )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"'{path}' lacks {len(missing)} of the model's weights ('{missing[0]}', …); download or export it again")
@@ -93,7 +97,7 @@ def load_model(
         model = load_adapter(model, adapter, merge=merge)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is float32, such as adapters: PyTorch leaves tensor cores idle
-    return model.to(device).eval()
+    return (differentiable(model) if quantization else model.to(device)).eval()
 
 
 def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False) -> Any:
@@ -108,7 +112,7 @@ def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False) -> 
 
 
 def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) -> Any:
-    """Return a model with a saved adapter on top, trainable, or merged into its weights.
+    """Return a model with a saved adapter on top, trainable, or merged into its weights: of a quantised base, into what layers put out.
 
     Raises:
         ModelError: There is no such adapter, it is not in safetensors, or it was made for another model.
@@ -125,6 +129,8 @@ def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) ->
             differing = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
         if differing:
             raise ModelError(f"adapter '{path}' does not fit this model ('{min(differing)}', …); use the base it was made for")
+    if merge and is_quantized(model):
+        return beside(adapted)
     if merge and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return _merge_sharded(adapted)
     return adapted.merge_and_unload(safe_merge=True) if merge else adapted

@@ -24,6 +24,8 @@ class ModelRef:
     dtype: str = "float32"
     attn: str | None = None
     """Attention implementation; None leaves it to transformers."""
+    quantization: str | None = None
+    """``8bit`` or ``4bit``; None: all bits."""
     trust_remote_code: bool = False
     template: Template = "auto"
     """Prompt template."""
@@ -43,6 +45,7 @@ class ModelRef:
             config.path,
             dtype=config.dtype,
             attn=config.attn,
+            quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
             template=config.template,
             max_length=config.max_length,
@@ -81,12 +84,18 @@ class ModelRef:
         from pharmacist_ray.models.load import load_adapter, load_model
 
         model: Any = load_model(
-            self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, attn=self.attn, device=device
+            self.path,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            attn=self.attn,
+            quantization=self.quantization,
+            device=device,
         )
         for merged in self.adapters:
             model = load_adapter(model, merged, merge=True)
         if adapter is not None:
-            model = load_adapter(model, adapter).to(device)
+            model = load_adapter(model, adapter)
+            model = model if self.quantization else model.to(device)  # it is there already
         return model.eval()
 
     def loaded_prompt(self) -> torch.Tensor | None:

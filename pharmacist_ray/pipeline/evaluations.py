@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from pharmacist_ray.config.finetune import UNREPAIRED
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT, sets_of
+from pharmacist_ray.evaluation.engine import check_engine
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.pipeline.attacks import asked_in
 from pharmacist_ray.pipeline.console import bar, escaped, say
@@ -13,12 +16,42 @@ from pharmacist_ray.pipeline.elsewhere import run_elsewhere
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.secrets import existing_secret
 from pharmacist_ray.pipeline.sharing import lock_missing, lock_missing_artifacts
+from pharmacist_ray.training.objectives import OBJECTIVES
 
 
 def run_evaluate(run: Run) -> None:
     """Let every model answer, judge the answers, and write ``evaluation/summary.json``; then what other evaluators are asked for."""
     _evaluate(run)
     run_elsewhere(run)
+
+
+def served_from(run: Run) -> Path | None:
+    """Return the folder of the adapters that an endpoint is given, where one answers."""
+    folder = run.root / "served"
+    return folder if run.config.evaluation and run.config.evaluation.engine and isinstance(folder, Path) else None
+
+
+def check_served(run: Run, *, ready: bool = False) -> None:
+    """Find out whether an endpoint that is to answer can serve every model of the run.
+
+    Args:
+        run: The run.
+        ready: It is about to be asked.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    evaluation = run.config.evaluation
+    if evaluation is None or evaluation.engine is None:
+        return
+    whole = "has all its weights trained"
+    models = [("alignment", whole if run.config.alignment.train.weights == "full" else "")]
+    models += [(f"attack '{attack.name}'", whole if attack.train.weights == "full" else "") for attack in run.config.attacks]
+    prompts = {
+        one.stages.repair for one in run.variants if one.stages.repair != UNREPAIRED and OBJECTIVES[one.stages.repair].prompt
+    }
+    models += [(repair, "leaves a trained prompt") for repair in sorted(prompts)]
+    check_engine(evaluation.engine, models, run.root, ready=ready)
 
 
 def _evaluate(run: Run) -> None:
@@ -48,6 +81,7 @@ def _evaluate(run: Run) -> None:
             )
     settings = config.evaluation
     assert settings is not None  # or there would be no artifact
+    check_served(run, ready=True)
     units = {name: math.ceil(count_rows(rows) / PROMPTS_PER_UNIT) for name, rows in prompts.items()}
 
     def answered(subject: EvaluatedModel) -> bool:
@@ -69,6 +103,7 @@ def _evaluate(run: Run) -> None:
                 resources=config.resources,
                 out=folder,
                 judgements=run.judgements,
+                served=served_from(run),
                 progress=show,
             )
         artifact.finish(summary)

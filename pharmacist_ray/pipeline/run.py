@@ -377,7 +377,14 @@ class Run:
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
-        for name in ("bootstrap_draws", "allow_trained_prompts", "lm_eval", "inspect", *COLUMNS):  # no answer hangs on them
+        for name in (
+            "bootstrap_draws",
+            "allow_trained_prompts",
+            "lm_eval",
+            "inspect",
+            "engine",
+            *COLUMNS,
+        ):  # no answer hangs on them
             asked.pop(name, None)
         asked["judge"] = without(asked["judge"], HOW)
         model = self.config.model

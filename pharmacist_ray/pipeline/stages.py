@@ -28,11 +28,12 @@ from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import check_judges
 from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.models.precision import check_attention
+from pharmacist_ray.models.quantized import check_quantization
 from pharmacist_ray.pipeline.artifacts import Artifact
 from pharmacist_ray.pipeline.attacks import after_alignment, check_attacks, run_attack
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.elsewhere import check_elsewhere, measured
-from pharmacist_ray.pipeline.evaluations import run_evaluate
+from pharmacist_ray.pipeline.evaluations import check_served, run_evaluate
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align
@@ -55,6 +56,7 @@ def check(run: Run) -> None:
     if problem := next(config.too_coarse(), None):
         raise ConfigError(problem)
     check_attention(config.model.attn, config.resources.gpus_per_worker)
+    check_quantization(config)
     check_scorers(config.scoring, config.selector)
     if run.ingested("candidates").ready:
         candidates = run.ingested("candidates").folder / "rows"
@@ -84,6 +86,7 @@ def check(run: Run) -> None:
     check_attacks(run)
     if config.evaluation is not None:
         check_judges(config.evaluation.judges)
+    check_served(run)
     check_elsewhere(run)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
 from typing import Any, TypeVar
 
 import ray
@@ -21,7 +20,9 @@ AHEAD = 2
 """Tasks that are under way for each CPU of the cluster: one works, one waits (ours)."""
 
 
-def in_tasks(function: Callable[[T], R], items: Iterable[T], *, fewest: int = MANY, what: str = "this stage") -> Iterator[R]:
+def in_tasks(
+    function: Callable[[T], R], items: Iterable[T], *, count: int, fewest: int = MANY, what: str = "this stage"
+) -> Iterator[R]:
     """Call a function on each item; yield what it returns, in the order of the items.
 
     Items are taken when there is room for their tasks, so they may depend on what was yielded before. A task whose worker dies is done
@@ -30,22 +31,21 @@ def in_tasks(function: Callable[[T], R], items: Iterable[T], *, fewest: int = MA
     Args:
         function: Picklable, and sent once: what all items share is bound to it.
         items: What to call it with.
+        count: Their number.
         fewest: Fewer items are done here.
         what: What is being done, for errors.
 
     Raises:
         ResourceError: Workers died more often than they are replaced.
     """
-    rest = iter(items)
-    first = list(islice(rest, fewest)) if ray.is_initialized() else []
-    if len(first) < fewest:
-        yield from map(function, chain(first, rest))
+    if count < fewest or not ray.is_initialized():
+        yield from map(function, items)
         return
     under_way: deque[ray.ObjectRef[Any]] = deque()
     shared, most = ray.put(function), AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     try:
         with plain_errors(what):
-            for item in chain(first, rest):
+            for item in items:
                 under_way.append(_done.remote(shared, item))
                 if len(under_way) >= most:
                     yield ray.get(under_way.popleft())

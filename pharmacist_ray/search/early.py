@@ -23,6 +23,7 @@ from pharmacist_ray.evaluation.beside import labels_of, settle
 from pharmacist_ray.evaluation.judges import JUDGES, Verdict
 from pharmacist_ray.pipeline.artifacts import digest
 from pharmacist_ray.pipeline.attacks import asked_in, run_attack
+from pharmacist_ray.pipeline.evaluations import served_from
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing
 from pharmacist_ray.pipeline.variants import Variant
@@ -95,6 +96,7 @@ def look(run: Run, early: EarlyConfig) -> float:
                 resources=run.config.resources,
                 forms={folder(one): form for one in missing if one.attack and (form := asked_in(only, one.attack))},
                 judgements=run.judgements,
+                served=served_from(run),
             )
     labels = labels_of(row.response for row in iterate_rows(run.ingested("eval-task").folder / "rows"))
     guesses = JUDGES[settings.judges[0].kind].guesses

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.models.perturb import perturbed
+from pharmacist_ray.models.quantized import is_quantized
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
 
 deepspeed_logger.setLevel("WARNING")
@@ -151,7 +152,7 @@ def build_engine(
         num_training_steps=train.steps,
     )
     engine, *_ = deepspeed.initialize(
-        model=model if train.zero_stage == 3 else model.to(ranks.device),
+        model=model if train.zero_stage == 3 or is_quantized(model) else model.to(ranks.device),
         optimizer=optimizer,
         lr_scheduler=scheduler,
         config=deepspeed_config(train, ranks.workers, dtype, sum(whole_size(one) for many in groups.values() for one in many)),

@@ -23,16 +23,16 @@ def squared(item: tuple[int, float]) -> tuple[int, int]:
 @pytest.mark.usefixtures("ray_local")
 def test_results_come_in_the_order_of_the_items_whoever_is_ready_first():
     items = [(0, 1.0), (1, 0.5), (2, 0.0), (3, 0.0)]
-    found = list(in_tasks(squared, items, fewest=2))
+    found = list(in_tasks(squared, items, count=4, fewest=2))
     assert [number for number, _ in found] == [0, 1, 4, 9]
     assert os.getpid() not in {process for _, process in found}
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_few_items_are_done_here():
-    assert list(in_tasks(squared, [(3, 0.0)], fewest=2)) == [(9, os.getpid())]
-    assert list(in_tasks(squared, [], fewest=2)) == []
-    assert {process for _, process in in_tasks(squared, [(1, 0.0)] * 9)} == {os.getpid()}
+    assert list(in_tasks(squared, [(3, 0.0)], count=1, fewest=2)) == [(9, os.getpid())]
+    assert list(in_tasks(squared, [], count=0, fewest=2)) == []
+    assert {process for _, process in in_tasks(squared, [(1, 0.0)] * 9, count=9)} == {os.getpid()}
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -46,7 +46,7 @@ def test_items_may_depend_on_what_came_of_earlier_ones(monkeypatch):
             told.append(len(seen))
             yield number, 0.0
 
-    for number, _ in in_tasks(squared, items(), fewest=2):
+    for number, _ in in_tasks(squared, items(), count=40, fewest=2):
         seen.append(number)
     assert seen == [number * number for number in range(40)]
     assert told == sorted(told)
@@ -63,7 +63,7 @@ def slow_or_wrong(number: int, *, folder: str) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_an_error_comes_back_as_ours_and_nobody_works_on(tmp_path):
     with pytest.raises(DataError, match=r"^row 7 is broken$"):
-        list(in_tasks(partial(slow_or_wrong, folder=str(tmp_path)), range(30), fewest=2))
+        list(in_tasks(partial(slow_or_wrong, folder=str(tmp_path)), range(30), count=30, fewest=2))
     left = len(list(tmp_path.iterdir()))
     time.sleep(2.5)
     assert len(list(tmp_path.iterdir())) == left
@@ -80,5 +80,5 @@ def dies_once(number: int, *, folder: str) -> int:
 
 @pytest.mark.usefixtures("ray_local")
 def test_what_a_lost_worker_had_in_hand_is_done_again(tmp_path):
-    assert list(in_tasks(partial(dies_once, folder=str(tmp_path)), range(6), fewest=2)) == list(range(6))
+    assert list(in_tasks(partial(dies_once, folder=str(tmp_path)), range(6), count=6, fewest=2)) == list(range(6))
     assert (tmp_path / "died").exists()

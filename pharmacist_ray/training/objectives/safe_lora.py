@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 
 from pharmacist_ray.config.section import Count, Section
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.storage import json_of, local_copy, storage_path
+from pharmacist_ray.models.adapters import factors_of, module_of
 from pharmacist_ray.training.engine import set_weights, whole_weights
 from pharmacist_ray.training.objectives.step import Step
 
@@ -106,24 +103,3 @@ def project(left: torch.Tensor, b: torch.Tensor, a: torch.Tensor, settings: Safe
         return first @ (first.T @ b), cosine
     scale = norm if settings.mode == "paper" else float(torch.linalg.eigvalsh(squares)[-1])
     return toward / scale, cosine
-
-
-def factors_of(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return module → (s B, A) of an adapter on disk, s its scale α/r or, with rsLoRA, α/√r."""
-    place = local_copy(storage_path(folder))
-    config: Mapping[str, Any] = json_of(place / "adapter_config.json")
-    tensors = load_file(Path(place) / "adapter_model.safetensors")
-    found = {}
-    for name, b in tensors.items():
-        if ".lora_B." in name:
-            module = module_of(name)
-            rank = config.get("rank_pattern", {}).get(module, b.shape[1])
-            alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
-            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-            found[module] = (b.float() * scale, tensors[name.replace(".lora_B.", ".lora_A.")].float())
-    return found
-
-
-def module_of(name: str) -> str:
-    """Return the module that a parameter of an adapter belongs to, as the base names it."""
-    return name.removeprefix("base_model.model.").partition(".lora_")[0]

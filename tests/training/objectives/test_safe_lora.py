@@ -9,8 +9,9 @@ import torch
 
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.models.adapters import factors_of
 from pharmacist_ray.models.load import save_adapter
-from pharmacist_ray.training.objectives.safe_lora import SafeLoraSettings, factors_of, left_factor, project, safe_lora
+from pharmacist_ray.training.objectives.safe_lora import SafeLoraSettings, left_factor, project, safe_lora
 
 
 def _matrices(seed: int = 0, out: int = 12, inside: int = 10, aligned: int = 3, rank: int = 4) -> dict[str, torch.Tensor]:
