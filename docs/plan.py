@@ -29,7 +29,7 @@ class Plan:
     """CPU seconds a row takes to ingest."""
     cores: int = 1000
     select_s: float = 7e-6
-    """Seconds a row takes in selection, on one thread."""
+    """CPU seconds a row takes in selection by one score, near-duplicates not counted."""
     kept: float = 0.05
     """Share that the small model passes on to the large one."""
 
@@ -56,7 +56,7 @@ def plan(given: Plan | None = None) -> str:
     one = given or Plan()
     large, small = one.gpu_hours(70e9, one.rows), one.gpu_hours(8e9, one.rows)
     rest = one.gpu_hours(70e9, one.kept * one.rows)
-    ingest = one.rows * one.ingest_s / 3600
+    ingest, select = (one.rows * each / 3600 for each in (one.ingest_s, one.select_s))
     rows = [
         (
             "data",
@@ -67,7 +67,7 @@ def plan(given: Plan | None = None) -> str:
         ("score by 70B", _scoring(large, one.gpus), "GPUs that hold 141 GB of weights and more"),
         ("score by 8B", _scoring(small, one.gpus), "80 GB GPUs"),
         (f"8B on all, 70B on the best {one.kept:.0%}", _scoring(small + rest, one.gpus), "both"),
-        ("select", f"{one.rows * one.select_s / 3600:.1f} hours", "one thread of the driver"),
+        ("select", f"{select:.1f} CPU hours, {select / one.cores * 60:.1f} minutes on {one.cores:,} cores", "CPU nodes"),
     ]
     lines = ["| stage | work | on |", "| --- | --- | --- |", *(f"| {' | '.join(cells)} |" for cells in rows)]
     assumed = (

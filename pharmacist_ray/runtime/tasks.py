@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
@@ -13,11 +14,14 @@ from pharmacist_ray.runtime.actors import plain_errors
 T = TypeVar("T")
 R = TypeVar("R")
 
-MANY = 512
-"""Items from which on it is worth the start of workers, where an item is a shard: there are as many from half a million rows on (ours)."""
+MANY = 1024
+"""Items from which on it is worth the start of workers, where an item is a shard: there are as many from a million rows on (ours)."""
 
 AHEAD = 2
 """Tasks that are under way for each CPU of the cluster: one works, one waits (ours)."""
+
+TURNS = 4
+"""Times that there are as many tasks as are under way: items are done several by one task where there are more (ours)."""
 
 
 def in_tasks(
@@ -43,14 +47,15 @@ def in_tasks(
         return
     under_way: deque[ray.ObjectRef[Any]] = deque()
     shared, most = ray.put(function), AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    at_once, rest = max(1, count // (TURNS * most)), iter(items)
     try:
         with plain_errors(what):
-            for item in items:
-                under_way.append(_done.remote(shared, item))
+            while some := list(islice(rest, at_once)):
+                under_way.append(_done.remote(shared, some))
                 if len(under_way) >= most:
-                    yield ray.get(under_way.popleft())
+                    yield from ray.get(under_way.popleft())
             while under_way:
-                yield ray.get(under_way.popleft())
+                yield from ray.get(under_way.popleft())
     finally:
         for task in under_way:
             ray.cancel(task)
@@ -59,5 +64,5 @@ def in_tasks(
 
 
 @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]  # Ray has no types
-def _done(function: Callable[[Any], Any], item: Any) -> Any:
-    return function(item)
+def _done(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    return list(map(function, items))
