@@ -8,6 +8,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# PEFT imports bitsandbytes where it is there, which tells of a CPU kernel that it could have on a line of its own.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 # Said in every process before the libraries are imported: they draw bars of their own, and DeepSpeed warns of each CPU it meets.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

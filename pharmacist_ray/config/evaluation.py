@@ -91,6 +91,10 @@ HOW = (*ENDPOINT_HOW, "batch_size")
 """Keys of a judge that say how it is asked; no verdict hangs on them."""
 
 
+UNASKED = ("bootstrap_draws", "allow_trained_prompts", "lm_eval", "inspect", "engine")
+"""Keys of the section on which no answer hangs."""
+
+
 class HarnessConfig(Section):
     """Tasks of lm-evaluation-harness by which every model is measured too."""
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from pharmacist_ray.config.evaluation import HOW
+from pharmacist_ray.config.evaluation import HOW, UNASKED
 from pharmacist_ray.config.finetune import PLAIN, UNREPAIRED
 from pharmacist_ray.config.schema import Config, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of, folder_of
@@ -377,14 +377,7 @@ class Run:
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
         judge = self.config.evaluation.judge_path
         asked = self._settings(self.config.evaluation)
-        for name in (
-            "bootstrap_draws",
-            "allow_trained_prompts",
-            "lm_eval",
-            "inspect",
-            "engine",
-            *COLUMNS,
-        ):  # no answer hangs on them
+        for name in (*UNASKED, *COLUMNS):
             asked.pop(name, None)
         asked["judge"] = without(asked["judge"], HOW)
         model = self.config.model
