@@ -245,10 +245,9 @@ def _arm(row: Row) -> str:
 
 def _costs(row: Row, plain: Row) -> str:
     useless = "" if row["accuracy"][0] >= plain["accuracy"][0] / 2 else ", so it takes the fine-tune itself away"
-    return (
-        f"`{_arm(row)}` (HS {interval(row['bounded'])}, task accuracy {number(row['accuracy'][0])}, helpful {number(row['helpful'][0])}"
-        f"{useless})"
-    )
+    numbers = (("worst fixed attack", row["worst"]), ("task accuracy", row["accuracy"]), ("helpful", row["helpful"]))
+    said = ", ".join(f"{what} {number(found[0])}" for what, found in numbers)
+    return f"`{_arm(row)}` (HS {interval(row['bounded'])}, {said}{useless})"
 
 
 def _names(arms: list[str]) -> str:

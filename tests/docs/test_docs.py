@@ -253,7 +253,7 @@ def test_the_matrix_says_who_survives_and_what_that_costs(results):
             return [value, value - width, value + width]
 
         made: dict[str, object] = {"selection": arm[0], "defence": arm[1], "worlds": 3, "minus": {"mean": around(mean - 0.6)}}
-        made |= {"mean": around(mean), "accuracy": around(accuracy), "helpful": around(0.9)}
+        made |= {"mean": around(mean), "worst": around(mean + 0.2), "accuracy": around(accuracy), "helpful": around(0.9)}
         if bounded is not None:
             made |= {"bounded": around(bounded)}
             made |= {"survives": bounded - 1.0 + width < 0} if arm != ("none", "sft") else {}
@@ -274,7 +274,7 @@ def test_the_matrix_says_who_survives_and_what_that_costs(results):
         in found
     )
     assert (
-        "difference: `sft/star_dss` (HS 0.00 [-0.10, 0.10], task accuracy 0.50, helpful 0.90); `sft/sft/safe_lora` (HS 0.01"
+        "difference: `sft/star_dss` (HS 0.00 [-0.10, 0.10], worst fixed attack 0.20, task accuracy 0.50, helpful 0.90); `sft/"
         in found
     )
     assert "task accuracy 0.00, helpful 0.90, so it takes the fine-tune itself away)" in found
