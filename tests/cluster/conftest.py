@@ -121,6 +121,7 @@ class Cluster:
         """Have so many worker nodes that are alive; they start one after the other, for two at a time may choose the same sockets."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
         wait_until(lambda: len(self.alive()) == 1 + len(self.workers), 60, "the deaths of others")
+        ended: list[int | None] = []
         for _ in range(3 * number):
             if len(self.workers) == number:
                 return
@@ -133,8 +134,13 @@ class Cluster:
                 worker.id = new.pop()
                 self.workers.append(worker)
             else:
+                ended.append(worker.process.poll())
                 worker.kill()
-        raise RuntimeError(f"no worker came up: {(self.folder / 'start.log').read_text()[-2000:]}")
+        if len(self.workers) == number:
+            return
+        exits = "".join(file.read_text()[-2000:] for file in self.folder.rglob("ray_process_exit.log"))
+        started = (self.folder / "start.log").read_text()[-2000:]
+        raise RuntimeError(f"{len(self.workers)} of {number} workers came up, others ended with {ended}: {exits}\n{started}")
 
     def stop(self) -> None:
         """End everything that was started here."""
