@@ -7,6 +7,8 @@ transformers would be asked, and it decodes greedily too; where two tokens all b
 from __future__ import annotations
 
 import hashlib
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,10 @@ class EndpointEngine:
         """
         self.config = config
         self.completions = Endpoint(config, WHAT, share, path="/completions")
-        self.loading = Endpoint(config, WHAT, path="/load_lora_adapter", read=_nothing)
-        self.unloading = Endpoint(config, WHAT, path="/unload_lora_adapter", read=_nothing)
+        self.loading = Endpoint(config, WHAT, path="/load_lora_adapter", read=_said)
+        self.unloading = Endpoint(config, WHAT, path="/unload_lora_adapter", read=_said)
         self.served: tuple[ModelRef, str] | None = None
+        self.mark = uuid.uuid4().hex[:8]  # of its names: what one process lets go another may still be asking
 
     def answers(
         self, model: ModelRef, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, end_id: int, files: Path
@@ -64,17 +67,18 @@ class EndpointEngine:
             return self.served[1]
         if self.served and self.served[1] != self.config.model:
             self._tell(self.unloading, {"lora_name": self.served[1]}, "not")  # somebody else may have let it go
+            shutil.rmtree(files / self.served[1], ignore_errors=True)
         name = str(self.config.model)
         if model.adapters:
-            name = f"pharmacist-{hashlib.blake2b('|'.join(model.adapters).encode(), digest_size=8).hexdigest()}"
+            digest = hashlib.blake2b("|".join(model.adapters).encode(), digest_size=8).hexdigest()
+            name = f"pharmacist-{digest}-{self.mark}"
             folder = files / name
-            rank = stacked(model.adapters, name, folder) if not (folder / "adapter_config.json").exists() else 0
+            rank = stacked(model.adapters, str(self.config.model), folder)
             try:
                 self._tell(self.loading, {"lora_name": name, "lora_path": str(folder.resolve())}, "already")
             except ConfigError as error:
-                ranks = f" of rank {rank}" if rank else ""
                 raise ConfigError(
-                    f"{error}; it has to take adapters by request{ranks}: vllm serve … --enable-lora --max-lora-rank 64, with "
+                    f"{error}; it has to take adapters by request of rank {rank}: vllm serve … --enable-lora --max-lora-rank 64, with "
                     "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and has to read the run directory"
                 ) from None
         self.served = model, name
@@ -110,5 +114,5 @@ def check_engine(config: EngineConfig, models: Sequence[tuple[str, str]], files:
         raise ConfigError(f"{WHAT}: the endpoint reads adapters from run_dir={files}, which has to be a folder then")
 
 
-def _nothing(response: httpx2.Response) -> str:
+def _said(response: httpx2.Response) -> str:
     return response.text

@@ -57,8 +57,8 @@ def stacked(adapters: Sequence[str], base: str, out: Path) -> int:
             missing = rank - own_a.shape[0]
             bs += [own_b, b.new_zeros(b.shape[0], missing)]
             as_ += [own_a, a.new_zeros(missing, a.shape[1])]
-        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.cat(bs, dim=1).contiguous()
-        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(as_, dim=0).contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.cat(bs, dim=1)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.cat(as_, dim=0)
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors")
     rank = sum(ranks)
