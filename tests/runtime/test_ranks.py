@@ -65,6 +65,8 @@ def touching(name):
         raise AssertionError(f"the GPU was touched: torch.cuda.{name}")
     return touched
 
+torch._C._cuda_getCurrentRawStream = touching("current_stream")  # for bitsandbytes, which PEFT imports: it looks for it, and calls it later
+
 for name in ("init", "_lazy_init", "set_device", "get_device_properties"):
     setattr(torch.cuda, name, touching(name))
 moved, to = set(), torch.Tensor.to
