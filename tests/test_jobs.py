@@ -58,6 +58,11 @@ def test_the_jobs_together_are_all_stages_in_order(ran, file, monkeypatch):
     assert {(config.seed, config.selection.ratio) for _, config in ran} == {(4, 0.2)}
 
 
+def test_one_job_is_all_that_the_command_run_does(ran, file, monkeypatch):
+    job(monkeypatch, "run", "--config", file, "seed=4")
+    assert [(stage, config.seed) for stage, config in ran] == [("run", 4)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

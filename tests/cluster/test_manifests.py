@@ -1,4 +1,10 @@
-"""The files of cluster/, checked without a cluster: by Ray's and Kubernetes' own rules, by ours, and against each other."""
+"""The files of cluster/, checked without a cluster: by Ray's and Kubernetes' own rules, by ours, and against each other.
+
+No API server, operator, Kueue or cloud can run here. So no test shows what only they could: that the operator makes a lost head anew and
+when it gives a RayJob up, that Kueue admits a job, that a node's driver suits the image, that a file system lets the nodes in. The files
+and cluster/README.md say what to set there. What is advice alone (a group for each kind of GPU, Redis, containers under Slurm) is text.
+Slurm can run here: `test_slurm.py` has the script with stand-ins for Slurm's commands, `test_slurm_real.py` with Slurm.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,8 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -173,8 +181,9 @@ def test_kubernetes_would_take_the_rest(name: str) -> None:
 
 def _variant(name: str) -> Document:
     """Return the job as kustomize would make it of a folder: the base's, with the folder's JSON patches."""
-    base, folder = CLUSTER / "kuberay", CLUSTER / "kuberay" / name
-    assert yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"] == [".."]
+    base, folder = CLUSTER / "kuberay", CLUSTER / "variants" / name
+    assert yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"] == ["../../kuberay"]
+    assert not folder.is_relative_to(base), "kustomize takes that for a circle"
     for resource in yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]:
         assert (base / resource).exists()
     document = copy.deepcopy(_load("kuberay/rayjob.yaml"))
@@ -183,6 +192,34 @@ def _variant(name: str) -> Document:
         assert patch["target"] == {"kind": "RayJob"}
         document = jsonpatch.apply_patch(document, yaml.safe_load(patch["patch"]))
     return document
+
+
+def test_kueue_would_take_the_autoscaler_as_the_variants_head_says() -> None:
+    """The other way: the queue's label, and an annotation in the place of the other patches."""
+    text = (CLUSTER / "variants" / "kueue" / "kustomization.yaml").read_text()
+    (patch,) = yaml.safe_load(text)["patches"]
+    (annotation,) = re.findall(r"^#   (\{op: .*\})$", text, re.MULTILINE)
+    document = jsonpatch.apply_patch(
+        _load("kuberay/rayjob.yaml"), [yaml.safe_load(patch["patch"])[0], yaml.safe_load(annotation)]
+    )
+    assert _faults(document) == []
+    assert document["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
+    assert _spec(document)["enableInTreeAutoscaling"] is True
+
+
+@pytest.mark.parametrize("name", ["kueue", "on-demand"])
+def test_kustomize_itself_makes_what_is_checked_here(name: str) -> None:
+    command = next(
+        ([tool, *words] for tool, *words in (("kubectl", "kustomize"), ("kustomize", "build")) if shutil.which(tool)), []
+    )
+    if not command:
+        pytest.skip("neither kubectl nor kustomize on this machine")
+    built = subprocess.run([*command, str(CLUSTER / "variants" / name)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    documents = {document["kind"]: document for document in yaml.safe_load_all(built.stdout)}
+    assert documents["RayJob"] == _variant(name)
+    assert documents["PersistentVolumeClaim"] == _load("kuberay/storage.yaml")
+    assert documents["NetworkPolicy"] == _load("kuberay/networkpolicy.yaml")
 
 
 @pytest.mark.parametrize("name", ["kueue", "on-demand"])
@@ -235,6 +272,41 @@ def test_what_is_loaded_lies_where_the_clusters_look() -> None:
     claim = _load("kuberay/storage.yaml")["metadata"]["name"]
     assert job["spec"]["template"]["spec"]["volumes"] == [{"name": "cluster", "persistentVolumeClaim": {"claimName": claim}}]
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+# A comment that is a field, and what of it stands in the lines below.
+_FIELD = re.compile(
+    r"^( *)# ( *(?:- )?\{?(?:imagePullSecrets|from|namespaceSelector|matchLabels|ports|protocol|name|valueFrom)\b.*)$"
+)
+
+
+def _with_comments(name: str) -> Document:
+    """Return a manifest with what its comments offer."""
+    text = (CLUSTER / name).read_text()
+    document: Document = yaml.safe_load("\n".join(_FIELD.sub(r"\1\2", line) for line in text.splitlines()))
+    return document
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_what_the_comments_offer_would_be_taken_as_well(name: str) -> None:
+    """Pull secrets for every pod, and the keys of an object store."""
+    document = _with_comments(name)
+    assert _faults(document) == []
+    for where, template in _templates(document).items():
+        _check_pod(template)
+        assert template["spec"]["imagePullSecrets"] == [{"name": "registry"}], where
+    variables = {entry["name"] for entry in _templates(document)["head"]["spec"]["containers"][0]["env"]}
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= variables
+    assert document != _load(name)
+
+
+def test_prometheus_may_read_metrics_and_nothing_else_where_that_is_asked_for() -> None:
+    policy = _with_comments("kuberay/networkpolicy.yaml")
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    *others, prometheus = policy["spec"]["ingress"]
+    assert others == _load("kuberay/networkpolicy.yaml")["spec"]["ingress"]
+    assert prometheus["ports"] == [{"protocol": "TCP", "port": 8080}]
+    assert prometheus["from"][0]["namespaceSelector"]["matchLabels"]
 
 
 # --- by Ray's rules
@@ -433,6 +505,13 @@ def test_the_image_installs_what_was_tested_and_is_nobodys_root() -> None:
         assert not re.search(r"\.venv|--editable|runs/|(TOKEN|SECRET|PASSWORD|_KEY)=", line), line
         for command in re.findall(r"pip install [^&]*", line):
             assert "--constraint constraints.txt" in command, command
+            # Another build of torch comes from an index beside the default one, which has all the rest.
+            assert "--index-url" not in command, command
+    torch = re.search(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)  # type: ignore[union-attr]
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert set(re.findall(r"torch==([\d.]+)\+", text)) == {torch}
+    assert "version 580 or newer" in text
+    assert "version 580 or newer" in (CLUSTER / "README.md").read_text()
     for base in (stages["wheel"][0], stages["base"][0]):
         assert re.match(r"FROM python:3\.11\.\d+-slim-\w+ AS ", base), base
 
