@@ -216,8 +216,8 @@ def _room(config: Config, held: float) -> tuple[float, str, str]:
     if not config.resources.gpus_per_worker:
         here = float(psutil.virtual_memory().total)
         return here, "", f"this machine has {_size(here)} for all workers"
-    if torch.cuda.device_count():
-        gpu = torch.cuda.get_device_properties(0)
+    if gpus := _gpus()[0]:
+        gpu = gpus[0]
         share = min(1.0, config.resources.gpus_per_worker)
         return gpu.total_memory * share, gpu.name, f"of {_size(gpu.total_memory * share)} on {escaped(gpu.name)}"
     size = next((size for size in COMMON_GIB if held <= size * 2**30), max(COMMON_GIB))

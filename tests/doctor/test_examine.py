@@ -55,7 +55,7 @@ def test_without_a_file_it_names_the_machine_the_packages_and_the_choices(capsys
     assert "plan" not in out
 
 
-def test_gpus_that_the_build_cannot_use_are_a_warning(capsys, monkeypatch):
+def test_gpus_that_the_build_cannot_use_are_a_warning(capsys, monkeypatch, large):
     def properties(index: int) -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
 
@@ -66,6 +66,9 @@ def test_gpus_that_the_build_cannot_use_are_a_warning(capsys, monkeypatch):
     assert "cannot use: The NVIDIA driver on your system is too old (found version 12020). Please update" in " ".join(out.split())
     assert "version 580 or newer" in out
     assert "no GPU: tiny models only" in out
+    with pytest.raises(ResourceError, match="this machine has no GPU"):
+        examine(large)
+    assert "does not fit a GPU of 141 GiB" in capsys.readouterr().out
 
 
 def test_a_good_file_gets_a_plan_and_nothing_is_written(file, capsys):
