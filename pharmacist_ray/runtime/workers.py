@@ -1,4 +1,4 @@
-"""Run a function on a Ray Train worker group. The only place that knows Ray Train."""
+"""Run a function on a Ray Train worker group. With `network`, the only place that knows Ray Train."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import ray
 import torch
 from ray import cloudpickle
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import PharmacistError, ResourceError, TrainingError
 from pharmacist_ray.runtime.actors import check_room, per_worker
 from pharmacist_ray.runtime.group_store import GroupStore
+from pharmacist_ray.runtime.network import GroupConfig
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks, stay_on_cpu
 from pharmacist_ray.runtime.threads import side_by_side
 from pharmacist_ray.storage import RemotePath, StoragePath, disk_full_errors
@@ -75,7 +76,7 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: StoragePath,
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=needed
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        torch_config=GroupConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         run_config=RunConfig(
             # A name of its own per attempt: what is finished is known from the artifacts, not from Ray Train's snapshot.
             name=attempt,
