@@ -11,7 +11,7 @@ EVIDENCE ?= runs/evidence
 MATRIX ?= runs/matrix
 SEARCH ?= runs/search-demo
 
-.PHONY: setup setup-browser test test-all demo real evidence matrix defences search-demo docs lint unit unit-all
+.PHONY: setup setup-browser setup-slurm test test-all demo real evidence matrix defences search-demo docs lint unit unit-all
 
 setup: .venv/ready
 
@@ -31,7 +31,7 @@ setup: .venv/ready
 test: setup setup-browser
 	+$(MAKE) --no-print-directory --jobs 2 lint unit
 
-test-all: .venv/ready-all setup-browser
+test-all: .venv/ready-all setup-browser setup-slurm
 	+$(MAKE) --no-print-directory --jobs 2 lint unit-all
 
 lint: setup
@@ -52,6 +52,14 @@ setup-browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
 	else echo "no Chromium here and not root: the browser tests will be skipped"; fi
+
+# The Slurm script's own tests run Debian's Slurm; without it, or without root, they are skipped. Where systemd would start its daemons,
+# installing it is left to you.
+setup-slurm:
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; then \
+	apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2; \
+	else echo "no Slurm here and none to install: its tests will be skipped"; fi
 
 demo: setup
 	$(BIN)/pharmacist testbed $(DEMO) --seed 100

@@ -55,7 +55,7 @@ SHARED = "what shares the two workers, or the world of faults"
 LONGEST = (
     SHARED, "search/test_search.py", "cluster/test_jobs.py", "pipeline/test_push.py", "curation/test_score.py", "report/test_page.py",
     "pipeline/test_stages.py", "search/test_redteam.py", "tests/test_api.py", "curation/test_ingest.py", "cluster/test_slurm.py",
-    "pipeline/test_defences.py",
+    "cluster/test_slurm_real.py", "pipeline/test_defences.py",
 )  # fmt: skip
 """What takes minutes, for `make test` to begin with; the rest then fills both processes to the end."""
 

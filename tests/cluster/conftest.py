@@ -20,15 +20,22 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
+import yaml
+
+from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
+from pharmacist_ray.testbed.world import World
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 WORKER_CPUS = 2
+ROWS, SHARDS = 240, 24
 
 
 @dataclass
@@ -238,3 +245,45 @@ def cluster(started: Cluster) -> Cluster:
     """Return the cluster with two worker nodes, whatever a test before did to them."""
     started.start_workers(2)
     return started
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the demo's data made small, a base with random weights, and the demo's configuration of a curation."""
+    folder = tmp_path_factory.mktemp("world")
+    made = World(seed=3)
+    others = (
+        "benign",
+        "attack_harmful",
+        "eval_harmful",
+        "eval_benign",
+        "classification_train",
+        "classification_test",
+    )
+    made.write_jsonl(folder / "data", {"alignment": ROWS, "validation": 24, "harmful": 24, **dict.fromkeys(others, 0)})
+    tokenizer = word_tokenizer(made.vocabulary())
+    tiny_llama(tokenizer, max_length=64).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    text = files("pharmacist_ray.testbed").joinpath("demo.yaml").read_text(encoding="utf-8").replace("{folder}", str(folder))
+    values: dict[str, Any] = yaml.safe_load(text)
+    for section in ("pretraining", "attacks", "evaluation", "alignment"):
+        del values[section]
+    del values["data"]["benign"]
+    values["data"]["shards"] = SHARDS
+    # Of two CPUs a node has, so that two actors are on two nodes.
+    values["resources"] = {"actors": 2, "cpus_per_worker": 1.5}
+    values["selector"] |= {"warmup": {"steps": 4, "batch_size": 8, "lr": 2e-3}, "checkpoints": [4], "reference": None}
+    values["scoring"]["scorers"] = ["pharmacist", "less", "low_loss", "grad_norm", "random"]
+    values["comparison"] = {"selections": ["pharmacist"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def kept(run: Path) -> set[str]:
+    """Return the ids of a curated subset."""
+    return set(pq.read_table(run / "selections" / "pharmacist" / "rows", columns=["id"]).column("id").to_pylist())
+
+
+def shards(run: Path) -> set[str]:
+    """Return the names of the score files that a run has published."""
+    return {file.name for file in (run / "scores" / "rows").glob("part-*.parquet")}

@@ -7,61 +7,17 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
-from pharmacist_ray.testbed.world import World
 from pharmacist_ray.training.objectives import OBJECTIVES
 
-from .conftest import BIN, REPOSITORY, Cluster, Node, wait_until
+from .conftest import BIN, REPOSITORY, ROWS, SHARDS, Cluster, Node, kept, shards, wait_until
 
 pytestmark = pytest.mark.timeout(900)
-
-ROWS, SHARDS = 240, 24
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the demo's data made small, a base with random weights, and the demo's configuration of a curation."""
-    folder = tmp_path_factory.mktemp("world")
-    made = World(seed=3)
-    others = (
-        "benign",
-        "attack_harmful",
-        "eval_harmful",
-        "eval_benign",
-        "classification_train",
-        "classification_test",
-    )
-    made.write_jsonl(folder / "data", {"alignment": ROWS, "validation": 24, "harmful": 24, **dict.fromkeys(others, 0)})
-    tokenizer = word_tokenizer(made.vocabulary())
-    tiny_llama(tokenizer, max_length=64).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    text = files("pharmacist_ray.testbed").joinpath("demo.yaml").read_text(encoding="utf-8").replace("{folder}", str(folder))
-    values: dict[str, Any] = yaml.safe_load(text)
-    for section in ("pretraining", "attacks", "evaluation", "alignment"):
-        del values[section]
-    del values["data"]["benign"]
-    values["data"]["shards"] = SHARDS
-    # Of two CPUs a node has, so that two actors are on two nodes.
-    values["resources"] = {"actors": 2, "cpus_per_worker": 1.5}
-    values["selector"] |= {"warmup": {"steps": 4, "batch_size": 8, "lr": 2e-3}, "checkpoints": [4], "reference": None}
-    values["scoring"]["scorers"] = ["pharmacist", "less", "low_loss", "grad_norm", "random"]
-    values["comparison"] = {"selections": ["pharmacist"]}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return folder
-
-
-def kept(run: Path) -> set[str]:
-    """Return the ids of a curated subset."""
-    return set(pq.read_table(run / "selections" / "pharmacist" / "rows", columns=["id"]).column("id").to_pylist())
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +27,6 @@ def undisturbed(started: Cluster, world: Path) -> tuple[Path, subprocess.Complet
     run, alone = world / "undisturbed", "resources={workers: 0, actors: 0}"
     arguments = ("--config", world / "config.yaml", f"run_dir={run}", alone, "--id", "undisturbed")
     return run, started.pharmacist("submit", "curate", *arguments)
-
-
-def shards(run: Path) -> set[str]:
-    """Return the names of the score files that a run has published."""
-    return {file.name for file in (run / "scores" / "rows").glob("part-*.parquet")}
 
 
 def scorer_on(node: Node) -> psutil.Process | None:
