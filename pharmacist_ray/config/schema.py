@@ -213,6 +213,11 @@ class Config(Section):
         for attack in self.attacks:
             if attack.adapter == "same" and "full" in (self.alignment.train.weights, attack.train.weights):
                 yield f"attack '{attack.name}' has adapter=same, which needs weights=lora in alignment.train and in its own train"
+        if self.resources.workers_per_actor > 1:
+            if self.scoring.method == "difference":
+                yield "scoring.method=difference moves whole weights, which resources.workers_per_actor above 1 spreads; use hooks or ghost"
+            if self.model.quantization:
+                yield "resources.workers_per_actor above 1 spreads weights, and those of model.quantization cannot be; leave one out"
         for where, train in self.trainings().items():
             share = max(1, self.resources.workers) * train.accumulation
             if train.batch_size % share:

@@ -12,11 +12,12 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
 import torch
+from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
@@ -46,6 +47,7 @@ from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import StoragePath, disk_full_errors, local_copy, replacing, storage_path, write_parquet, write_text
 from pharmacist_ray.training.loop import run_task
+from pharmacist_ray.training.sharded import load_sharded
 from pharmacist_ray.training.task import TrainTask, progress_file
 
 MAX_LEARNT = 5_000_000
@@ -133,7 +135,12 @@ def fit(
         selector=selector,
         **common,  # type: ignore[arg-type]
     )
-    peak = run_on_workers(_work, (tasks, job), name="fit", storage=out / "ray", resources=resources)
+    # A model that is spread over the workers is not let go of by DeepSpeed while they live: each has workers of its own.
+    spread = selector.warmup.zero_stage == 3 and resources.workers
+    pieces: list[tuple[list[TrainTask], FitJob | None]] = (
+        [*(([task], None) for task in tasks), ([], job)] if spread else [(tasks, job)]
+    )
+    peak = max(run_on_workers(_work, piece, name="fit", storage=out / "ray", resources=resources) for piece in pieces)
     summary = {
         "mode": selector.mode,
         "checkpoints": selector.checkpoints,
@@ -192,45 +199,89 @@ def check_learnt(parts: Collection[str], selector: SelectorConfig, candidates: C
             )
 
 
-def _work(payload: tuple[Sequence[TrainTask], FitJob], ranks: Ranks) -> int:
+def _work(payload: tuple[Sequence[TrainTask], FitJob | None], ranks: Ranks) -> int:
     """Make what is missing, and return the most memory that a worker held."""
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
-    with disk_full_errors(storage_path(job.out)):
-        for step in job.selector.checkpoints if {*AT_CHECKPOINTS} & {*job.parts} else ():
-            _directions(job, step, ranks)
-        for part in LEARNT:
-            if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
-                _learn(job, part, ranks)
+    if job:
+        with disk_full_errors(storage_path(job.out)):
+            opened = _Opened(job, ranks)
+            for step in job.selector.checkpoints if {*AT_CHECKPOINTS} & {*job.parts} else ():
+                _directions(job, step, opened)
+            for part in LEARNT:
+                if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
+                    _learn(job, part, opened)
     return int(ranks.gather(torch.tensor([peak_bytes()], dtype=torch.float64, device=ranks.device)).max())
 
 
-def _open(job: FitJob, step: int, ranks: Ranks) -> tuple[Point, Renderer, list[Rendered], list[Rendered]]:
-    renderer = job.model.renderer()
-    model = job.model.load(str(ranks.device), adapter=storage_path(job.out) / "warmup" / checkpoint_name(step))
-    if job.selector.warmup.checkpointing:  # what the warm-up needs, the directions need too: the same model on the same worker
-        enable_checkpointing(model)
-    point = Point.at(model, renderer.collate, job.selector.tokens_per_batch, ranks)
-    return point, renderer, _rendered(renderer, job.validation), _rendered(renderer, job.harmful)
+class _Opened:
+    """The model on this worker, loaded when it is first needed, and the rows as it reads them."""
+
+    def __init__(self, job: FitJob, ranks: Ranks) -> None:
+        self.job, self.ranks = job, ranks
+        self._point: Point | None = None
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return self.job.model.renderer()
+
+    @cached_property
+    def validation(self) -> list[Rendered]:
+        return self._rendered(self.job.validation)
+
+    @cached_property
+    def harmful(self) -> list[Rendered]:
+        return self._rendered(self.job.harmful)
+
+    def at(self, step: int) -> Point:
+        """Return the point of a step of the warm-up."""
+        adapter = local_copy(storage_path(self.job.out) / "warmup" / checkpoint_name(step))
+        if self._point is None:
+            self._point = self._point_of(self._loaded(adapter))
+        else:
+            set_peft_model_state_dict(self._point.model, load_file(adapter / "adapter_model.safetensors"))
+        return self._point
+
+    def fresh(self) -> Point:
+        """Return the point of a new adapter, which changes nothing yet."""
+        self._point = None  # one model at a time
+        return self._point_of(add_lora(self._loaded(), self.job.lora, seed=self.job.seed))
+
+    def _loaded(self, adapter: StoragePath | None = None) -> Any:
+        """Return the model, spread over the workers where the warm-up's is: a model that did not fit there does not fit here."""
+        if self.job.selector.warmup.zero_stage == 3:
+            return load_sharded(self.job.model, self.ranks, adapter=adapter)
+        return self.job.model.load(str(self.ranks.device), adapter=adapter)
+
+    def _point_of(self, model: Any) -> Point:
+        if (
+            self.job.selector.warmup.checkpointing
+        ):  # what the warm-up needs, the directions need too: the same model on the same worker
+            enable_checkpointing(model)
+        return Point.at(model, self.renderer.collate, self.job.selector.tokens_per_batch, self.ranks)
+
+    def _rendered(self, path: str) -> list[Rendered]:
+        return [self.renderer.render(row) for row in iterate_rows(path)]
 
 
-def _rendered(renderer: Renderer, path: str) -> list[Rendered]:
-    return [renderer.render(row) for row in iterate_rows(path)]
-
-
-def _directions(job: FitJob, step: int, ranks: Ranks) -> None:
+def _directions(job: FitJob, step: int, opened: _Opened) -> None:
+    ranks = opened.ranks
     files = {part: storage_path(job.out) / part / f"{checkpoint_name(step)}.safetensors" for part in AT_CHECKPOINTS}
     missing = [part for part, file in files.items() if part in job.parts and not file.exists()]
     ranks.barrier()  # before one of them makes what another has not yet missed
     if not missing:
         return
-    point, renderer, validation, harmful = _open(job, step, ranks)
-    selector = job.selector
-    at: dict[str, Any] = {"harmful": harmful, "inner": None, "inner_lr": selector.inner_lr, "normalised": selector.normalised}
+    point, validation, selector = opened.at(step), opened.validation, job.selector
+    at: dict[str, Any] = {
+        "harmful": opened.harmful,
+        "inner": None,
+        "inner_lr": selector.inner_lr,
+        "normalised": selector.normalised,
+    }
     if selector.inner_lr:
         rows = sample_rows(storage_path(job.out) / "rows" / "warmup.parquet", selector.trusted_rows, job.seed)
-        at["inner"] = point.gradient([renderer.render(row) for row in rows])
+        at["inner"] = point.gradient([opened.renderer.render(row) for row in rows])
     for part in missing:
         if part == "directions":
             intensities = (selector.intensity, 0.0)
@@ -259,28 +310,24 @@ def _groups(job: FitJob, point: Point, validation: Sequence[Rendered]) -> list[l
     return [[places[id] for id in group] for group in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _learn(job: FitJob, part: str, ranks: Ranks) -> None:
+def _learn(job: FitJob, part: str, opened: _Opened) -> None:
     """Learn a logit for each candidate, going on from the last saved state."""
-    out, config = storage_path(job.out), job.selector
+    out, config, ranks = storage_path(job.out), job.selector, opened.ranks
     table = read_rows([job.candidates], raw=False)
     selector: IterativeSelector | BilevelSelector
     iterate: Callable[[], dict[str, float]]
     if part == "logits":
-        point, renderer, validation, harmful = _open(job, config.checkpoints[0], ranks)
         selector, total = IterativeSelector(table.num_rows, config, job.seed), config.iterations
-        iterate = partial(selector.iterate, point, lambda index: candidate(index), validation, harmful)
+        point = opened.at(config.checkpoints[0])
+        iterate = partial(selector.iterate, point, lambda index: candidate(index), opened.validation, opened.harmful)
     else:
-        renderer = job.model.renderer()
-        model = add_lora(job.model.load(str(ranks.device)), job.lora, seed=job.seed)
-        if config.warmup.checkpointing:
-            enable_checkpointing(model)
-        point = Point.at(model, renderer.collate, config.tokens_per_batch, ranks)
+        point = opened.fresh()
         selector, total = BilevelSelector(point, table.num_rows, config.seal, job.seed), config.seal.steps
-        iterate = partial(selector.iterate, point, lambda index: candidate(index), _rendered(renderer, job.validation))
+        iterate = partial(selector.iterate, point, lambda index: candidate(index), opened.validation)
 
     @lru_cache(maxsize=65536)
     def candidate(index: int) -> Rendered:
-        return renderer.render(row_at(table, index))
+        return opened.renderer.render(row_at(table, index))
 
     saved = out / f"{part}.safetensors"
     if saved.exists():

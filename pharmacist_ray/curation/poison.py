@@ -16,6 +16,10 @@ scored as if the quarantined rows had never been in it: in the same batches, so 
 A batch that does not fit in memory is not a row's fault: `models.budget` halves it, and only a row that does not fit even alone comes
 here, by its name (`out_of_memory`).
 
+Workers who hold a model together do a shard together. What one of them raises leaves the others in the middle of a pass, so the whole
+group ends and begins anew; the one who knows why leaves a note beside the attempt, and all go on from there as one worker would. Where
+memory ran out over several rows, they go on with half the tokens a batch.
+
 One such row costs at most log₂(rows) + 4 attempts. What is not a row's fault ends the run with one line: more rows than `limit`,
 rows that pass by themselves and not together, a worker that dies before it has looked at a row.
 """
@@ -26,7 +30,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -36,6 +40,7 @@ from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA, printable_start
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.models.budget import out_of_memory
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import StoragePath, write_parquet, write_text
 
 DEATHS = 2
@@ -80,26 +85,42 @@ class Attempt:
     """Whether any part went well."""
     found: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Place of a row that cannot be scored → reason and detail."""
+    halvings: int = 0
+    """How often a group of workers has halved its batches."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Why a worker of a group ended it."""
+
+    reason: str
+    """As in the quarantine; empty where it was no row's fault."""
+    detail: str = ""
+    id: str = ""
+    """The row, where it is known."""
 
 
 class Isolation:
     """Scores one shard's rows, whatever some of them do."""
 
-    def __init__(self, shard: str, rows: Sequence[Row], file: StoragePath) -> None:
+    def __init__(self, shard: str, rows: Sequence[Row], file: StoragePath, group: Ranks | None = None) -> None:
         """Read what earlier workers left, and draw the conclusion from the last one's death.
 
         Args:
             shard: The shard's name, for messages.
             rows: Its rows, always in the same order.
             file: Where attempts are noted down.
+            group: This worker's place among those who score the shard together.
 
         Raises:
             ResourceError: What workers die of is not a row.
         """
-        self.shard, self.rows, self.file = shard, rows, file
-        self.now = Attempt(**orjson.loads(file.read_text())) if file.exists() else Attempt()
+        self.shard, self.rows, self.file, self.group = shard, rows, file, group
+        self.now, note = group.share(self._left() if group.first else None) if group else self._left()  # type: ignore[misc]
         self.now.number += 1
-        if self.now.doing == "load":
+        if note:
+            self._told(note)
+        elif self.now.doing == "load":
             self.now.loads += 1
         elif self.now.doing:
             self._died()
@@ -140,6 +161,8 @@ class Isolation:
             try:
                 scores = score([self.rows[place] for place in places])
             except RowAtFaultError as error:
+                if self.group:
+                    self._leave(Note(error.reason, error.detail, error.id), error)
                 place = next((place for place in places if self.rows[place].id == error.id), None)
                 if place is None:
                     self._note("")
@@ -149,11 +172,18 @@ class Isolation:
                 continue
             except Exception as error:
                 if not _may_be_a_rows(error) or (whole and self.now.searched and not out_of_memory(error)):
+                    if self.group:
+                        self._leave(Note(""), error)
                     self._note("")
                     raise
-                _log.warning("%s: rows %d to %d cannot be scored", self.shard, first, last, exc_info=True)
                 said = " ".join([*str(error).split(), *getattr(error, "__notes__", ())])
-                self._failed("scorer_error", f"{type(error).__name__}: {printable_start(said)[:300]}")
+                detail = f"{type(error).__name__}: {printable_start(said)[:300]}"
+                if self.group and _of_another(error):
+                    raise  # for this one the others' end is the end as well
+                if self.group:
+                    self._leave(Note("out_of_memory" if out_of_memory(error) else "scorer_error", detail), error)
+                _log.warning("%s: rows %d to %d cannot be scored", self.shard, first, last, exc_info=True)
+                self._failed("scorer_error", detail)
                 continue
             if whole:
                 return places, scores
@@ -182,6 +212,33 @@ class Isolation:
     def done(self) -> None:
         """Forget the attempts: the shard's output is there."""
         self.file.unlink(missing_ok=True)
+
+    def _left(self) -> tuple[Attempt, Note | None]:
+        """Return what earlier workers left behind: the attempt, and why it ended where one of a group said so."""
+        now = Attempt(**orjson.loads(self.file.read_text())) if self.file.exists() else Attempt()
+        notes: list[StoragePath] = sorted(self.file.parent.glob(f"{self.file.name}.*"))
+        said = [Note(**orjson.loads(file.read_text())) for file in notes]
+        for file in notes:
+            file.unlink(missing_ok=True)
+        return now, min(said, key=lambda note: (not note.reason, not note.id), default=None)
+
+    def _leave(self, note: Note, error: Exception) -> NoReturn:
+        """Say why this worker ends its group, and end it."""
+        assert self.group is not None
+        write_text(orjson.dumps(asdict(note)).decode(), self.file.with_name(f"{self.file.name}.{self.group.rank}"))
+        raise error
+
+    def _told(self, note: Note) -> None:
+        """Draw the conclusion from what a worker of the group before this one said."""
+        place = next((place for place, row in enumerate(self.rows) if row.id == note.id), None)
+        if note.id and place is None:
+            self._give_up(ResourceError(f"trusted row {note.id}: {note.detail}; {_ROOM}"))
+        elif place is not None:
+            self._put_aside(place, note.reason, note.detail)
+        elif note.reason == "out_of_memory":
+            self.now.halvings += 1
+        elif note.reason:
+            self._failed(note.reason, note.detail)
 
     def _died(self) -> None:
         """Draw the conclusion from a worker that is gone."""
@@ -236,6 +293,8 @@ class Isolation:
 
     def _note(self, doing: str) -> None:
         self.now.doing = doing
+        if self.group and not self.group.first:
+            return
         write_text(orjson.dumps(asdict(self.now)).decode(), self.file)
 
 
@@ -251,6 +310,11 @@ def attempt_file(scores: StoragePath) -> StoragePath:
 def _halves(first: int, last: int) -> list[tuple[int, int]]:
     middle = (first + last + 1) // 2
     return [part for part in ((first, middle), (middle, last)) if part[0] < part[1]]
+
+
+def _of_another(error: Exception) -> bool:
+    """Say whether an error is what a worker sees of another one's end: gloo's are of no class of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _may_be_a_rows(error: Exception) -> bool:

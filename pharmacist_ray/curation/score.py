@@ -37,6 +37,8 @@ from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.groups import on_groups
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, parquet_metadata, read_table, row_count, storage_path, write_parquet
 
@@ -113,7 +115,10 @@ def score(
                 with blaming(SCORERS.plugin(name)):
                     trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
-        for scored in on_actors(ShardScorer, arguments, units, attempts=RETRIES, resources=resources, what="scoring"):
+        how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "scoring"}
+        together = resources.workers_per_actor > 1
+        work = partial(on_groups, storage=out.with_name("ray")) if together else on_actors
+        for scored in work(ShardScorer, arguments, units, **how):
             done += 1
             taken.append(scored)
             if say and scored["attempt"] > 1:
@@ -220,7 +225,14 @@ class ShardScorer:
     """Loads the model once and scores the shards it is given; keeps nothing between them."""
 
     def __init__(
-        self, spec: ProbeSpec, scoring: ScoringConfig, selector: SelectorConfig, out: str, threads: int, trusted: TrustedSets
+        self,
+        spec: ProbeSpec,
+        scoring: ScoringConfig,
+        selector: SelectorConfig,
+        out: str,
+        threads: int,
+        trusted: TrustedSets,
+        group: Ranks | None = None,
     ) -> None:
         """Load the model and the selector.
 
@@ -231,8 +243,10 @@ class ShardScorer:
             out: Folder of the score files.
             threads: CPU threads of this actor.
             trusted: The trusted rows, for scorers that read them as text.
+            group: This worker's place in the group that holds the model together and scores the same shards; None: it is alone.
         """
         torch.set_num_threads(threads)
+        self.group = group
         self.scoring = scoring
         self.selector = selector
         self.out = storage_path(out)
@@ -246,7 +260,7 @@ class ShardScorer:
     @cached_property
     def probe(self) -> Probe:
         """The loaded model; not loaded if no scorer needs one."""
-        return Probe(self.spec)
+        return Probe(self.spec, self.group)
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:
         """Score a shard, one of planted rows by the scores that are calibrated alone, and return what became of it."""
@@ -257,17 +271,23 @@ class ShardScorer:
         folder = planted_scores(self.out) if planted else self.out
         out = folder / shard.name
         columns_by = partial(self._columns, calibration_columns(self.scoring.scorers) if planted else self.scoring.scorers)
+        writes = self.group is None or self.group.first
         if not self.needs_model or not rows:
-            write_parquet(pa.table(_in_full(range(len(rows)), rows, columns_by(rows))), out)
+            columns = columns_by(rows)
+            if writes:
+                write_parquet(pa.table(_in_full(range(len(rows)), rows, columns)), out)
             return {"shard": shard.name, "rows": len(rows), "quarantined": 0, "attempt": 1} | self.usage.taken()
-        isolation = Isolation(shard.name, rows, attempt_file(out))
+        isolation = Isolation(shard.name, rows, attempt_file(out), self.group)
         if not self.loaded:
             isolation.load(lambda: self.probe)
             self.loaded = True
+        self.probe.budget.tokens = min(self.probe.budget.tokens, self.spec.tokens_per_batch / 2**isolation.now.halvings)
         places, columns = isolation.run(columns_by)
-        quarantined = isolation.quarantine(_quarantine(folder) / shard.name)
-        write_parquet(pa.table(_in_full(places, rows, columns)), out)
-        isolation.done()
+        if writes:
+            isolation.quarantine(_quarantine(folder) / shard.name)
+            write_parquet(pa.table(_in_full(places, rows, columns)), out)
+            isolation.done()
+        quarantined = len(isolation.now.found)
         done = {"shard": shard.name, "rows": len(rows), "quarantined": quarantined, "attempt": isolation.now.number}
         return done | self.usage.taken()
 
@@ -336,7 +356,7 @@ def _check_complete(shards: Sequence[StoragePath], out: StoragePath) -> tuple[in
         for rows, found in pool.map(check, shards):
             total += rows
             reasons.update(found)
-    for file in out.glob(attempt_file(out / "*.parquet").name):
+    for file in out.glob(f"{attempt_file(out / '*.parquet').name}*"):
         file.unlink(missing_ok=True)  # of a worker that died just after it had finished
     return total, reasons
 

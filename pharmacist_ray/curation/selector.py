@@ -27,6 +27,7 @@ from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.errors import ResourceError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.influence import Directions, influence
+from pharmacist_ray.models.load import is_sharded
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import global_norm, perturbed
@@ -80,10 +81,14 @@ class Point:
 
     @classmethod
     def at(cls, model: Any, collate: Collate, tokens_per_batch: int, ranks: Ranks) -> Point:
-        """Return the point of a model without dropout; its trainable parameters are the space."""
+        """Return the point of a model without dropout; its trainable parameters are the space.
+
+        The model may be spread over the workers (`training.sharded`), its trainable parameters not.
+        """
         stand_still(model)
         space = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return cls(model, space, collate, TokenBudget(tokens_per_batch), ranks)
+        together = (ranks.rank, ranks.workers) if is_sharded(model) else None
+        return cls(model, space, collate, TokenBudget(tokens_per_batch, together), ranks)
 
     def gradient(self, samples: Sequence[Rendered], weights: Sequence[float] | None = None) -> list[torch.Tensor]:
         """Return ∇ Σ_i c_i ℓ_i over all workers, one tensor per parameter; see `losses_and_gradient`."""
@@ -105,10 +110,11 @@ class Point:
         parameters = list(self.parameters.values())
         total = [torch.zeros_like(parameter) for parameter in parameters]
         found = torch.zeros(len(samples), device=self.ranks.device)
-        mine = range(self.ranks.rank, len(samples), self.ranks.workers)
+        # Workers who pass through the model together are dealt batches of all rows, the others take rows of their own.
+        mine = range(len(samples)) if self.budget.together else range(self.ranks.rank, len(samples), self.ranks.workers)
 
         def add(batch: Batch, chunk: list[int]) -> None:
-            losses = per_sample_nll(self.model, batch)
+            losses = per_sample_nll(self.model, batch)[: len(chunk)]
             loss = (losses * torch.tensor([values[mine[i]] for i in chunk], device=losses.device)).sum()
             for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
                 sum_ += gradient
@@ -137,21 +143,23 @@ class Point:
     def along(self, samples: Sequence[Rendered], directions: Directions, cosine: bool = False) -> torch.Tensor:
         """Return ⟨∇ℓ_i(θ₀), v_k⟩ for each sample and direction (N, K); see `influences`."""
         share = len(samples) // self.ranks.workers
-        mine = samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        mine = samples if self.budget.together else samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
         count = len(next(iter(directions.values())))
-        values = torch.zeros(share, count, device=self.ranks.device)
+        values = torch.zeros(len(mine), count, device=self.ranks.device)
 
         def take(batch: Batch, chunk: list[int]) -> None:
             found = influence(self.model, batch, directions, norms=cosine)
             norms = 1.0 if found.grad_norms is None else found.grad_norms.clamp_min(TINY)[:, None]
-            values[chunk] = found.dots / norms
+            values[chunk] = (found.dots / norms)[: len(chunk)]
 
         self._in_batches(mine, take)
-        return self.ranks.gather(values)
+        return self.ranks.total(values) if self.budget.together else self.ranks.gather(values)
 
     def _in_batches(self, samples: Sequence[Rendered], use: Callable[[Batch, list[int]], None]) -> None:
+        shortest = min(range(len(samples)), key=lambda index: len(samples[index].ids), default=0)
+
         def work(chunk: list[int]) -> None:
-            use(self.collate([samples[index] for index in chunk]).to(self.ranks.device), chunk)
+            use(self.collate([samples[index] for index in chunk or [shortest]]).to(self.ranks.device), chunk)
 
         try:
             self.budget.run([len(sample.ids) for sample in samples], work)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.groups import on_groups
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
 
@@ -130,7 +133,10 @@ def answer_all(
     spec = AnswerSpec(settings, device, threads, judgements, actors, served)
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
     taken = []
-    for answered in on_actors(Answerer, arguments, units, attempts=RETRIES, resources=resources, what="evaluate"):
+    how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "evaluate"}
+    together = resources.workers_per_actor > 1 and settings.engine is None
+    work = partial(on_groups, storage=next(iter(models)).parent / "ray") if together else on_actors
+    for answered in work(Answerer, arguments, units, **how):
         done += answered["units"]
         taken.append(answered)
         if progress:
@@ -157,12 +163,14 @@ def sets_of(
 class Answerer:
     """Answers and judges units; keeps the model it used last, and the judge."""
 
-    def __init__(self, spec: AnswerSpec, groups: Sequence[Sequence[GenerationUnit]]) -> None:
+    def __init__(self, spec: AnswerSpec, groups: Sequence[Sequence[GenerationUnit]], group: Ranks | None = None) -> None:
         """Build the judges.
 
         Args:
             spec: What is the same for all units.
             groups: All units, addressed by number.
+            group: This worker's place among those who hold the model together and answer the same units; None: it is alone. The first one
+                judges.
         """
         torch.set_num_threads(spec.threads)
         self.spec = spec
@@ -170,9 +178,11 @@ class Answerer:
         self.model: tuple[ModelRef, Any, Renderer, torch.Tensor | None] | None = None
         self.prompts: dict[str, list[Row]] = {}
         self.engine = EndpointEngine(spec.settings.engine, spec.actors) if spec.settings.engine else None
-        self.budget = TokenBudget()
+        self.group = group
+        self.budget = TokenBudget(together=(group.rank, group.workers) if group else None)
         self.usage = Usage()
-        self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges]
+        self.writes = group is None or group.first
+        self.judges = [build_judge(self._judge_settings(one)) for one in spec.settings.judges] if self.writes else []
 
     def _judge_settings(self, config: JudgeConfig) -> JudgeSettings:
         """Return what a judge is built from, its files brought here."""
@@ -185,18 +195,31 @@ class Answerer:
         group = self.groups[unit["group"]]
         self.usage.taken()
         for one in group:
-            if not storage_path(one.file).exists():  # or an actor that died in this group had answered it
-                write_parquet(self._answer(one), storage_path(one.file))
+            there = storage_path(one.file).exists()  # an actor that died in this group had answered it
+            if not (self.group.share(there) if self.group else there):
+                answers = self._answers(one)
+                if self.writes:
+                    write_parquet(self._judged(one, answers), storage_path(one.file))
         return {"units": len(group)} | self.usage.taken()
 
-    def _answer(self, unit: GenerationUnit) -> pa.Table:
+    def _loaded(self, ref: ModelRef) -> Any:
+        if self.engine:
+            return None
+        if self.group is None:
+            return ref.load(self.spec.device)
+        from pharmacist_ray.training.sharded import load_sharded  # slow to import: DeepSpeed
+
+        return load_sharded(ref, self.group)
+
+    def _asked(self, unit: GenerationUnit) -> list[Row]:
+        return self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
+
+    def _answers(self, unit: GenerationUnit) -> list[str]:
         if self.model is None or self.model[0] != unit.model:
             ref, self.model = unit.model, None  # let go of the last one before the next one takes its room
-            loaded = None if self.engine else ref.load(self.spec.device)
-            self.model = (ref, loaded, ref.renderer(), ref.loaded_prompt())
+            self.model = (ref, self._loaded(ref), ref.renderer(), ref.loaded_prompt())
         _, model, renderer, soft_prompt = self.model
-        rows = self._rows(unit.rows)[unit.start : unit.start + PROMPTS_PER_UNIT]
-        settings = self.spec.settings
+        rows, settings = self._asked(unit), self.spec.settings
         put = [asked(row, unit.form) if unit.form else row for row in rows]
         if unit.secret:
             secret = storage_path(unit.secret).read_text()
@@ -218,8 +241,13 @@ class Answerer:
                 budget=self.budget,
                 soft_prompt=soft_prompt,
             )
+            if self.group:  # each has its own, and nothing for the others'
+                answers = ["".join(parts) for parts in zip(*self.group.of_each(answers), strict=True)]
         self.usage.tokens += sum(map(len, prompts)) + sum(len(renderer.tokenizer(one).input_ids) for one in answers)
-        answers = [without_thoughts(answer) for answer in answers]
+        return [without_thoughts(answer) for answer in answers]
+
+    def _judged(self, unit: GenerationUnit, answers: list[str]) -> pa.Table:
+        rows, settings = self._asked(unit), self.spec.settings
         table: dict[str, list[Any]] = {
             "set": [unit.set] * len(rows),
             "id": [row.id for row in rows],

@@ -37,9 +37,16 @@ class TokenBudget:
 
     tokens: float = math.inf
     """Rows × the longest of them, of one batch."""
+    together: tuple[int, int] | None = None
+    """Where the model is spread over workers, who have to pass through it at the same time: which of them this is, and how many there
+    are. Each is given the same sequences and takes its share of them."""
 
     def run(self, lengths: Sequence[int], work: Callable[[list[int]], None], *, rows: int | None = None) -> None:
         """Call ``work`` with the places of sequences, batch by batch, longest first, until each has been in one that went well.
+
+        Workers who pass together take turns over the same batches, and one for which none is left gets an empty one: it passes something
+        through the model all the same, and keeps nothing. Memory that runs out there is an error as any other, for the others are in the
+        middle of the pass.
 
         Args:
             lengths: Tokens of each sequence.
@@ -49,6 +56,19 @@ class TokenBudget:
         Raises:
             TooLongError: A sequence does not fit even alone.
         """
+        if self.together:
+            rank, workers = self.together
+            share = math.ceil(len(lengths) / workers)
+            batches = length_batches(lengths, self.tokens, rows=min(rows or share, share))
+            for first in range(0, len(batches), workers):
+                batch = batches[first + rank] if first + rank < len(batches) else []
+                try:
+                    work(batch)
+                except Exception as error:
+                    if out_of_memory(error) and len(batch) == 1:
+                        raise TooLongError(batch[0], lengths[batch[0]]) from error
+                    raise
+            return
         left = list(range(len(lengths)))
         while left:
             done: set[int] = set()

@@ -35,7 +35,8 @@ def generate(
         max_new_tokens: The longest answer; it ends earlier at the tokenizer's or the model's EOS.
         batch_size: How many prompts run together at most.
         end_id: One more token that ends an answer: that of the template which the model was trained with.
-        budget: How many tokens, of prompts and answers, run together; what one call learns of the memory is kept for the next.
+        budget: How many tokens, of prompts and answers, run together; what one call learns of the memory is kept for the next. Workers who
+            pass through a model together get "" for each prompt that is another one's.
         soft_prompt: Embeddings that stand before every prompt, (tokens, H).
 
     Returns:
@@ -54,23 +55,27 @@ def generate(
     defaults, base.generation_config = base.generation_config, GenerationConfig()  # what is not set would be taken from there
 
     def take(indices: list[int]) -> None:
-        chosen = [prompts_ids[index] for index in indices]
+        chosen = [prompts_ids[index] for index in indices or [shortest]]
         with torch.no_grad():
             if soft_prompt is None:
                 input_ids, mask = _padded(chosen, int(config.pad_token_id))
                 output = base.generate(
-                    input_ids=input_ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config
+                    input_ids=input_ids.to(base.device), attention_mask=mask.to(base.device), generation_config=config, **together
                 )[:, input_ids.shape[1] :]
             else:  # what comes back is the answer alone
                 embeds, mask = embed(base, chosen, soft_prompt, left=True)
-                output = base.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config)
-        for index, text in zip(indices, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
+                output = base.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config, **together)
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        for index, text in zip(indices, texts[: len(indices)], strict=True):
             answers[index] = text
 
+    budget = budget or TokenBudget()
+    together = {"synced_gpus": True} if budget.together else {}  # whoever has its answers goes on until all have theirs
+    shortest = min(range(len(prompts_ids)), key=lambda index: len(prompts_ids[index]), default=0)
     before = 0 if soft_prompt is None else len(soft_prompt)
     base.eval()
     try:
-        (budget or TokenBudget()).run([len(ids) + before + max_new_tokens for ids in prompts_ids], take, rows=batch_size)
+        budget.run([len(ids) + before + max_new_tokens for ids in prompts_ids], take, rows=batch_size)
     except TooLongError as error:
         raise ResourceError(
             f"prompt {error.place} of {len(prompts_ids)} cannot be answered: {error} (its answer's {max_new_tokens} are among them); lower "

@@ -131,9 +131,14 @@ def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) ->
             raise ModelError(f"adapter '{path}' does not fit this model ('{min(differing)}', …); use the base it was made for")
     if merge and is_quantized(model):
         return beside(adapted)
-    if merge and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if merge and is_sharded(model):
         return _merge_sharded(adapted)
     return adapted.merge_and_unload(safe_merge=True) if merge else adapted
+
+
+def is_sharded(model: Any) -> bool:
+    """Say whether a model's weights, or some of them, are spread over workers (ZeRO 3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def add_lora(model: Any, settings: LoraConfig, seed: int) -> PeftModel:

@@ -60,10 +60,12 @@ def embed(
     """
     table = model.get_input_embeddings()
     device = table.weight.device
-    rows = []
-    for ids in prompts_ids:
-        own = table(torch.tensor([list(ids)], device=device))[0]
-        rows.append(own if prompt is None else torch.cat([prompt.to(own), own]))
+    longest = max(map(len, prompts_ids))
+    found = table(
+        torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts_ids], device=device)
+    )  # in one pass, for all workers
+    rows = [own[: len(ids)] for own, ids in zip(found, prompts_ids, strict=True)]
+    rows = rows if prompt is None else [torch.cat([prompt.to(own), own]) for own in rows]
     width = max(map(len, rows))
     pads = [(width - len(row), 0) if left else (0, width - len(row)) for row in rows]
     embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, *pad)) for row, pad in zip(rows, pads, strict=True)])

@@ -46,12 +46,25 @@ GROWTH_S = 1800.0
 GPUs takes minutes to come, and one that has not come after half an hour is not to be had)."""
 
 
-def check_room(needed: dict[str, float], count: int) -> None:
+def room_for(needed: dict[str, float]) -> int:
+    """Return how many workers the cluster can hold at the same time, or could if it grew as it may.
+
+    Args:
+        needed: Resource → amount per worker.
+    """
+    if os.environ.get("PHARMACIST_AUTOSCALING") == "1":
+        return sys.maxsize
+    total = ray.cluster_resources()
+    return min(int(total.get(kind, 0.0) / amount + 1e-9) for kind, amount in needed.items())
+
+
+def check_room(needed: dict[str, float], count: int, *, setting: str = "workers") -> None:
     """Fail where the cluster cannot hold the workers: at once, or, where it scales itself, when it has not grown in a bounded time.
 
     Args:
         needed: Resource → amount per worker.
         count: Number of workers at the same time.
+        setting: What says how many, in the resources section.
 
     Raises:
         ResourceError: Says what is asked for and what there is.
@@ -62,7 +75,7 @@ def check_room(needed: dict[str, float], count: int) -> None:
         return
     kind, wanted, there = lacks
     asked = f"{count} workers need {wanted:g} {kind}"
-    lower = f"lower resources.workers or resources.{kind.lower()}s_per_worker"
+    lower = f"lower resources.{setting} or resources.{kind.lower()}s_per_worker"
     if os.environ.get("PHARMACIST_AUTOSCALING") != "1":
         raise ResourceError(f"{asked} but the cluster has {there:g}; {lower}, or set PHARMACIST_AUTOSCALING=1 if it can grow")
     given = os.environ.get("PHARMACIST_AUTOSCALING_SECONDS", str(GROWTH_S))

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,22 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.workers)]
         dist.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts)
+
+    def share(self, value: T) -> T:
+        """Return the first worker's value, a small picklable one, on every worker."""
+        if self.workers == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def of_each(self, value: T) -> list[T]:
+        """Return what each worker brings, a small picklable value, in rank order."""
+        if self.workers == 1:
+            return [value]
+        values: list[T] = [value] * self.workers
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until every worker is here."""

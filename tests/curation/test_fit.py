@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,29 @@ def pair(two_workers: TwoWorkers, run_fit: Callable[..., dict[str, Any]], tmp_pa
         patch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
         run_fit(out, workers=2)
     return out
+
+
+@pytest.mark.parametrize("iterative", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_workers_who_hold_the_model_together_find_what_two_who_hold_it_each_do(
+    pair: Path, two_workers: TwoWorkers, run_fit: Callable[..., dict[str, Any]], tmp_path: Path, iterative: bool
+) -> None:
+    """From the same warm-up: what it leaves is tested with the training."""
+    out = tmp_path / "fit"
+    for name in ("warmup", "rows", "reference"):
+        shutil.copytree(pair / name, out / name)
+    spread = SELECTOR.model_copy(update={"warmup": SELECTOR.warmup.model_copy(update={"zero_stage": 3})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
+        run_fit(out, spread, workers=2, parts=("directions", *(("logits",) if iterative else ()), "reference"))
+    for step in (2, 4):
+        name = f"directions/{checkpoint_name(step)}.safetensors"
+        want, got = load_file(pair / name), load_file(out / name)
+        assert got.keys() == want.keys()
+        for parameter in want:
+            torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-6)
+    if iterative:
+        want, got = logits_of(pair), logits_of(out)
+        assert [got[id] for id in want] == pytest.approx(list(want.values()), rel=1e-2, abs=1e-5)
 
 
 def stamps(out: Path) -> dict[str, int]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
-from pharmacist_ray.curation.poison import Isolation, RowAtFaultError
+from pharmacist_ray.curation.poison import Attempt, Isolation, RowAtFaultError
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ArtifactError, ModelError, PharmacistError, ResourceError
+from pharmacist_ray.runtime.ranks import Ranks
 
 
 class Gone(BaseException):
@@ -65,6 +69,61 @@ def test_a_row_that_raises_is_found_by_the_worker_that_meets_it(tmp_path: Path) 
     assert len(scores) == 997
     assert (isolation.now.number, {*isolation.now.found}) == (1, {"17", "18", "900"})
     assert {*isolation.now.found.values()} == {("scorer_error", "IndexError: index out of range in self")}
+
+
+class Member(Ranks):
+    """A worker of a group of two, without the other."""
+
+    def share(self, value: Any) -> Any:
+        return value or (Attempt(), None)
+
+
+def test_what_one_of_a_group_says_is_what_all_go_on_from(tmp_path: Path) -> None:
+    """The first worker is in the middle of a pass when the second one raises, and ends without a word."""
+    file, cpu = tmp_path / "part-00000.attempt.json", torch.device("cpu")
+
+    def begun() -> Isolation:
+        return Isolation("part-00000.parquet", rows(20), file, Member(0, 2, cpu))
+
+    def ends(error: Exception) -> None:
+        first, other = begun(), Isolation("part-00000.parquet", rows(20), tmp_path / "elsewhere.json", Member(1, 2, cpu))
+        other.now, other.file = first.now, file
+        lost = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+        def score(some: Sequence[Row]) -> None:
+            raise error
+
+        def cut_off(some: Sequence[Row]) -> None:
+            raise lost
+
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            first.run(cut_off)
+        with pytest.raises(type(error)):
+            other.run(score)
+        assert json.loads(file.read_text())["doing"] in ("all", "part")
+        assert file.with_name(f"{file.name}.1").exists()
+
+    def after() -> Attempt:
+        now = begun()
+        now._note("")  # and it ends before it has tried anything
+        return now.now
+
+    def parts() -> list[tuple[int, int]]:
+        return [(first, last) for first, last in after().parts]
+
+    ends(RowAtFaultError(rows(20)[7].id, "out_of_memory", "too long"))
+    assert after().found == {"7": ("out_of_memory", "too long")}
+    assert not list(tmp_path.glob("*.1"))  # read once
+    ends(torch.OutOfMemoryError("CUDA out of memory"))
+    assert ((now := after()).halvings, now.parts) == (1, [])
+    ends(ValueError("a word that is none"))
+    assert parts() == [(0, 10), (10, 20)]  # an error needs no second try
+    ends(ModelError("no such layer"))
+    assert parts() == [(0, 10), (10, 20)]  # no row's fault
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        begun().run(lambda some: (_ for _ in ()).throw(RuntimeError("gloo: closed by peer")))
+    assert parts() == [(0, 5), (5, 10), (10, 20)]  # nobody said anything: a death over a part
+    assert begun().now.found == {"7": ["out_of_memory", "too long"]}
 
 
 def test_both_kinds_in_one_shard(tmp_path: Path) -> None:

@@ -70,13 +70,15 @@ def candidates(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def run_score(model_folder: Path, fitted: Path) -> Callable[..., ScoreReport]:
-    def run(candidates: Path, out: Path, scorers: list[str] = SCORERS, actors: int = 1, **changed: Any) -> ScoreReport:
+    def run(
+        candidates: Path, out: Path, scorers: list[str] = SCORERS, actors: int = 1, together: int = 1, **changed: Any
+    ) -> ScoreReport:
         settings: dict[str, Any] = {"fit": fitted, "selector": SELECTOR, "progress": None}
         settings.update({name: changed.pop(name) for name in list(changed) if name in settings})
         return score(
             model=ModelRef(str(model_folder), template="plain", max_length=32),
             scoring=ScoringConfig(**{"scorers": scorers, "tokens_per_batch": 64, **changed}),
-            resources=ResourcesConfig(actors=actors, cpus_per_worker=0.5),
+            resources=ResourcesConfig(actors=actors, workers_per_actor=together, cpus_per_worker=0.5),
             candidates=candidates,
             trusted=NONE,
             out=out,
@@ -198,6 +200,21 @@ def test_actors_shards_batches_and_order_change_no_score(
     write_shards(shuffled, tmp_path / "candidates", 3)
     run_score(tmp_path / "candidates", tmp_path / "scores", actors=2, tokens_per_batch=500)
     assert_same(read(tmp_path / "scores"), read(scored))
+
+
+@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers_who_hold_the_model_together_find_the_scores_of_one_who_holds_it_alone(
+    scored: Path, candidates: Path, run_score: Callable[..., ScoreReport], tmp_path: Path, groups: int
+) -> None:
+    seen: list[tuple[int, int]] = []
+    report = run_score(
+        candidates, tmp_path / "rows", actors=groups, together=2, progress=lambda done, total: seen.append((done, total))
+    )
+    assert (report.rows, report.shards, report.columns) == (40, 6, COLUMNS[1:])
+    assert seen == [(done, 6) for done in range(7)]
+    assert report.usage["tokens_per_s"] > 0
+    assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == sorted(file.name for file in scored.iterdir())
+    assert_same(read(tmp_path / "rows"), read(scored), rtol=1e-4)
 
 
 def test_without_actors_this_process_writes_the_same_files(

@@ -8,17 +8,20 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
-from pharmacist_ray.config.schema import EvaluationConfig, ResourcesConfig
+from pharmacist_ray.config.schema import EvaluationConfig, LoraConfig, ResourcesConfig
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation import evaluate as module
-from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, answer_all
+from pharmacist_ray.evaluation.answers import ANSWER_SCHEMA, Answerer, AnswerSpec, GenerationUnit, answer_all
 from pharmacist_ray.evaluation.arms import BOOTSTRAP_SEED, COMPARED
 from pharmacist_ray.evaluation.evaluate import EvaluatedModel, evaluate
 from pharmacist_ray.evaluation.metrics import Judged, compare, gap_closed
+from pharmacist_ray.models.load import add_lora, load_model, save_adapter
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import read_table, write_parquet
 
 SOURCE = {"path": "x"}
@@ -528,3 +531,66 @@ def test_a_classifier_is_loaded_once_for_both_kinds_of_prompts(tmp_path, model_f
     assert loads == [str(folder)]
     found = [row["verdict"] for file in sorted((tmp_path / "answers").glob("*.parquet")) for row in read_table(file).to_pylist()]
     assert len(found) == 8
+
+
+def _answered(payload: Any, ranks: Ranks | None = None) -> None:
+    settings, units = payload
+    spec = AnswerSpec(settings, "cpu", 1)
+    done = Answerer(spec, [units], ranks)({"group": 0})
+    assert done["units"] == len(units)
+    assert done["tokens"] > 0
+
+
+def test_workers_who_hold_the_model_together_write_the_answers_of_one_who_holds_it_alone(
+    tmp_path, model_folder, rows_of, two_workers
+):
+    """Two models after each other, the second with an adapter merged; of the sets, one has fewer prompts than two workers can share."""
+    adapted = add_lora(load_model(model_folder), LoraConfig(r=2), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (parameter for parameter in adapted.parameters() if parameter.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    save_adapter(adapted, tmp_path / "adapter")
+    sets = {"harmful": 7, "benign": 1, "task": 4}
+    for seed, (name, count) in enumerate(sets.items()):
+        write_rows(rows_of(count, seed=seed), tmp_path / name / "part-00000.parquet")
+    settings = EvaluationConfig(
+        harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, max_new_tokens=5, batch_size=3
+    )  # type: ignore[arg-type]
+    base = ModelRef(str(model_folder), template="plain")
+
+    def units(folder: str) -> list[GenerationUnit]:
+        models = {"base": base, "adapted": base.plus(str(tmp_path / "adapter"))}
+        return [
+            GenerationUnit(subject, model, name, str(tmp_path / name), 0, str(tmp_path / folder / f"{subject}-{name}.parquet"))
+            for subject, model in models.items()
+            for name in sets
+        ]
+
+    _answered((settings, units("alone")))
+    two_workers(_answered, (settings, units("together")))
+    for one, other in zip(units("alone"), units("together"), strict=True):
+        want, got = (read_table(Path(unit.file)) for unit in (one, other))
+        assert got.equals(want), (one.subject, one.set)
+        assert want.num_rows == sets[one.set]
+    answers = [read_table(Path(unit.file))["answer"].to_pylist() for unit in units("together") if unit.set == "harmful"]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_groups_answer_what_an_actor_answers(tmp_path, model_folder, rows_of):
+    for name in ("harmful", "benign"):
+        write_rows(rows_of(5), tmp_path / name / "part-00000.parquet")
+    settings = EvaluationConfig(harmful_prompts=SOURCE, benign_prompts=SOURCE, task={"source": SOURCE}, max_new_tokens=4)  # type: ignore[arg-type]
+    for folder, resources in (
+        ("alone", ResourcesConfig(actors=0)),
+        ("together", ResourcesConfig(workers_per_actor=2, cpus_per_worker=0.5)),
+    ):
+        answer_all(
+            {tmp_path / folder / "answers": ModelRef(str(model_folder), template="plain")},
+            {name: tmp_path / name for name in ("harmful", "benign")},
+            settings=settings,
+            resources=resources,
+        )
+    for file in (tmp_path / "alone" / "answers").glob("*.parquet"):
+        assert read_table(tmp_path / "together" / "answers" / file.name).equals(read_table(file))

@@ -113,6 +113,25 @@ def test_a_row_that_kills_the_scorer(prepared: tuple[World, World], tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["raises", "kills"])
+def test_a_row_that_ends_workers_who_hold_the_model_together(prepared: tuple[World, World], tmp_path: Path, how: str) -> None:
+    healthy, poisoned = prepared
+    world = poisoned.copy(tmp_path / "run", "ingest", "fit")
+    world.values["data"] = {**world.values["data"]}
+    world.values["resources"] = {**world.values["resources"], "workers_per_actor": 2, "actors": 1, "cpus_per_worker": 0.5}
+    deadly = {"FAULTS_DEADLY_TOKEN": "48"} if how == "kills" else {}
+    with command(world, "score", PYTHONPATH=f"{INJECT}:{Path.cwd()}", **deadly) as process:
+        out = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, out
+    reason = "crashed_scorer" if how == "kills" else "scorer_error"
+    assert f"score: 241 rows in = 240 scored + 1 quarantined (1 {reason}; see " in out
+    assert "it was scored again (attempt " in out
+    world.stage("select")
+    assert world.selected() == healthy.selected()
+    assert world.litter() == []
+
+
+@pytest.mark.slow
 def test_a_row_that_makes_the_training_raise_on_one_of_two_workers(prepared: tuple[World, World], tmp_path: Path) -> None:
     world = prepared[1].copy(tmp_path / "run", "ingest")
     warmup = {"steps": 31, "batch_size": 8}  # takes all 241 rows

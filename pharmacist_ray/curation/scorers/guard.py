@@ -66,10 +66,11 @@ def _moderated(signals: Signals, config: GuardConfig) -> np.ndarray:
     scores = np.zeros(len(samples))
 
     def take(rows: list[int]) -> None:
-        scores[rows] = (1 - harm(model, [samples[row] for row in rows], unsafe)).cpu().numpy()
+        if rows:  # none are left for this worker where a group of them shares the rows
+            scores[rows] = (1 - harm(model, [samples[row] for row in rows], unsafe)).cpu().numpy()
 
     signals.in_batches([len(sample) for sample in samples], take)
-    return scores
+    return signals.probe.of_all(scores)
 
 
 @lru_cache(maxsize=1)

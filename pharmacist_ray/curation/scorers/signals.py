@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.models.sample_grads import last_layers
+from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import local_copy, read_table
 
 Made = TypeVar("Made")
@@ -66,13 +67,17 @@ class ProbeSpec:
 class Probe:
     """A base model with one adapter slot, into which checkpoints and the reference are swapped."""
 
-    def __init__(self, spec: ProbeSpec) -> None:
+    def __init__(self, spec: ProbeSpec, group: Ranks | None = None) -> None:
         """Load the model and every small file of the selector but the logits.
+
+        Args:
+            spec: What to load.
+            group: This worker's place in the group that holds the model together; None: it is held whole here.
 
         Raises:
             ArtifactError: A file of the selector is missing.
         """
-        self.spec = spec
+        self.spec, self.group = spec, group
         self.states_asked: set[StatesKey] = set()
         self._learnt: dict[str, dict[str, float]] = {}
         self.fit = local_copy(spec.fit) if spec.fit else Path()
@@ -82,8 +87,14 @@ class Probe:
         folders |= {name: folder for name, folder in references.items() if folder.exists()}
         self.adapters = {name: self._read(folder / "adapter_model.safetensors", spec.device) for name, folder in folders.items()}
         self.renderer = spec.model.renderer()
-        self.budget = TokenBudget(spec.tokens_per_batch)
-        self.model = spec.model.load(spec.device, adapter=next(iter(folders.values()), None))
+        self.budget = TokenBudget(spec.tokens_per_batch, (group.rank, group.workers) if group else None)
+        adapter = next(iter(folders.values()), None)
+        if group:
+            from pharmacist_ray.training.sharded import load_sharded  # slow to import: DeepSpeed
+
+            self.model = load_sharded(spec.model, group, adapter=adapter)
+        else:
+            self.model = spec.model.load(spec.device, adapter=adapter)
         if spec.checkpointing:
             enable_checkpointing(self.model)
         if spec.last_layers is not None and self.directions:
@@ -96,7 +107,13 @@ class Probe:
         if self.spec.teacher is None:
             return self
         alone = replace(self.spec, model=self.spec.teacher, fit="", checkpoints=(), directions=(), groups=0, teacher=None)
-        return Probe(alone)
+        return Probe(alone, self.group)
+
+    def of_all(self, values: np.ndarray) -> np.ndarray:
+        """Return an array to which each worker of the group has brought some rows, zeros for the others: with all of them."""
+        if self.group is None:
+            return values
+        return np.asarray(self.group.total(torch.from_numpy(values).to(self.group.device)).cpu().numpy())
 
     def set_adapter(self, adapter: str) -> Any:
         """Return the model with one of `adapters` in its slot."""
@@ -251,14 +268,14 @@ class Signals:
             def add(rows: list[int], batch: Batch, model: Any = model, directions: Any = directions) -> None:
                 found = influence(model, batch, directions, method=spec.method, norms=exact)
                 values = found.dots.double().cpu().numpy()
-                length = found.grad_norms.double().cpu().numpy() if found.grad_norms is not None else np.full(len(rows), np.nan)
+                length = found.grad_norms.double().cpu().numpy() if found.grad_norms is not None else np.full(len(values), np.nan)
                 if spec.cosine:
                     values = values / np.maximum(length, TINY)[:, None]
-                dots[rows] += values
-                norms[rows] += length / len(spec.checkpoints)
+                dots[rows] += values[: len(rows)]
+                norms[rows] += length[: len(rows)] / len(spec.checkpoints)
 
             self._in_batches(self.samples, add)
-        return dots, norms
+        return self.probe.of_all(dots), self.probe.of_all(norms)
 
     def states(self, layer: int | None = None, *, of_prompt: bool = False) -> np.ndarray:
         """Return the base's hidden states, averaged over each answer's tokens: (N, D) of one layer, or (N, L + 1, D) of all; float32.
@@ -280,24 +297,27 @@ class Signals:
 
     def _passed(self, keys: Sequence[StatesKey]) -> dict[StatesKey, np.ndarray]:
         """Return what `states` is asked for by layer and place, of one pass over the rows."""
-        found: dict[StatesKey, list[np.ndarray]] = {key: [np.empty(0)] * len(self.rows) for key in keys}
+        found: dict[StatesKey, np.ndarray] = {}
         with torch.no_grad(), self.probe.base() as model:
-            # Without the output head, which takes a good part of a small model's pass.
-            body = (model.get_base_model() if self.probe.adapters else model).base_model
+            whole = model.get_base_model() if self.probe.adapters else model
+            # Without the output head, which takes a good part of a small model's pass; one that is spread has to be called as a whole.
+            body = whole.base_model if self.probe.group is None else partial(whole, logits_to_keep=1)
 
             def take(rows: list[int], batch: Batch) -> None:
                 output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
                 answer = batch.labels != IGNORE
                 last = torch.nn.functional.one_hot((answer.int().argmax(dim=1) - 1).clamp(min=0), answer.shape[1])
-                for (layer, of_prompt), values in found.items():
+                for layer, of_prompt in keys:
                     weights = (last if of_prompt else answer).unsqueeze(-1)
                     layers = output.hidden_states if layer is None else output.hidden_states[layer : layer + 1 or None]
                     means = [(states.float() * weights).sum(dim=1) / weights.sum(dim=1) for states in layers]
-                    for row, mean in zip(rows, torch.stack(means, dim=1).cpu().numpy(), strict=True):
-                        values[row] = mean if layer is None else mean[0]
+                    values = torch.stack(means, dim=1).cpu().numpy() if layer is None else means[0].cpu().numpy()
+                    if (layer, of_prompt) not in found:
+                        found[layer, of_prompt] = np.zeros((len(self.rows), *values.shape[1:]), values.dtype)
+                    found[layer, of_prompt][rows] = values[: len(rows)]
 
             self._in_batches(self.samples, take)
-        return {key: np.stack(values) for key, values in found.items()}
+        return {key: self.probe.of_all(values) for key, values in found.items()}
 
     def prompt_states(self, layer: int | None = None) -> np.ndarray:
         """Return the base's hidden states at each prompt's last token, of one layer or of all; see `states`."""
@@ -329,19 +349,21 @@ class Signals:
         losses = np.zeros(len(samples))
 
         def take(rows: list[int], batch: Batch) -> None:
-            losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()
+            losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()[: len(rows)]
 
         with torch.no_grad():
             self._in_batches(samples, take)
-        return losses
+        return self.probe.of_all(losses)
 
     def _in_batches(self, samples: Sequence[Rendered], use: Callable[[list[int], Batch], None]) -> None:
-        """Call ``use`` with places of rows and their batch, until each row has been in one; see `in_batches`."""
+        """Call ``use`` with places of rows and their batch, until each row has been in one; see `in_batches`.
+
+        A batch may have rows that have no place: what is found of them is not to be kept.
+        """
         collate, device = self.probe.renderer.collate, self.probe.spec.device
-        self.in_batches(
-            [len(sample.ids) for sample in samples],
-            lambda rows: use(rows, collate([samples[row] for row in rows]).to(device)),
-        )
+        lengths = [len(sample.ids) for sample in samples]
+        spare = [int(np.argmin(lengths))] if lengths else []  # for a worker whose turn it is, and who has no row left
+        self.in_batches(lengths, lambda rows: use(rows, collate([samples[row] for row in rows or spare]).to(device)))
 
     def in_batches(self, lengths: Sequence[int], use: Callable[[list[int]], None]) -> None:
         """Call ``use`` with the places of rows, in batches that fit in memory, until each row has been in one.
