@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -29,18 +30,23 @@ def undisturbed(started: Cluster, world: Path) -> tuple[Path, subprocess.Complet
     return run, started.pharmacist("submit", "curate", *arguments)
 
 
-def scorer_on(node: Node) -> psutil.Process | None:
-    """Return the node's actor that scores, as Ray names its process."""
+def process_on(node: Node, kind: str) -> psutil.Process | None:
+    """Return a process of the node that does something, as Ray names it."""
     for process in node.processes():
         with suppress(psutil.Error):  # it ended meanwhile
-            if any("ShardScorer" in part for part in process.cmdline()):
+            if any(kind in part for part in process.cmdline()):
                 return process
     return None
 
 
+def scorer_on(node: Node) -> psutil.Process | None:
+    """Return the node's actor that scores."""
+    return process_on(node, "ShardScorer")
+
+
 def test_a_submitted_curation_is_followed_to_its_result(undisturbed):
     run, done = undisturbed
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("submitted curate as job undisturbed to http://127.0.0.1:")
     assert f"run directory: {run}" in lines
@@ -60,7 +66,7 @@ def test_the_same_line_again_says_what_is_there(cluster, world, undisturbed):
     again = cluster.pharmacist(
         "submit", "curate", "--config", world / "config.yaml", f"run_dir={run}", "resources={workers: 0, actors: 0}"
     )
-    assert again.returncode == 0, (again.stdout, again.stderr)
+    assert again.returncode == 0, again.stdout + again.stderr
     lines = again.stdout.splitlines()
     for stage in ("ingest", "fit", "score", "select"):
         assert f"{stage}: there already" in lines
@@ -76,7 +82,7 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
         BIN / "ray", "job", "submit", "--no-wait", "--submission-id", "disturbed", "--working-dir", REPOSITORY, "--",
         "python", "-m", "jobs.curate", "--config", world / "config.yaml", f"run_dir={run}",
     )  # fmt: skip
-    assert submitted.returncode == 0, (submitted.stdout, submitted.stderr)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert scorer_on(cluster.head) is None
 
     # Ray brings the second actor up when the first has had work for seconds. So the first is held within a shard until the other has
@@ -110,13 +116,47 @@ def test_a_node_that_dies_while_it_scores_changes_nothing(cluster, world, undist
 
 
 @pytest.mark.slow
+def test_a_model_that_is_spread_over_workers_is_curated_with_and_survives_the_loss_of_a_node(cluster, world, undisturbed):
+    """No process holds the model whole, from the warm-up to the scores; the node of the group that scores is killed in between."""
+    run = world / "spread"
+    submitted = cluster.run(
+        BIN / "ray", "job", "submit", "--no-wait", "--submission-id", "spread", "--working-dir", REPOSITORY, "--",
+        "python", "-m", "jobs.curate", "--config", world / "config.yaml", f"run_dir={run}", "selector.warmup.zero_stage=3",
+        "resources={workers: 2, actors: 1, workers_per_actor: 2, cpus_per_worker: 0.75}",
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    wait_until(lambda: len(shards(run)) >= 2, 400, "the first shards", every=0.01)
+    victim = next(worker for worker in cluster.workers if process_on(worker, "RayTrainWorker"))
+    held = process_on(victim, "RayTrainWorker")
+    held.suspend()
+    at_kill = shards(run)
+    assert len(at_kill) < SHARDS - 4, "it was nearly over"
+    victim.kill()
+    wait_until(lambda: cluster.job("spread")["status"] != "RUNNING", 400, "the end of the job")
+    log = cluster.pharmacist("job", "logs", "spread").stdout
+    assert cluster.job("spread")["status"] == "SUCCEEDED", log
+    assert re.search(r"score: a worker died over part-000\d\d\.parquet; it was scored again \(attempt 2\)", log)
+    want, got = (
+        {row["id"]: row for row in pq.read_table(place / "scores" / "rows").to_pylist()} for place in (undisturbed[0], run)
+    )
+    assert got.keys() == want.keys()
+    assert len(got) == ROWS
+    for name in ("pharmacist", "less", "low_loss", "grad_norm"):
+        size = max(abs(row[name]) for row in want.values())
+        assert [got[id][name] for id in want] == pytest.approx([row[name] for row in want.values()], rel=1e-3, abs=1e-3 * size)
+    cut = sorted((row["pharmacist"] for row in want.values()), reverse=True)[len(kept(run)) - 1]
+    size = max(abs(row["pharmacist"]) for row in want.values())
+    assert all(abs(want[id]["pharmacist"] - cut) < 2e-3 * size for id in kept(run) ^ kept(undisturbed[0]))
+
+
+@pytest.mark.slow
 def test_a_mistake_in_the_configuration_comes_back_as_the_jobs_exit_code(started, world):
     """The file and the code travel: the submitter finds an unknown key itself, the job an unknown objective."""
     arguments = ("submit", "curate", "--config", world / "config.yaml", f"run_dir={world / 'never'}", "--working-dir", REPOSITORY)
     done = started.pharmacist(
         *arguments, "alignment.objective=sfd", "--id", "mistake", "--env", "A_SECRET", "--env", "GIVEN=x=y", A_SECRET="hunter2"
     )
-    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.returncode == 2, done.stdout + done.stderr
     assert f"\npharmacist: unknown objective 'sfd' (did you mean 'sft'?); known: {min(OBJECTIVES)}, " in done.stdout
     assert "job mistake failed with exit code 2" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
