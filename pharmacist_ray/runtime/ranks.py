@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -110,12 +108,11 @@ def gpus_in_sight() -> Iterator[None]:
 def current_ranks() -> Ranks:
     """Return this process's place in the process group, making a group of one where there is none.
 
-    DeepSpeed needs a process group even for one worker; outside Ray Train (unit tests, a notebook) a file-backed gloo group of one
-    is made, which opens no port beyond loopback.
+    DeepSpeed needs a process group even for one worker; outside Ray Train (unit tests, a notebook) a gloo group of one is made, which
+    opens no port beyond loopback and leaves no file.
     """
     if not dist.is_initialized():
-        rendezvous = Path(tempfile.mkdtemp(prefix="pharmacist-")) / "group"
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     device = torch.device("cuda", local) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
