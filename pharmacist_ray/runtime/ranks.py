@@ -112,7 +112,7 @@ def current_ranks() -> Ranks:
     opens no port beyond loopback and leaves no file.
     """
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
     local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     device = torch.device("cuda", local) if torch.cuda.is_available() and dist.get_backend() == "nccl" else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
