@@ -128,7 +128,17 @@ def test_a_model_that_is_spread_over_workers_is_curated_with_and_survives_the_lo
     wait_until(lambda: len(shards(run)) >= 2, 400, "the first shards", every=0.01)
     victim = next(worker for worker in cluster.workers if process_on(worker, "RayTrainWorker"))
     held = process_on(victim, "RayTrainWorker")
-    held.suspend()
+
+    def within_a_shard() -> bool:
+        held.suspend()
+        if any(
+            not file.with_name(file.name.split(".")[0] + ".parquet").exists() for file in run.glob("scores/rows/*.attempt.json")
+        ):
+            return True
+        held.resume()
+        return False
+
+    wait_until(within_a_shard, 60, "a shard that is begun", every=0.01)
     at_kill = shards(run)
     assert len(at_kill) < SHARDS - 4, "it was nearly over"
     victim.kill()

@@ -123,6 +123,7 @@ def test_a_model_that_is_not_there_is_said_as_ever(tmp_path: Path, two_workers: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_path: Path) -> None:
     """A model of 340 MB of weights, measured in processes of their own from before it is loaded, with a thread that looks."""
