@@ -46,7 +46,7 @@ def main(rank: int, workers: int, folder: Path) -> None:
     from pharmacist_ray.models.ref import ModelRef
     from tests.training.test_sharded import numbers
 
-    assert (AutoModelForCausalLM, PeftModel, LlamaForCausalLM)  # imported by now, so that this does not count
+    assert all((AutoModelForCausalLM, PeftModel, LlamaForCausalLM))  # imported by now, so that this does not count
     before, watch = private_bytes(), Watch()
     watch.start()
     model = ModelRef(str(folder / "model"), template="plain", max_length=32)
