@@ -20,7 +20,7 @@ from pharmacist_ray.errors import ConfigError
 _UNKNOWN = object()
 
 ROUNDS = 4
-"""Times that a text is read again and mended; each undoes what the one before did to other readers of an anchor."""
+"""Changes for each key that is to change at first: a change of an anchor may ask for one of its other readers (ours)."""
 
 
 def with_values(text: str, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, where: str = "the file") -> str:
@@ -38,15 +38,16 @@ def with_values(text: str, values: Mapping[str, Any], defaults: Mapping[str, Any
     wanted = _plain(text, where)
     for key, value in values.items():
         assign(wanted, key, value)
-    for _ in range(ROUNDS):
-        wrong = dict(_differences(_plain(text, where), wanted, defaults or {}))
+    wrong = dict(_differences(_plain(text, where), wanted, defaults or {}))
+    for _ in range(ROUNDS * len(wrong)):
         if not wrong:
-            return text
-        for key, value in wrong.items():
-            if value is _UNKNOWN:
-                raise ConfigError(f"{where}: '{key}' would be said by an anchor that others need otherwise; set it there by hand")
-            text = _put(text, key.split("."), value, where)
-    if wrong := dict(_differences(_plain(text, where), wanted, defaults or {})):
+            break
+        key, value = next(iter(wrong.items()))  # one at a time: what reads an anchor may be right by then
+        if value is _UNKNOWN:
+            raise ConfigError(f"{where}: '{key}' would be said by an anchor that others need otherwise; set it there by hand")
+        text = _put(text, key.split("."), value, where)
+        wrong = dict(_differences(_plain(text, where), wanted, defaults or {}))
+    if wrong:
         keys = ", ".join(f"{key}={_written(value)}" for key, value in wrong.items())
         raise ConfigError(f"{where} is written in a way that cannot be changed here; set these by hand: {keys}")
     return text
@@ -102,9 +103,17 @@ def _put(text: str, path: list[str], value: Any, where: str) -> str:
                     f"{where}: {'.'.join(path)} is a section over several lines; set it by hand to {_written(value)}"
                 )
             gap = " " if name is not None and text[start - 1 : start] == ":" else ""  # of a key with nothing behind it
-            return text[:start] + gap + _written(value) + text[end:]
+            return _replaced(text, start, end, gap + _written(value))
         node = child
     return text
+
+
+def _replaced(text: str, start: int, end: int, written: str) -> str:
+    """Return the text with a part replaced; a comment behind it stays in its column, if there is room."""
+    gap = re.compile(r" +(?=#)").match(text, end)
+    if gap:
+        return text[:start] + written + " " * max(1, gap.end() - start - len(written)) + text[gap.end() :]
+    return text[:start] + written + text[end:]
 
 
 def _child(node: yaml.Node, part: str) -> tuple[yaml.Node | None, yaml.Node] | None:

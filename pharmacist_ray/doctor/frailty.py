@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pharmacist_ray.curation.fit import MAX_LEARNT
@@ -85,6 +86,17 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
     if broken := first_to_break(layout, shape, work, room):
         length, name, needed = broken
         yield f"longer rows: at model.max_length={length} {name} would take {needed / 2**30:.1f} GiB; half of that still fits"
+    away = max(total(items, host=True) for items in held_by_stages(layout, shape, work).values())
+    if away:
+        node = away * min(pool.per_node, config.resources.workers * config.resources.parallel_runs) / 2**30
+        yield f"CPU memory: offloaded parts take {node:,.0f} GiB of a node's while it trains, besides what loading the weights takes"
+    busy = config.resources.workers * config.resources.parallel_runs
+    if busy < pool.gpus:
+        sizes = sorted({train.batch_size for train in config.trainings().values()})
+        yield (
+            f"training: {pool.gpus - busy} of {pool.gpus} GPUs wait, for batches of {', '.join(map(str, sizes))} rows are shared evenly by "
+            f"{math.gcd(*sizes)} at most and {max(one.runs for one in work.trainings)} models are trained; other batch sizes would use them"
+        )
     for one in work.trainings:
         setup = setup_of(config, config.trainings()[one.section], one.objective)
         parts = step_seconds(shape, setup, pool)

@@ -70,7 +70,7 @@ def best_layout(config: Config, shape: Shape, work: Work, cluster: Cluster) -> L
 def layout_on(config: Config, shape: Shape, work: Work, pool: Pool) -> Layout:
     """Return the quickest layout on a pool: with all bits of the base, else with as many as fit."""
     found = _at_precision(config, shape, work, pool)
-    if not found.problems or config.model.quantization or config.model.trust_remote_code:
+    if not any(map(_is_about_weights, found.problems)) or config.model.quantization or config.model.trust_remote_code:
         return found
     if any(train.weights == "full" for train in config.trainings().values()):
         return found
@@ -84,10 +84,20 @@ def layout_on(config: Config, shape: Shape, work: Work, pool: Pool) -> Layout:
     return found
 
 
+def _is_about_weights(problem: str) -> bool:
+    """Whether fewer bits are what is left to do about a problem; of answers an endpoint takes care at all bits."""
+    return not problem.startswith("evaluate")
+
+
 def _at_precision(config: Config, shape: Shape, work: Work, pool: Pool) -> Layout:
     problems, values = list[str](), dict[str, Any]({"resources.gpus_per_worker": 1})
     config = with_values(config, values)
-    if (trained := _trainings(config, shape, work, pool)) is None:
+    trained = _trainings(config, shape, work, pool)
+    if trained is None and (trained := _trainings(config, shape, work, pool, directions=False)) is not None:
+        problems.append(
+            f"fit: no GPU of {pool.name} holds what the directions take, {_least(config, shape, 'fit')}; take larger GPUs"
+        )
+    if trained is None:
         problems.append(_too_large(config, shape, pool))
     else:
         values |= trained
@@ -95,7 +105,7 @@ def _at_precision(config: Config, shape: Shape, work: Work, pool: Pool) -> Layou
     scored = _scoring(config, shape, work, pool)
     if scored is None:
         how = "take larger GPUs, or more of them" if groups.can_share() else "take larger GPUs"
-        problems.append(f"score: no GPU of {pool.name} holds what it takes, {_least(config, shape)}; {how}")
+        problems.append(f"score: no GPU of {pool.name} holds what it takes, {_least(config, shape, 'score')}; {how}")
     else:
         values |= scored[1]
         config = with_values(config, scored[1])
@@ -122,28 +132,37 @@ def room(pool: Pool) -> float:
 # --- training
 
 
-def _trainings(config: Config, shape: Shape, work: Work, pool: Pool) -> dict[str, Any] | None:
-    """Return the keys of the quickest way to train; None where no way fits."""
+def _trainings(config: Config, shape: Shape, work: Work, pool: Pool, directions: bool = True) -> dict[str, Any] | None:
+    """Return the keys of the quickest way to train; None where no way fits.
+
+    Args:
+        config: The configuration.
+        shape: The model.
+        work: What there is to do.
+        pool: Where.
+        directions: Whether `fit`'s directions have to fit too.
+    """
     sizes = [train.batch_size for train in config.trainings().values()]
     runs = max([1, *(one.runs for one in work.trainings if one.stage != "fit")])
     found = []
     for workers in _divisors(math.gcd(*sizes)):
-        if workers <= pool.gpus:
-            beside = max(1, min(pool.gpus // workers, runs))
-            resources = {"resources.workers": workers, "resources.parallel_runs": beside}
-            tried = with_values(config, resources)
-            chosen = [_section(tried, shape, pool, name) for name in config.trainings()]
-            if (
-                all(one is not None for one in chosen)
-                and (directions := _directions(with_values(tried, *chosen), shape, pool)) is not None
-            ):
-                values = resources | {key: value for one in [*chosen, directions] for key, value in (one or {}).items()}
-                time = stage_seconds(shape, with_values(config, values), work, pool)
-                found.append((sum(time.get(stage, 0.0) for stage in ("fit", "align", "attack")), beside, values))
+        if workers > pool.gpus:
+            break
+        beside = max(1, min(pool.gpus // workers, runs))
+        values: dict[str, Any] = {"resources.workers": workers, "resources.parallel_runs": beside}
+        tried = with_values(config, values)
+        chosen = [_section(tried, shape, pool, name, directions) for name in config.trainings()]
+        if directions:
+            chosen.append(_directions(with_values(tried, *chosen), shape, pool))
+        if all(one is not None for one in chosen):
+            for one in chosen:
+                values |= one or {}
+            time = stage_seconds(shape, with_values(config, values), work, pool)
+            found.append((sum(time.get(stage, 0.0) for stage in ("fit", "align", "attack")), beside, values))
     return simplest_of(found, lambda one: one[0], lambda one: one[1])[2] if found else None
 
 
-def _section(config: Config, shape: Shape, pool: Pool, name: str) -> dict[str, Any] | None:
+def _section(config: Config, shape: Shape, pool: Pool, name: str, directions: bool) -> dict[str, Any] | None:
     """Return the keys of the quickest way that fits of one training section: ZeRO stage, offload, checkpointing, accumulation."""
     train, options = config.trainings()[name], []
     stages, alone = _stages(config, train, name), config.resources.workers == 1
@@ -155,7 +174,7 @@ def _section(config: Config, shape: Shape, pool: Pool, name: str) -> dict[str, A
         setups = [setup_of(config, tried, objective) for objective in objectives_of(config, name)]
         items = [memory(shape, setup) for setup in setups]
         if all(_fits(one, pool, config) for one in items) and (
-            name != "selector.warmup" or _directions_fit(config, tried, shape, pool)
+            not directions or name != "selector.warmup" or _directions_fit(config, tried, shape, pool)
         ):
             time = sum(total(step_seconds(shape, setup, pool)) for setup in setups)
             effort = (("none", "optimizer", "parameters").index(offload), zero, accumulation, again)
@@ -265,11 +284,12 @@ def _tensor_parallel(config: Config, shape: Shape, pool: Pool) -> int:
     return next((size for size in (1, 2, 4, 8, 16, 32) if 1.2 * weights / size < room(pool)), 64)
 
 
-def _least(config: Config, shape: Shape) -> str:
-    items = score_memory(
-        shape, with_values(config, {"scoring.checkpointing": True, "scoring.tokens_per_batch": config.model.max_length})
-    )
-    return f"{total(items) / 2**30:.0f} GiB for a single row"
+def _least(config: Config, shape: Shape, stage: str) -> str:
+    """Return what a single row takes, with activations computed again."""
+    again, tokens = ("selector.warmup.checkpointing", "selector") if stage == "fit" else ("scoring.checkpointing", "scoring")
+    held_by = fit_memory if stage == "fit" else score_memory
+    items = held_by(shape, with_values(config, {again: True, f"{tokens}.tokens_per_batch": config.model.max_length}))
+    return f"{total(items) / 2**30:.0f} GiB with a single row"
 
 
 # --- what all share

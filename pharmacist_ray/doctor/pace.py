@@ -48,13 +48,14 @@ def seconds(shape: Shape, setup: Setup, gpu: str = USUAL, link: float = LINK) ->
     tokens = (setup.micro_batch * setup.accumulation * setup.length, "tokens")
     items = [arithmetic((token_flops(shape, setup), "FLOP"), tokens, gpu=gpu, dtype=setup.dtype)]
     others = setup.workers - 1
+    # Forward, backward, and between them the recomputation.
+    gathers = _passes(setup) * (2 + setup.checkpointing) + extra_of(setup.objective).forwards
+    times = gathers * setup.accumulation
     if setup.zero == 3 and others:
-        # Forward, backward, and between them the recomputation.
-        gathers = _passes(setup) * (2 + setup.checkpointing) + extra_of(setup.objective).forwards
-        times, whole = (gathers * setup.accumulation, "gathers"), (shape.parameters * width, "B")
-        items.append(gathering(shape, setup.dtype, setup.workers, gathers * setup.accumulation, link))
-        if setup.offload == "parameters":
-            items.append(Item("weights from the CPU", (times, whole), ((setup.workers, "GPUs"), (PCIE, "B/s"))))
+        items.append(gathering(shape, setup.dtype, setup.workers, times, link))
+    if setup.zero == 3 and setup.offload == "parameters":
+        moved = ((times, "gathers"), (shape.parameters * width, "B"))
+        items.append(Item("weights from the CPU", moved, ((setup.workers, "GPUs"), (PCIE, "B/s"))))
     if others:
         # A ring's reduce-scatter and all-gather.
         items.append(Item("reducing gradients", ((2 * others / setup.workers, ""), (trained * wide, "B")), ((link, "B/s"),)))

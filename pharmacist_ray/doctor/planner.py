@@ -13,6 +13,7 @@ from pharmacist_ray.doctor.cluster import Cluster
 from pharmacist_ray.doctor.estimate import BYTES, memory, setup_of, total
 from pharmacist_ray.doctor.examine import print_items, size_in_words
 from pharmacist_ray.doctor.frailty import frailties, held_by_stages
+from pharmacist_ray.doctor.gpus import GPUS
 from pharmacist_ray.doctor.guests import guest_memory, guests_of
 from pharmacist_ray.doctor.hours import DISK, REACHED, batch_seconds, step_seconds
 from pharmacist_ray.doctor.layout import FILLED, Layout, best_layout, objectives_of, room, with_values
@@ -69,7 +70,7 @@ def show_plan(config: Config, cluster: Cluster, *, rows: float | None = None, sa
     )
     for line in work.assumed:
         say(f"          assumed: {escaped(line)}")
-    _stages(layout, shape, work)
+    _stages(layout, shape, work, list(dict.fromkeys(one.kind for one in cluster)))
     _layout(run.config, layout, shape)
     if layout.group > 1:
         _gathers(layout, shape, work)
@@ -145,18 +146,18 @@ def _cluster(layout: Layout, cluster: Cluster, said: list[str]) -> None:
         )
 
 
-def _stages(layout: Layout, shape: Shape, work: Work) -> None:
+def _stages(layout: Layout, shape: Shape, work: Work, kinds: list[str]) -> None:
     """Print what each stage holds on a GPU with the layout, and on which kinds it fits."""
-    kinds = list(dict.fromkeys(one.kind for one in layout.pool.nodes))
-    say("[bold]stages[/]   what each holds on a GPU with the layout below, at most")
+    say("[bold]stages[/]   what each holds on a GPU with the layout below, at most, and where that fits")
     for name, items in held_by_stages(layout, shape, work).items():
-        held = total(items)
-        fits = held <= room(layout.pool)
-        state = "fits" if fits else "[red]does not fit[/]"
+        held, spared = total(items), total(items, host=True)
+        fits = [kind for kind in kinds if held <= FILLED * GPUS[kind].memory]
+        others = [kind for kind in kinds if kind not in fits]
+        state = "; ".join(["fits " + ", ".join(fits)] * bool(fits) + ["[red]too much[/] for " + ", ".join(others)] * bool(others))
         largest = sorted((item for item in items if not item.host), key=lambda item: -item.amount)[:2]
         mostly = ", ".join(f"{item.what} {size_in_words(item.amount)}" for item in largest)
-        away = f"; {size_in_words(spared)} of CPU memory" if (spared := total(items, host=True)) else ""
-        say(f"          {name:<28}{size_in_words(held):>10}  {state} {', '.join(kinds)}: {mostly}{away}")
+        away = f"; and {size_in_words(spared)} of CPU memory" if spared else ""
+        say(f"          {name:<28}{size_in_words(held):>10}  {state} ({mostly}{away})")
     _, _, unknown = guest_memory(one for stage in ("score", "evaluate") for one in guests_of(layout.config, stage))
     for line in unknown:
         say(f"          [yellow]{escaped(line)}[/]")
@@ -254,11 +255,11 @@ def _hours(layout: Layout, work: Work) -> None:
     pool = layout.pool
     say(f"[bold]time[/]     on {escaped(pool.name)}, {sum(layout.seconds.values()) / 3600:,.3g} h in all")
     about = {
-        "fit": f"{sum(one.runs for one in work.trainings if one.stage == 'fit')} trainings, directions at {work.checkpoints} checkpoints",
-        "score": f"{work.rows:,.0f} rows of {work.tokens:g} tokens, {work.checkpoints} passes with gradients and {work.forwards} without",
-        "align": f"{sum(one.runs for one in work.trainings if one.stage == 'align')} models",
-        "attack": f"{sum(one.runs for one in work.trainings if one.stage == 'attack')} models",
-        "evaluate": f"{work.models} models answer {work.prompts:,} prompts each",
+        "fit": f"{_several(_runs(work, 'fit'), 'training')}, directions at {_several(work.checkpoints, 'checkpoint')}",
+        "score": f"{work.rows:,.0f} rows of {work.tokens:g} tokens, {work.checkpoints} × with gradients and {work.forwards} × without",
+        "align": _several(_runs(work, "align"), "model"),
+        "attack": _several(_runs(work, "attack"), "model"),
+        "evaluate": f"{_several(work.models, 'model')}, {work.prompts:,} prompts each",
         "ingest": f"{work.rows:,.0f} rows on {pool.cpus or 0:g} CPUs",
         "select": f"{work.rows:,.0f} rows on {pool.cpus or 0:g} CPUs",
     }
@@ -269,6 +270,18 @@ def _hours(layout: Layout, work: Work) -> None:
         say(f"          ingest and select take CPUs, whose number is not known: {ingest:,.2g} and {select:,.2g} CPU hours")
     reached = f"GPUs at {UTILISATION:.0%} of their peak in {layout.config.model.dtype}, links at {REACHED:.0%} of their speed"
     say(f"          assumed: {reached}, training rows of full length, nothing overlapped")
+    if layout.config.model.quantization:
+        say(
+            "          weights in few bits are taken to multiply as fast as others; they take longer, by how much was not measured"
+        )
+
+
+def _runs(work: Work, stage: str) -> int:
+    return sum(one.runs for one in work.trainings if one.stage == stage)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _traffic(layout: Layout, shape: Shape, work: Work) -> None:
@@ -281,16 +294,17 @@ def _traffic(layout: Layout, shape: Shape, work: Work) -> None:
     shares = [one for one in work.trainings if config.trainings()[one.section].zero_stage == 3]
     nodes = sum(one.count for one in pool.nodes)
     size = max(workers, layout.group)
-    alone = "" if size > 1 else "no GPU waits for another: "
-    say(
-        f"[bold]network[/]  {alone}groups of {size} GPUs exchange over {over}, {link / 1e9:,.3g} GB/s each (its speed × {REACHED:g})"
-    )
-    if nodes > 1:
-        say(f"          between nodes {outside / 1e9:,.4g} Gbit/s each are taken for granted; --network says what there is")
-    if shares:
+    if size == 1:
+        say("[bold]network[/]  a training and an actor have one GPU each, and nothing passes between them")
+    else:
         say(
-            f"          ZeRO 3: every GPU receives {size_in_words(weights * (workers - 1) / workers)} each time the weights are gathered"
+            f"[bold]network[/]  groups of {size} GPUs exchange over {over}, {link / 1e9:,.3g} GB/s each (its speed × {REACHED:g})"
         )
+        if nodes > 1:
+            say(f"          between nodes {outside / 1e9:,.4g} Gbit/s each are taken for granted; --network says what there is")
+        if shares:
+            received = size_in_words(weights * (workers - 1) / workers)
+            say(f"          ZeRO 3: every GPU of a training receives {received} each time the weights are gathered")
     read = f"{size_in_words(weights)} in {weights / DISK / 60:.2g} minutes at {DISK / 1e9:g} GB/s (assumed)"
     say(f"[bold]disk[/]     every node reads the weights when a training or a stage starts: {read}")
     adapters = shape.adapter * 4 * (sum(one.runs for one in work.trainings))
@@ -299,4 +313,6 @@ def _traffic(layout: Layout, shape: Shape, work: Work) -> None:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -427,6 +427,7 @@ def test_the_configuration_names_every_source_of_a_cost(seventy: Path) -> None:
         [
             f"model.path={seventy}",
             "alignment.parameters={t_vaccine: {layers: 3, probe_interval: 50}}",
+            "resources.workers=16",
             "alignment.train.accumulation=2",
             "alignment.train.offload=optimizer",
             "resources.gpus_per_worker=0",
