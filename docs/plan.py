@@ -57,7 +57,7 @@ class Plan:
     def batch(self, model: str) -> list[Item]:
         """Return the seconds in which a GPU scores a batch, item by item."""
         config, shape = _model(model)
-        work = Work(self.rows, ROW_BYTES, TOKENS, (), self.checkpoints, self.forwards, 0, 0, 0)
+        work = Work(self.rows, ROW_BYTES, TOKENS, (), self.checkpoints, self.forwards, 0, 0, 0, 0)
         return batch_seconds(shape, config, work, self.pool, MODELS[model][2])
 
     def gpu_hours(self, model: str, rows: float) -> float:

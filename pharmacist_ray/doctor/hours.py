@@ -130,12 +130,12 @@ def score_seconds(shape: Shape, config: Config, work: Work, pool: Pool, group: i
 
 
 def direction_seconds(shape: Shape, config: Config, work: Work, pool: Pool) -> float:
-    """Return the seconds in which the directions of all checkpoints are taken."""
-    if not work.checkpoints or not work.directions:
+    """Return the seconds in which the directions of all checkpoints are taken, and logits are learnt."""
+    if not work.checkpoints * work.directions + work.learnt:
         return 0.0
     selector = config.selector
     setup = pass_setup(config, selector.tokens_per_batch, selector.warmup.checkpointing, fitting_group(config))
-    rows = work.checkpoints * math.ceil(work.directions / max(1, config.resources.workers))
+    rows = math.ceil((work.checkpoints * work.directions + work.learnt) / max(1, config.resources.workers))
     once = total(_passes(shape, setup, 1, 0, pool))
     return load_seconds(shape, config) + math.ceil(rows / setup.micro_batch) * once
 

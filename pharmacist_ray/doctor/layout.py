@@ -245,7 +245,11 @@ def _scoring(config: Config, shape: Shape, work: Work, pool: Pool) -> tuple[int,
     length, given = config.model.max_length, config.scoring.tokens_per_batch
     options = []
     for group in (1, *_group_sizes(config, pool)):
-        batches = _halves(given, length) if group == 1 else sorted({given, *(2**power for power in range(10, 17))}, reverse=True)
+        batches = (
+            _halves(given, length)
+            if group == 1
+            else sorted({given, *(2**power for power in range(10, MOST.bit_length()))}, reverse=True)
+        )
         for again, tokens in product((False, True), batches):
             keys = {"scoring.checkpointing": again, "scoring.tokens_per_batch": tokens, "resources.actors": pool.gpus // group}
             tried = with_values(config, keys)

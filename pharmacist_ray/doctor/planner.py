@@ -138,6 +138,8 @@ def _cluster(layout: Layout, cluster: Cluster, said: list[str]) -> None:
         say(f"[bold]cluster[/]  {one.count} node{'s' * (one.count > 1)} of {one.gpus} {one.kind}, {memory_}{used}")
     for line in said:
         say(f"          {escaped(line)}")
+    for kind in dict.fromkeys(one.kind for one in pool.nodes if one.gpu.bfloat16 <= one.gpu.float32):
+        say(f"          a {kind}'s tensor cores do not know bfloat16: it computes at the rate of float32, and saves memory alone")
     if len(pool.nodes) < len(cluster):
         say("          a worker lands on any GPU of a cluster: start this run's with the others alone")
     elif len(cluster) > 1:
@@ -265,6 +267,8 @@ def _hours(layout: Layout, work: Work) -> None:
     }
     for stage, seconds in layout.seconds.items():
         say(f"          {stage:<10}{seconds / 3600:>9.3g} h  {seconds / 3600 * pool.gpus:>9,.4g} GPU h  {about[stage]}")
+    if layout.config.evaluation is not None and layout.config.evaluation.engine is not None:
+        say("          evaluate: an endpoint answers, whose pace is not known here")
     if pool.cpus is None:
         ingest, select = (work.rows * each / 3600 for each in (INGEST_S, SELECT_S))
         say(f"          ingest and select take CPUs, whose number is not known: {ingest:,.2g} and {select:,.2g} CPU hours")

@@ -74,6 +74,8 @@ class Work:
     """Forward passes over a candidate besides."""
     directions: int
     """Rows whose gradient `fit` takes at a checkpoint, all together."""
+    learnt: int
+    """Rows whose gradient it takes while it learns a logit for each candidate, in all iterations."""
     models: int
     """That answer."""
     prompts: int
@@ -111,10 +113,18 @@ def work_of(run: Run, rows: float | None = None) -> Work:
         forwards=len(passes),
         # The harmful rows' gradient for the attack, and the validation rows' with and without it (see `curation.fit`).
         directions=(3 * trusted if "directions" in run.parts else 0) + (2 * trusted if "groups" in run.parts else 0),
+        learnt=_learnt(run),
         models=len(run.variants) * (1 + len(config.attacks)) if config.evaluation else 0,
         prompts=asked,
         assumed=assumed,
     )
+
+
+def _learnt(run: Run) -> int:
+    """Return the rows of all iterations of the parts that learn: candidates, validation and harmful rows; SEAL's, at two adapters."""
+    selector = run.config.selector
+    logits = 3 * selector.iterations * selector.batch_size if "logits" in run.parts else 0
+    return logits + (4 * selector.seal.steps * selector.seal.batch_size if "seal" in run.parts else 0)
 
 
 def _candidates(run: Run, rows: float | None, assumed: list[str]) -> tuple[float, float]:

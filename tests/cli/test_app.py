@@ -248,8 +248,8 @@ def test_doctor_plans_for_a_cluster_and_says_what_its_options_go_with(pharmacist
     assert f"wrote {file}: " in " ".join(out.split())
     assert load_config(file).resources.actors == 2
     assert load_config(file).model.path == "path/to/model"  # an override is not written
-    code, _, err = pharmacist("doctor", "--config", file, "--cluster", "2xT5")
-    assert (code, "unknown GPU 'T5' (did you mean 'T4'?)" in err) == (2, True)
+    code, _, err = pharmacist("doctor", "--config", file, "--cluster", "2xH10")
+    assert (code, "unknown GPU 'H10' (did you mean 'H100'?)" in err) == (2, True)
     code, _, err = pharmacist("doctor", "--config", file, "--write", file)
     assert (code, "which --cluster asks for" in err) == (2, True)
     code, _, err = pharmacist("doctor", file, "--cluster", "2xT4")

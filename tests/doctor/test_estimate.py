@@ -381,6 +381,13 @@ def test_time_by_hand(seven: Shape) -> None:
     assert found["weights from the CPU"] == pytest.approx(3 * 2 * 3 * weights / 4 / 20e9)
     assert found["reducing gradients"] == pytest.approx(2 * 3 / 4 * a * 4 / 50e9)
     assert found["optimiser on the CPU"] == pytest.approx(2 * a * 4 / 4 / 20e9)
+    # A worker on its own gathers from nobody, and fetches all of it from its own CPU memory.
+    found = _by_name(seconds(seven, Setup(dtype="bfloat16", zero=3, accumulation=2, offload="parameters")))
+    assert found["weights from the CPU"] == pytest.approx(2 * 2 * weights / 20e9)
+    assert "gathering weights" not in found
+    # Over another link the same numbers take another time.
+    faster = _by_name(seconds(seven, sharded, "H100", 500e9))
+    assert faster["gathering weights"] == pytest.approx(3 * 2 * 3 * weights * 3 / 4 / 500e9)
 
 
 def test_an_unknown_gpu_counts_as_an_a100(seven: Shape) -> None:

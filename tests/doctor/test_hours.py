@@ -26,7 +26,9 @@ def pool(text: str, network: float | None = None) -> Pool:
 
 @pytest.fixture
 def scored() -> Work:
-    return Work(rows=1e6, row_bytes=1000, tokens=256, trainings=(), checkpoints=1, forwards=2, directions=0, models=0, prompts=0)
+    return Work(
+        rows=1e6, row_bytes=1000, tokens=256, trainings=(), checkpoints=1, forwards=2, directions=0, learnt=0, models=0, prompts=0
+    )
 
 
 def test_a_group_gathers_over_nvlink_within_a_node_and_over_the_network_beyond() -> None:
@@ -93,3 +95,6 @@ def test_hours_of_a_run_by_hand(llama: Callable[..., Config]) -> None:
     known = Pool(tuple(replace(one, cpus=32.0) for one in where.nodes))
     assert stage_seconds(shape, config, work, known)["ingest"] == pytest.approx(2e6 * 2e-3 / 64)
     assert load_seconds(shape, config) == load
+    iterative = llama("8b", "scoring.scorers=[pharmacist_iterative,seal]", "selection.scorer=seal", "comparison.selections=[seal]",
+                      "selector.inner_lr=1e-3")  # fmt: skip
+    assert work_of(Run(iterative), 1e3).learnt == 200 * 3 * 32 + 200 * 4 * 32
