@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pharmacist_ray.curation.fit import MAX_LEARNT
 from pharmacist_ray.curation.selector import LEARNT
 from pharmacist_ray.doctor.estimate import Item, memory, setup_of, total
-from pharmacist_ray.doctor.hours import batch_seconds, step_seconds
+from pharmacist_ray.doctor.hours import batch_seconds, step_seconds, token_seconds
 from pharmacist_ray.doctor.layout import Layout, objectives_of, takes_directions, with_values
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.shape import Shape
@@ -39,7 +39,7 @@ def held_by_stages(layout: Layout, shape: Shape, work: Work) -> dict[str, list[I
         found["fit: directions"] = fit_memory(shape, config)
     if items := score_memory(shape, config, layout.group):
         found["score"] = items
-    if config.evaluation is not None and (items := answer_memory(shape, config)):
+    if config.evaluation is not None and (items := answer_memory(shape, config, layout.group)):
         found["evaluate"] = items
     return found
 
@@ -108,6 +108,13 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
         waits = sum(item.amount for item in parts if item.what != "arithmetic") / total(parts)
         if waits > 0.1:
             yield f"score: {waits:.0%} of a batch is gathering weights; a larger scoring.tokens_per_batch mends that"
+        if config.evaluation is not None and config.evaluation.engine is None:
+            token = token_seconds(shape, config, pool, layout.group)
+            gathers = token[-1].amount / total(token)
+            yield (
+                f"evaluate: a token takes {total(token):.2g} s, {gathers:.0%} of it gathering weights; an endpoint with tensor parallelism "
+                "(evaluation.engine) answers sooner"
+            )
     for stage, seconds in layout.seconds.items():
         if seconds > LONG_H * 3600:
             yield (

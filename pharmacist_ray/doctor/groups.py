@@ -1,21 +1,27 @@
-"""Whether several GPUs hold one model while it scores, sharded by ZeRO 3: the one place that knows how a configuration says so."""
+"""Whether several workers hold one model while it scores and answers, sharded by ZeRO 3: the one place that knows how that is said."""
 
 from __future__ import annotations
 
 from pharmacist_ray.config.resources import ResourcesConfig
 from pharmacist_ray.config.schema import Config
-from pharmacist_ray.config.scoring import ScoringConfig
+
+KEY = "workers_per_actor"
+"""Of the resources: the workers that stand in the place of an actor."""
 
 
 def can_share() -> bool:
-    """Whether this version scores by groups of GPUs, and takes the selector's directions in the engine of its warm-up."""
-    return "parallel" in ScoringConfig.model_fields and "gpus_per_actor" in ResourcesConfig.model_fields
+    """Whether this version scores and answers by such groups, and takes the selector's directions where its warm-up is sharded."""
+    return KEY in ResourcesConfig.model_fields
 
 
-def scoring_group(config: Config) -> int:
-    """Return how many GPUs hold the model together while it scores."""
-    shared = can_share() and getattr(config.scoring, "parallel", "none") == "sharded"
-    return max(1, int(getattr(config.resources, "gpus_per_actor", 1))) if shared else 1
+def may_share(config: Config) -> bool:
+    """Whether a configuration's model may be spread over a group: not in few bits, nor where whole weights are moved."""
+    return can_share() and not config.model.quantization and config.scoring.method != "difference"
+
+
+def group_of(config: Config) -> int:
+    """Return how many GPUs hold the model together while it scores and answers."""
+    return max(1, int(getattr(config.resources, KEY, 1)))
 
 
 def fitting_group(config: Config) -> int:
@@ -24,9 +30,5 @@ def fitting_group(config: Config) -> int:
 
 
 def in_groups(gpus: int) -> dict[str, object]:
-    """Return the keys, by dotted names, that have groups of so many GPUs score."""
-    keys: dict[str, object] = {"scoring.parallel": "sharded" if gpus > 1 else "none", "resources.gpus_per_actor": gpus}
-    known = {f"scoring.{name}" for name in ScoringConfig.model_fields} | {
-        f"resources.{name}" for name in ResourcesConfig.model_fields
-    }
-    return {key: value for key, value in keys.items() if key in known}
+    """Return the keys, by dotted names, that have groups of so many GPUs score and answer."""
+    return {f"resources.{KEY}": gpus} if KEY in ResourcesConfig.model_fields else {}

@@ -12,7 +12,7 @@ from pharmacist_ray.config.schema import Config
 from pharmacist_ray.doctor.cluster import Cluster
 from pharmacist_ray.doctor.estimate import BYTES, Item, Setup, setup_of, total
 from pharmacist_ray.doctor.gpus import GPUS, Gpu
-from pharmacist_ray.doctor.groups import fitting_group, scoring_group
+from pharmacist_ray.doctor.groups import fitting_group, group_of
 from pharmacist_ray.doctor.pace import PCIE, arithmetic, gathering, seconds, token_flops
 from pharmacist_ray.doctor.passes import base_memory, pass_setup
 from pharmacist_ray.doctor.shape import Shape
@@ -104,7 +104,7 @@ def batch_seconds(shape: Shape, config: Config, work: Work, pool: Pool, group: i
         pool: Where.
         group: GPUs that hold the model together; None: as the configuration says.
     """
-    scoring, group = config.scoring, scoring_group(config) if group is None else group
+    scoring, group = config.scoring, group_of(config) if group is None else group
     setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, group)
     return _passes(shape, setup, work.checkpoints, work.forwards, pool)
 
@@ -122,7 +122,7 @@ def _passes(shape: Shape, setup: Setup, both: int, forwards: int, pool: Pool) ->
 
 def score_seconds(shape: Shape, config: Config, work: Work, pool: Pool, group: int | None = None) -> float:
     """Return the seconds in which all candidates are scored; see `batch_seconds`."""
-    scoring, group = config.scoring, scoring_group(config) if group is None else group
+    scoring, group = config.scoring, group_of(config) if group is None else group
     setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, group)
     batches = work.rows * work.tokens / (setup.micro_batch * setup.length)
     gpus = group * max(1, config.resources.actors)
@@ -140,19 +140,33 @@ def direction_seconds(shape: Shape, config: Config, work: Work, pool: Pool) -> f
     return load_seconds(shape, config) + math.ceil(rows / setup.micro_batch) * once
 
 
+def token_seconds(shape: Shape, config: Config, pool: Pool, group: int | None = None) -> list[Item]:
+    """Return the seconds in which a GPU makes the next token of a batch of answers: all weights are read, and in a group gathered.
+
+    Args:
+        shape: The model.
+        config: The configuration.
+        pool: Where.
+        group: GPUs that hold the model together; None: as the configuration says.
+    """
+    group = group_of(config) if group is None else group
+    weights = total(base_memory(shape, pass_setup(config, config.model.max_length, False)))
+    read = Item("reading weights", ((weights, "B"),), ((GPUS[pool.slowest].bandwidth, "B/s"),))
+    items = [max(read, Item("launching kernels", ((shape.layers, "layers"), (LAUNCH_S, "s"))), key=lambda item: item.amount)]
+    return items + ([gathering(shape, config.model.dtype, group, 1, pool.link(group)[0])] if group > 1 else [])
+
+
 def answer_seconds(shape: Shape, config: Config, work: Work, pool: Pool) -> float:
     """Return the seconds in which all models answer; of an endpoint nothing is known."""
     settings = config.evaluation
     if settings is None or settings.engine is not None or not work.models:
         return 0.0
-    setup = pass_setup(config, config.model.max_length, False)
-    weights = total(base_memory(shape, setup))
-    token = max(weights / GPUS[pool.slowest].bandwidth, shape.layers * LAUNCH_S)
     flops = 2.0 * (shape.parameters - shape.embedding)
-    read = arithmetic((flops, "FLOP"), (settings.batch_size * work.tokens, "tokens"), gpu=pool.slowest, dtype=setup.dtype).amount
-    batches = math.ceil(work.prompts / settings.batch_size)
-    model = load_seconds(shape, config) + batches * (read + settings.max_new_tokens * token)
-    return math.ceil(work.models / max(1, min(config.resources.actors, work.models))) * model
+    dtype = config.model.dtype
+    read = arithmetic((flops, "FLOP"), (settings.batch_size * work.tokens, "tokens"), gpu=pool.slowest, dtype=dtype).amount
+    batches = math.ceil(work.prompts / (settings.batch_size * group_of(config)))
+    one = batches * (read + settings.max_new_tokens * total(token_seconds(shape, config, pool)))
+    return math.ceil(work.models / max(1, min(config.resources.actors, work.models))) * (load_seconds(shape, config) + one)
 
 
 def stage_seconds(shape: Shape, config: Config, work: Work, pool: Pool) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pharmacist_ray.doctor.hours import Pool, batch_seconds, stage_seconds, step
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.doctor.workload import Work
+from pharmacist_ray.evaluation.answers import PROMPTS_PER_UNIT
 from pharmacist_ray.training.objectives import OBJECTIVES
 
 FILLED = 0.95
@@ -102,22 +103,18 @@ def _at_precision(config: Config, shape: Shape, work: Work, pool: Pool) -> Layou
     else:
         values |= trained
         config = with_values(config, trained)
-    scored = _scoring(config, shape, work, pool)
+    scored, answered = _actors(config, shape, work, pool)
     if scored is None:
         how = "take larger GPUs, or more of them" if groups.can_share() else "take larger GPUs"
         problems.append(f"score: no GPU of {pool.name} holds what it takes, {_least(config, shape, 'score')}; {how}")
-    else:
-        values |= scored[1]
-        config = with_values(config, scored[1])
-    answered = _answering(config, shape, pool)
     if answered is None:
         problems.append(
             f"evaluate: no GPU of {pool.name} holds the model that answers; let an endpoint answer (evaluation.engine: {{url: …, model: "
-            f"BASE}}, `vllm serve BASE --tensor-parallel-size {_tensor_parallel(config, shape, pool)} --enable-lora`)"
+            f"BASE}}, `vllm serve BASE --tensor-parallel-size {_tensor_parallel(shape, pool)} --enable-lora`)"
         )
-    else:
-        values |= answered
-        config = with_values(config, answered)
+    for keys in (scored[1] if scored else {}, answered or {}):
+        values |= keys
+        config = with_values(config, keys)
     cpus = _cpus(config, pool)
     values |= cpus
     config = with_values(config, cpus)
@@ -238,20 +235,30 @@ def _too_large(config: Config, shape: Shape, pool: Pool) -> str:
 # --- scoring and answering
 
 
-def _scoring(config: Config, shape: Shape, work: Work, pool: Pool) -> tuple[int, dict[str, Any]] | None:
-    """Return how many GPUs hold the model together while it scores, and the keys of the quickest way; None where no way fits."""
-    if not work.checkpoints and not work.forwards:
-        return 1, {"resources.actors": pool.gpus}
+def _actors(
+    config: Config, shape: Shape, work: Work, pool: Pool
+) -> tuple[tuple[int, dict[str, Any]] | None, dict[str, Any] | None]:
+    """Return the quickest way to score, by the smallest groups that can answer too, and how they answer; None for what fits nowhere."""
+    first = _scoring(config, shape, work, pool, 1)
+    scored = first
+    while scored is not None:
+        if (answered := _answering(with_values(config, scored[1]), shape, pool, scored[0])) is not None:
+            return scored, answered
+        scored = _scoring(config, shape, work, pool, scored[0] + 1)
+    return first, _answering(config, shape, pool, 1)
+
+
+def _scoring(config: Config, shape: Shape, work: Work, pool: Pool, least: int) -> tuple[int, dict[str, Any]] | None:
+    """Return how many GPUs, of so many or more, hold the model together while it scores, and the keys of the quickest way."""
     length, given = config.model.max_length, config.scoring.tokens_per_batch
     options = []
-    for group in (1, *_group_sizes(config, pool)):
-        batches = (
-            _halves(given, length)
-            if group == 1
-            else sorted({given, *(2**power for power in range(10, MOST.bit_length()))}, reverse=True)
-        )
+    for group in (size for size in _group_sizes(config, pool) if size >= least):
+        actors = {"resources.actors": pool.gpus // group}
+        if not work.checkpoints and not work.forwards:
+            return group, actors | groups.in_groups(group)
+        batches = _halves(given, length) if group == 1 else sorted({given, *(2**power for power in range(10, MOST.bit_length()))})
         for again, tokens in product((False, True), batches):
-            keys = {"scoring.checkpointing": again, "scoring.tokens_per_batch": tokens, "resources.actors": pool.gpus // group}
+            keys = {"scoring.checkpointing": again, "scoring.tokens_per_batch": tokens, **actors}
             tried = with_values(config, keys)
             if tokens >= min(given, length) and _fits(score_memory(shape, tried, group), pool, config):
                 time = total(batch_seconds(shape, tried, work, pool, group)) / tokens
@@ -264,25 +271,27 @@ def _scoring(config: Config, shape: Shape, work: Work, pool: Pool) -> tuple[int,
 
 
 def _group_sizes(config: Config, pool: Pool) -> Iterator[int]:
-    """Yield the sizes of groups of GPUs that may hold a model together: within a node, or of whole nodes."""
-    if groups.can_share() and not config.model.quantization:
+    """Yield the sizes of groups of GPUs that may hold a model together: one, some of a node, or whole nodes."""
+    yield 1
+    if groups.may_share(config):
         for size in range(2, pool.gpus + 1):
             if pool.per_node % size == 0 or size % pool.per_node == 0:
                 yield size
 
 
-def _answering(config: Config, shape: Shape, pool: Pool) -> dict[str, Any] | None:
-    """Return the largest batch of answers that fits, at most the configuration's."""
+def _answering(config: Config, shape: Shape, pool: Pool, group: int) -> dict[str, Any] | None:
+    """Return the largest batch of answers that fits: at most the configuration's, or for a group, which gathers for each, a unit's."""
     settings = config.evaluation
     if settings is None:
         return {}
-    for size in _halves(settings.batch_size, 1):
-        if _fits(answer_memory(shape, with_values(config, {"evaluation.batch_size": size})), pool, config):
+    most = settings.batch_size if group == 1 else max(settings.batch_size, PROMPTS_PER_UNIT // group)
+    for size in _halves(most, 1):
+        if _fits(answer_memory(shape, with_values(config, {"evaluation.batch_size": size}), group), pool, config):
             return {"evaluation.batch_size": size}
     return None
 
 
-def _tensor_parallel(config: Config, shape: Shape, pool: Pool) -> int:
+def _tensor_parallel(shape: Shape, pool: Pool) -> int:
     """Return the fewest GPUs, a power of two, over which the weights and some room for answers fit."""
     weights = shape.parameters * 2
     return next((size for size in (1, 2, 4, 8, 16, 32) if 1.2 * weights / size < room(pool)), 64)

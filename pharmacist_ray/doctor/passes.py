@@ -9,8 +9,8 @@ from __future__ import annotations
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.groups import AT_ONCE
 from pharmacist_ray.curation.selector import DIRECTIONS
-from pharmacist_ray.doctor.estimate import BYTES, FEW_BITS, LIVE, LOGIT, RESERVE, Item, Setup, layer_bytes, total
-from pharmacist_ray.doctor.groups import fitting_group, scoring_group
+from pharmacist_ray.doctor.estimate import BYTES, FEW_BITS, LOGIT, RESERVE, Item, Setup, layer_bytes, total
+from pharmacist_ray.doctor.groups import fitting_group, group_of
 from pharmacist_ray.doctor.guests import guest_memory, guests_of
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.models.influence import CHUNK
@@ -54,7 +54,7 @@ def score_memory(shape: Shape, config: Config, group: int | None = None) -> list
     scoring, parts = config.scoring, parts_of(config.scoring.scorers, config.selector)
     if not needs_model(scoring.scorers):
         return []
-    setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, scoring_group(config) if group is None else group)
+    setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, group_of(config) if group is None else group)
     count = len(DIRECTIONS) * ("directions" in parts) + config.selector.coverage.groups * ("groups" in parts)
     points = len(config.selector.checkpoints) if count else 0
     adapters = points + sum(part in parts for part in ("reference", "tov"))
@@ -71,16 +71,17 @@ def score_memory(shape: Shape, config: Config, group: int | None = None) -> list
     return _whole([*items, *_with_guests(config, "score", working)], setup)
 
 
-def answer_memory(shape: Shape, config: Config) -> list[Item]:
-    """Return what an actor holds while a model answers prompts and judges that are models judge, item by item.
+def answer_memory(shape: Shape, config: Config, group: int | None = None) -> list[Item]:
+    """Return what an actor, or the first GPU of a group, holds while a model answers prompts and judges that are models judge.
 
     Args:
         shape: The model.
         config: The configuration, its precision resolved; with an evaluation.
+        group: GPUs that hold the model together at ZeRO 3; None: as the configuration says.
     """
     settings = config.evaluation
     assert settings is not None
-    setup = pass_setup(config, config.model.max_length, False)
+    setup = pass_setup(config, config.model.max_length, False, group_of(config) if group is None else group)
     width, rows = BYTES[setup.dtype], (settings.batch_size, "rows")
     tokens = (config.model.max_length + settings.max_new_tokens, "tokens")
     working = [
@@ -193,10 +194,14 @@ def weights_memory(shape: Shape, setup: Setup) -> list[Item]:
 
 
 def base_memory(shape: Shape, setup: Setup) -> list[Item]:
-    """Return what the base takes: whole, or at ZeRO 3 a share of it and what is gathered at a time (see `estimate.memory`)."""
+    """Return what the base takes: whole, or at ZeRO 3 a share of it and what is gathered.
+
+    A layer is let go as soon as it was passed and the next one fetched by then (see `training.sharded`): two layers, or one beside the
+    largest tensor.
+    """
     few, width = shape.linear if setup.quantization else 0, (BYTES[setup.dtype], "B")
     if setup.zero == 3:
-        gathered = (min(shape.parameters, LIVE + shape.largest), "weights")
+        gathered = (min(shape.parameters, shape.layer + max(shape.layer, shape.largest)), "weights")
         return [
             Item("base weights", ((shape.parameters, "weights"), width), ((setup.workers, "GPUs"),)),
             Item("gathered weights", (gathered, width)),

@@ -203,8 +203,7 @@ def _why(key: str, value: Any, before: Any, layout: Layout, shape: Shape) -> str
         "resources.gpus_per_worker": "a worker of a training has one GPU",
         "resources.workers": f"of a training; they share its batches evenly ({batches} rows)",
         "resources.actors": "one GPU each" if whole else f"groups of {layout.group} GPUs",
-        "resources.gpus_per_actor": "" if whole else f"hold the weights together while they score: alone these take {weights}",
-        "scoring.parallel": "" if whole else "what it costs stands under gathers",
+        "resources.workers_per_actor": "" if whole else f"hold the weights together, which alone take {weights}; see gathers",
         "model.quantization": f"the weights take {weights} at all their bits, and then not all stages fit; it changes what is scored",
         "resources.cpus_per_worker": "leaves two CPUs of each node free",
     }.get(key, "")

@@ -15,7 +15,7 @@ from pharmacist_ray.doctor.cluster import Cluster, Nodes, parse_cluster
 from pharmacist_ray.doctor.estimate import memory, setup_of, total
 from pharmacist_ray.doctor.hours import Pool, training_seconds
 from pharmacist_ray.doctor.layout import FILLED, NEARLY, Layout, best_layout, layout_on
-from pharmacist_ray.doctor.passes import fit_memory, score_memory
+from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.shape import shape_of
 from pharmacist_ray.doctor.workload import work_of
 from pharmacist_ray.pipeline.run import Run
@@ -125,16 +125,27 @@ def test_what_fits_nowhere_is_said(llama: Callable[..., Config], monkeypatch: py
     assert problem.endswith("make them multiples of 16")
 
 
-def test_answers_that_no_gpu_holds_are_an_endpoints(llama: Callable[..., Config], shared: None) -> None:
+def test_answers_that_no_gpu_holds_are_a_groups_or_an_endpoints(
+    llama: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = {"path": "/x.jsonl"}
     values = llama("70b").model_dump(mode="json")
     values["evaluation"] = {"harmful_prompts": source, "benign_prompts": source, "task": {"source": source}}
     config = parse_config(values, where="x")
-    (problem,) = laid_out(config, "2x8xH100").problems
-    assert problem.startswith("evaluate: no GPU of 2x8xH100 holds the model that answers; let an endpoint answer")
-    assert "--tensor-parallel-size 4" in problem  # 158 GB with room for answers, over 75 GiB each, a power of two
+    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: True)
+    layout = laid_out(config, "2x8xH100")
+    assert layout.problems == []
+    shape, room = shape_of(config.model), FILLED * layout.pool.smallest.memory
+    assert total(answer_memory(shape, layout.config, layout.group)) <= room < total(answer_memory(shape, layout.config, 1))
+    assert layout.values["evaluation.batch_size"] <= 512 // layout.group
+    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: False)
+    *_, problem = laid_out(
+        parse_config(values | {"model": values["model"] | {"quantization": "8bit"}}, where="x"), "2xA100-40"
+    ).problems
+    assert problem.startswith("evaluate: no GPU of 1x2xA100-40 holds the model that answers; let an endpoint answer")
+    assert "--tensor-parallel-size 8" in problem  # 141 GB with room for answers, over 37 GiB each, a power of two
     values["evaluation"]["engine"] = {"url": "http://host:8000/v1", "model": "BASE"}
-    assert laid_out(parse_config(values, where="x"), "2x8xH100").problems == []
+    assert "evaluation.batch_size" in laid_out(parse_config(values, where="x"), "2x8xH100").values
 
 
 def test_small_gpus_are_left_out_where_large_ones_alone_are_quicker(llama: Callable[..., Config]) -> None:
