@@ -49,5 +49,5 @@ def plan_run(
         )
         return
     changed = write_plan(layout, load_config(config), config, write)
-    what = f"{len(changed)} keys changed ({', '.join(changed)})" if changed else "nothing to change"
+    what = f"{len(changed)} key{'s' * (len(changed) > 1)} changed ({', '.join(changed)})" if changed else "nothing to change"
     say(f"[green]wrote {escaped(write)}[/]: {escaped(what)}; the other lines and all comments are as they were")

@@ -90,12 +90,13 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
     if away:
         node = away * min(pool.per_node, config.resources.workers * config.resources.parallel_runs) / 2**30
         yield f"CPU memory: offloaded parts take {node:,.0f} GiB of a node's while it trains, besides what loading the weights takes"
-    busy = config.resources.workers * config.resources.parallel_runs
-    if busy < pool.gpus:
-        sizes = sorted({train.batch_size for train in config.trainings().values()})
+    sizes = sorted({train.batch_size for train in config.trainings().values()})
+    shared, models = math.gcd(*sizes), max((one.runs for one in work.trainings), default=0)
+    if 0 < shared * models < pool.gpus:
+        batches, trained = ", ".join(map(str, sizes)), f"{models} {'models are' if models > 1 else 'model is'} trained"
         yield (
-            f"training: {pool.gpus - busy} of {pool.gpus} GPUs wait, for batches of {', '.join(map(str, sizes))} rows are shared evenly by "
-            f"{math.gcd(*sizes)} at most and {max(one.runs for one in work.trainings)} models are trained; other batch sizes would use them"
+            f"training: {pool.gpus - shared * models} of {pool.gpus} GPUs wait, for batches of {batches} rows are shared evenly by {shared} at "
+            f"most, and {trained}; other batch sizes use more"
         )
     for one in work.trainings:
         setup = setup_of(config, config.trainings()[one.section], one.objective)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.edit import with_values as edited
 from pharmacist_ray.config.load import located
@@ -21,7 +23,7 @@ from pharmacist_ray.doctor.pace import UTILISATION
 from pharmacist_ray.doctor.passes import score_memory
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.doctor.workload import INGEST_S, SELECT_S, Work, work_of
-from pharmacist_ray.errors import ArtifactError, ResourceError
+from pharmacist_ray.errors import ArtifactError, ConfigError, ResourceError
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 
@@ -103,12 +105,15 @@ def write_plan(layout: Layout, given: Config, source: Path, target: Path) -> lis
     if target.exists() and not target.samefile(source):
         raise ArtifactError(f"{target} is there already; choose another name, or {source} itself to change it in place")
     changes = changes_of(layout, given)
-    text = edited(source.read_text(encoding="utf-8"), changes, layout.values, str(source))
+    text = source.read_text(encoding="utf-8")
+    text = edited(text, _said_before(changes, given, yaml.safe_load(text)) | changes, layout.values, str(source))
     draft = target.with_name(f"{target.name}.partial")
     try:
         draft.write_text(text, encoding="utf-8")
-        written = load_config(draft)
-        assert not changes_of(layout, written), "what was written is not what was planned"
+        if load_config(draft) != with_values(given, changes):
+            raise ConfigError(
+                f"{source} cannot be changed without a change of other keys; set these by hand: {', '.join(changes)}"
+            )
         draft.replace(target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror}; choose another file") from error
@@ -120,6 +125,26 @@ def write_plan(layout: Layout, given: Config, source: Path, target: Path) -> lis
 def changes_of(layout: Layout, given: Config) -> dict[str, Any]:
     """Return those of a layout's keys that a configuration has otherwise."""
     return {key: value for key, value in layout.values.items() if value_of(given, key) != value}
+
+
+def _said_before(changes: dict[str, Any], given: Config, text: Any) -> dict[str, Any]:
+    """Return what a file leaves to the defaults of sections that it does not have and gets now: there are sections with other ones.
+
+    Args:
+        changes: Dotted key → value.
+        given: The configuration as the file has it.
+        text: The file's plain values.
+    """
+    found: dict[str, Any] = {}
+    for section in dict.fromkeys(key.rpartition(".")[0] for key in changes):
+        there: Any = text
+        for part in section.split("."):
+            there = there[int(part)] if isinstance(there, list) else (there or {}).get(part)
+        if there is None:
+            fields = type(value_of(given, section)).model_fields
+            said = value_of(given, section).model_dump(mode="json")
+            found |= {f"{section}.{name}": value for name, value in said.items() if value != fields[name].default}
+    return found
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -51,7 +51,8 @@ def test_what_is_near_its_end_is_told(llama: Callable[..., Config]) -> None:
     found = "\n".join(lines(llama("8b", "resources.workers=1", "alignment.train.batch_size=9", "alignment.train.accumulation=1",
                                   "selection.near_duplicates=2"), "16xL40S", 1e9))  # fmt: skip
     assert (
-        "training: 12 of 16 GPUs wait, for batches of 9, 64 rows are shared evenly by 1 at most and 4 models are trained" in found
+        "training: 12 of 16 GPUs wait, for batches of 9, 64 rows are shared evenly by 1 at most, and 4 models are trained"
+        in found
     )
     assert re.search(r"score takes 10\d\.\d days: ", found)  # 14,400 GPU hours of an H100
     assert "nodes will be lost on the way; what is finished is kept, and the same command goes on" in found

@@ -132,6 +132,27 @@ def test_the_file_itself_is_changed_in_place_and_no_other_is_replaced(file: Path
     assert load_config(file) == load_config(tmp_path / "again.yaml")
 
 
+def test_a_section_that_the_file_leaves_out_keeps_its_own_defaults(shapes: dict[str, Path], tmp_path: Path) -> None:
+    source = {"path": "/x.jsonl"}
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(shapes["8b"]), "max_length": 1024},
+        "data": {"candidates": source, "validation": source, "harmful": source, "benign": source},
+        "attacks": [{"name": "p10", "task": source, "harmful": source}],
+        "comparison": {"selections": ["pharmacist"], "seeds": [0, 1]},
+    }
+    file = tmp_path / "short.yaml"
+    file.write_text("# a short one\n" + yaml.safe_dump(values, sort_keys=False))
+    before = load_config(file)
+    plan(file, "2xL40S", file)
+    after = load_config(file)
+    assert after != before
+    for name, train in after.trainings().items():  # warm-up, reference, alignment and attack all have defaults of their own
+        for key in ("steps", "epochs", "batch_size", "lr"):
+            assert getattr(train, key) == getattr(before.trainings()[name], key), (name, key)
+    assert file.read_text().startswith("# a short one\n")
+
+
 def test_an_override_is_planned_with_and_not_written(file: Path, tmp_path: Path) -> None:
     plan(file, "8xH100", tmp_path / "planned.yaml", "model.max_length=256")
     assert load_config(tmp_path / "planned.yaml").model.max_length == 512
