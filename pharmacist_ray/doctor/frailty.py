@@ -93,10 +93,11 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
     sizes = sorted({train.batch_size for train in config.trainings().values()})
     shared, models = math.gcd(*sizes), max((one.runs for one in work.trainings), default=0)
     if 0 < shared * models < pool.gpus:
-        batches, trained = ", ".join(map(str, sizes)), f"{models} {'models are' if models > 1 else 'model is'} trained"
+        waiting, batches = pool.gpus - shared * models, ", ".join(map(str, sizes))
+        trained = f"{models} {'models are' if models > 1 else 'model is'} trained; other batch sizes use more"
         yield (
-            f"training: {pool.gpus - shared * models} of {pool.gpus} GPUs wait, for batches of {batches} rows are shared evenly by {shared} at "
-            f"most, and {trained}; other batch sizes use more"
+            f"training: {waiting} of {pool.gpus} GPUs wait, for batches of {batches} rows are shared evenly by {shared} at most, "
+            f"and {trained}"
         )
     for one in work.trainings:
         setup = setup_of(config, config.trainings()[one.section], one.objective)
