@@ -300,8 +300,8 @@ def _tensor_parallel(shape: Shape, pool: Pool) -> int:
 def _least(config: Config, shape: Shape, stage: str) -> str:
     """Return what a single row takes, with activations computed again."""
     again, tokens = ("selector.warmup.checkpointing", "selector") if stage == "fit" else ("scoring.checkpointing", "scoring")
-    held_by = fit_memory if stage == "fit" else score_memory
-    items = held_by(shape, with_values(config, {again: True, f"{tokens}.tokens_per_batch": config.model.max_length}))
+    alone = with_values(config, {again: True, f"{tokens}.tokens_per_batch": config.model.max_length})
+    items = fit_memory(shape, alone) if stage == "fit" else score_memory(shape, alone, 1)
     return f"{total(items) / 2**30:.0f} GiB with a single row"
 
 

@@ -130,6 +130,7 @@ def test_answers_that_no_gpu_holds_are_a_groups_or_an_endpoints(
 ) -> None:
     source = {"path": "/x.jsonl"}
     values = llama("70b").model_dump(mode="json")
+    values["resources"].pop("workers_per_actor", None)  # few bits cannot be spread
     values["evaluation"] = {"harmful_prompts": source, "benign_prompts": source, "task": {"source": source}}
     config = parse_config(values, where="x")
     monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: True)
