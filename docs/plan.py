@@ -1,12 +1,36 @@
-"""The plan for 10⁹ rows and a 70B model, reckoned from its assumptions: `python docs/plan.py`. Only the pace of a GPU is measured."""
+"""The plan for 10⁹ rows and a 70B model, reckoned from assumptions by the doctor's arithmetic: `python docs/plan.py`."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import typer
+from transformers import LlamaConfig
+
+from pharmacist_ray.benchmarks.gpu import SHAPES
+from pharmacist_ray.config import load_config
+from pharmacist_ray.config.schema import Config
+from pharmacist_ray.doctor.cluster import parse_cluster
+from pharmacist_ray.doctor.estimate import Item, total
+from pharmacist_ray.doctor.gpus import GPUS
+from pharmacist_ray.doctor.hours import Pool, batch_seconds
+from pharmacist_ray.doctor.pace import UTILISATION
+from pharmacist_ray.doctor.shape import Shape, shape_of
+from pharmacist_ray.doctor.workload import INGEST_S, ROW_BYTES, SELECT_S, TOKENS, Work
+
+CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
+MODELS = {
+    "8B": ("llama-3-8b.yaml", SHAPES["8B"], 1),
+    "70B": (
+        "llama-3-70b.yaml",
+        SHAPES["8B"] | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+        4,
+    ),
+}
+"""Name → its file in `cluster`, whose scoring it has, its shape, and the GPUs that hold its weights together while it scores."""
 
 
 @dataclass(frozen=True)
@@ -14,72 +38,72 @@ class Plan:
     """What is assumed."""
 
     rows: float = 1e9
-    row_bytes: float = 1000
-    tokens: float = 256
     shard_bytes: float = 16 * 2**20
     """Bytes of a shard of the candidates, the default of `data.shards`."""
-    gpus: int = 512
-    peak: float = 989e12
-    """FLOP/s of one H100 in bfloat16."""
-    forwards: float = 2.2
-    """Forward passes a row and checkpoint, with loss and influence."""
-    pace: float = field(default_factory=lambda: _measured("8B", "hooks"))
-    """Tokens a second that one GPU scores with a model of 8B."""
-    ingest_s: float = 2e-3
-    """CPU seconds a row takes to ingest."""
+    cluster: str = "64x8xH100"
+    checkpoints: int = 1
+    """Passes forward and backward over a row: `pharmacist`, at one checkpoint."""
+    forwards: int = 2
+    """Forward passes besides: `loss_gap`, the other default scorer, at the base and at its reference."""
     cores: int = 1000
-    select_s: float = 7e-6
-    """CPU seconds a row takes in selection by one score, near-duplicates not counted."""
     kept: float = 0.05
     """Share that the small model passes on to the large one."""
 
     @property
-    def share(self) -> float:
-        """Share of the peak that is reached at that pace; the GPU that was measured, an H200, has the same peak."""
-        return self.pace * self.forwards * 2 * 8e9 / self.peak
+    def pool(self) -> Pool:
+        """Its GPUs."""
+        return Pool(parse_cluster(self.cluster)[0])
 
-    def gpu_hours(self, parameters: float, rows: float) -> float:
-        """Return the GPU hours of one checkpoint's scores."""
-        flop = self.forwards * 2 * parameters * self.tokens * rows
-        return flop / (self.peak * self.share) / 3600
+    def batch(self, model: str) -> list[Item]:
+        """Return the seconds in which a GPU scores a batch, item by item."""
+        config, shape = _model(model)
+        work = Work(self.rows, ROW_BYTES, TOKENS, (), self.checkpoints, self.forwards, 0, 0, 0, 0)
+        return batch_seconds(shape, config, work, self.pool, MODELS[model][2])
+
+    def gpu_hours(self, model: str, rows: float) -> float:
+        """Return the GPU hours of the default scores."""
+        tokens = _model(model)[0].scoring.tokens_per_batch
+        return rows * TOKENS / tokens * total(self.batch(model)) / 3600
 
 
-def _measured(shape: str, work: str) -> float:
-    """Return the tokens a second of a kind of work in ``docs/results/gpu.json``."""
-    file = Path(__file__).parent / "results" / "gpu.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return next(float(row["tokens_per_second"]) for row in rows if (row["shape"], row["work"]) == (shape, work))
+@cache
+def _model(name: str) -> tuple[Config, Shape]:
+    file, settings, _ = MODELS[name]
+    with TemporaryDirectory() as folder:
+        LlamaConfig(**settings, dtype="bfloat16").save_pretrained(folder)
+        config = load_config(CLUSTER / file, [f"model.path={folder}"])
+        return config, shape_of(config.model)
 
 
 def plan(given: Plan | None = None) -> str:
     """Return the plan as a Markdown table."""
     one = given or Plan()
-    large, small = one.gpu_hours(70e9, one.rows), one.gpu_hours(8e9, one.rows)
-    rest = one.gpu_hours(70e9, one.kept * one.rows)
-    ingest, select = (one.rows * each / 3600 for each in (one.ingest_s, one.select_s))
+    gpus = one.pool.gpus
+    large, small, rest = one.gpu_hours("70B", one.rows), one.gpu_hours("8B", one.rows), one.gpu_hours("70B", one.kept * one.rows)
+    ingest, select = (one.rows * each / 3600 for each in (INGEST_S, SELECT_S))
+    group = MODELS["70B"][2]
     rows = [
-        (
-            "data",
-            f"{one.rows * one.row_bytes / 1e12:.1f} TB in {one.rows * one.row_bytes / one.shard_bytes:,.0f} shards",
-            "storage",
-        ),
+        ("data", f"{one.rows * ROW_BYTES / 1e12:.1f} TB in {one.rows * ROW_BYTES / one.shard_bytes:,.0f} shards", "storage"),
         ("ingest", f"{ingest:,.0f} CPU hours, {ingest / one.cores * 60:.0f} minutes on {one.cores:,} cores", "CPU nodes"),
-        ("score by 70B", _scoring(large, one.gpus), "GPUs that hold 141 GB of weights and more"),
-        ("score by 8B", _scoring(small, one.gpus), "80 GB GPUs"),
-        (f"8B on all, 70B on the best {one.kept:.0%}", _scoring(small + rest, one.gpus), "both"),
+        ("score by 70B", _scoring(large, gpus), f"groups of {group} GPUs at ZeRO 3"),
+        ("score by 8B", _scoring(small, gpus), "one GPU each"),
+        (f"8B on all, 70B on the best {one.kept:.0%}", _scoring(small + rest, gpus), "both"),
         ("select", f"{select:.1f} CPU hours, {select / one.cores * 60:.1f} minutes on {one.cores:,} cores", "CPU nodes"),
     ]
     lines = ["| stage | work | on |", "| --- | --- | --- |", *(f"| {' | '.join(cells)} |" for cells in rows)]
+    batch = one.batch("70B")
+    gathers = sum(item.amount for item in batch if item.what == "gathering weights") / total(batch)
     assumed = (
-        f"Assumed: {one.row_bytes:,.0f} bytes and {one.tokens:,.0f} tokens a row; {one.forwards} forwards a row; "
-        f"GPUs at {one.share:.0%} of {one.peak / 1e12:.0f} TFLOP/s; "
-        f"{1000 * one.ingest_s:g} ms of CPU a row in ingestion, {1e6 * one.select_s:g} µs in selection."
+        f"Assumed: {ROW_BYTES:,.0f} bytes and {TOKENS:,.0f} tokens a row; {one.checkpoints} pass forward and backward and {one.forwards} "
+        f"forward, which are the default scorers; GPUs at {UTILISATION:.0%} of {GPUS[one.pool.slowest].bfloat16 / 1e12:.0f} TFLOP/s; "
+        f"{1000 * INGEST_S:g} ms of CPU a row in ingestion, {1e6 * SELECT_S:g} µs in selection. Of a batch of the 70B model "
+        f"{gathers:.0%} is gathering weights."
     )
     return "\n".join([*lines, "", assumed])
 
 
 def _scoring(hours: float, gpus: int) -> str:
-    return f"{hours:,.0f} GPU hours a checkpoint: {hours / gpus:,.0f} hours on {gpus} GPUs"
+    return f"{hours:,.0f} GPU hours: {hours / gpus:,.0f} hours on {gpus} GPUs"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from rich.table import Table
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.data.render import IGNORE, Batch
 from pharmacist_ray.doctor.estimate import Item, Setup, memory, total
-from pharmacist_ray.doctor.pace import PEAK, known_gpu, token_flops
+from pharmacist_ray.doctor.gpus import recognised
+from pharmacist_ray.doctor.pace import peak, token_flops
 from pharmacist_ray.doctor.passes import influence_memory, weights_memory
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.errors import ResourceError, unknown_name
@@ -189,18 +190,17 @@ def _one(name: str, work: str, model: Any, shape: Shape, trial: Trial, end: floa
     if time.monotonic() > end:
         return replace(blank, why="no time left")
     try:
-        seconds, peak = _timed(work, model, setup, trial)
+        seconds, most = _timed(work, model, setup, trial)
     except torch.cuda.OutOfMemoryError:
         return replace(blank, why="out of memory")
     finally:
         _emptied(trial)
     tokens = setup.micro_batch * trial.length
     speed = tokens / seconds
-    known = known_gpu(torch.cuda.get_device_name()) if trial.device == "cuda" else ""
-    named = trial.device == "cuda" and known in torch.cuda.get_device_name()  # and not merely taken for an A100
+    known = recognised(torch.cuda.get_device_name()) if trial.device == "cuda" else None
     useful = token_flops(shape, replace(setup, checkpointing=False))
-    mfu = useful * speed / PEAK[known][trial.dtype] if named else None
-    return replace(blank, seconds=seconds, tokens_per_second=speed, mfu=mfu, peak_gib=None if peak is None else peak / 2**30)
+    mfu = useful * speed / peak(known, trial.dtype) if known else None
+    return replace(blank, seconds=seconds, tokens_per_second=speed, mfu=mfu, peak_gib=None if most is None else most / 2**30)
 
 
 def _timed(work: str, model: Any, setup: Setup, trial: Trial) -> tuple[float, int | None]:

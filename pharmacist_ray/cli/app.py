@@ -16,7 +16,7 @@ from pharmacist_ray.cli.cluster import job_app, submit
 from pharmacist_ray.cli.options import ConfigOption, Overrides
 from pharmacist_ray.cli.process import plain_failures, private_ray
 from pharmacist_ray.cli.testbed import benchmark, grade, plant, testbed
-from pharmacist_ray.errors import ArtifactError
+from pharmacist_ray.errors import ArtifactError, ConfigError
 
 
 class _Commands(TyperGroup):
@@ -145,11 +145,38 @@ def show_schema() -> None:
 
 
 @app.command(rich_help_panel=START)
-def doctor(config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this run's file, too.")] = None) -> None:
-    """Say in words what this machine and this configuration can run."""
+def doctor(
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Check this run's file, too.")] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODES",
+            help="Plan the run for these GPUs: 16xH100, 2x8xA100-40 (nodes × GPUs), 8xH100,4xL40S, or `connected` for RAY_ADDRESS's.",
+        ),
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Put the planned layout into this copy of the file, or into the file itself."),
+    ] = None,
+    rows: Annotated[float | None, typer.Option(min=1, help="Candidates to plan for; default: as their files tell.")] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="Gbit/s of each node's network; default: as clouds have it.")
+    ] = None,
+) -> None:
+    """Say in words what this machine and this configuration can run; with --cluster, how to lay the run out there, and how long."""
+    if cluster is not None:
+        from pharmacist_ray.cli.plan import plan_run
+
+        plan_run(config, overrides or [], cluster, write=write, rows=rows, network=network)
+        return
+    if write or rows or network:
+        raise ConfigError(
+            "--write, --rows and --network are about a plan, which --cluster asks for, for example --cluster 16xH100"
+        )
     from pharmacist_ray.doctor.examine import examine
 
-    examine(config)
+    examine(config, overrides or [])
 
 
 @app.command(rich_help_panel=START)

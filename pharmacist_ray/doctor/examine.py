@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,7 @@ from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.plugins import TABLES
 from pharmacist_ray.doctor.shape import Shape, shape_of
-from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
+from pharmacist_ray.errors import ConfigError, DataError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.pipeline.artifacts import PACKAGES
 from pharmacist_ray.pipeline.console import escaped, say
@@ -48,11 +48,12 @@ COMMON_GIB = (24, 40, 80, 141)
 """Memory of the GPUs that are common (RTX 4090, A100, H100, H200), for a machine that has none."""
 
 
-def examine(config_file: Path | None) -> None:
+def examine(config_file: Path | None, overrides: Sequence[str] = ()) -> None:
     """Print the machine, the installation, what there is to choose from, and, with a file, what is wrong with it.
 
     Args:
         config_file: A run's YAML file, or None.
+        overrides: ``dotted.key=value`` pairs over the file's.
 
     Raises:
         PharmacistError: The configuration cannot run; everything that was found is printed before.
@@ -86,7 +87,9 @@ def examine(config_file: Path | None) -> None:
     if installed := [plugin.name for table in TABLES for plugin in table.installed()]:
         say(f"[bold]plug-ins[/]  {escaped(', '.join(installed))}; `pharmacist plugins` lists them")
     if config_file is not None:
-        _configuration(load_config(config_file), len(gpus))
+        _configuration(load_config(config_file, overrides), len(gpus))
+    elif overrides:
+        raise ConfigError(f"'{overrides[0]}' is over what a file says: give the file by --config")
 
 
 def _gpus() -> tuple[list[Any], str]:
@@ -171,14 +174,14 @@ def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool)
     items = memory(shape, setup)
     held, spared = total(items), total(items, host=True)
     room, name, where = _room(config, held)
-    say(f"[bold]memory[/]   {what}, per worker: {_size(held)}; {where}")
+    say(f"[bold]memory[/]   {what}, per worker: {size_in_words(held)}; {where}")
     if spared:
-        say(f"          and {_size(spared)} of CPU memory, per worker as well")
+        say(f"          and {size_in_words(spared)} of CPU memory, per worker as well")
     if itemised:
-        _table(items, _size)
+        print_items(items, size_in_words)
     if held > room:
         changes, then = advice(shape, setup, room)
-        say(f"          [red]too much[/]: {', '.join(changes) or 'no setting'} would bring it to {_size(then)}")
+        say(f"          [red]too much[/]: {', '.join(changes) or 'no setting'} would bring it to {size_in_words(then)}")
         if then > room:
             say("          and that is still too much: take more or larger GPUs, or a smaller model.max_length")
     if not setup.gpu:
@@ -188,7 +191,7 @@ def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool)
     hours = step * setup.steps / 3600
     say(f"[bold]time[/]     {what}: {step:.3g} s a step, {setup.steps} steps in {hours:.2g} h on {known_gpu(name)}s")
     if itemised:
-        _table(parts, lambda value: f"{value:.3g} s")
+        print_items(parts, lambda value: f"{value:.3g} s")
         say(f"          assumed: {UTILISATION:.0%} of the peak, {LINK / 1e9:g} GB/s between GPUs, every row of full length")
 
 
@@ -196,17 +199,25 @@ def _pass(what: str, items: list[Item], config: Config) -> None:
     """Print what a stage holds that trains nothing, and what to change if it is too much."""
     held = total(items)
     room, _, where = _room(config, held)
-    say(f"[bold]memory[/]   {what}, per {'worker' if what.startswith('fit') else 'actor'}: {_size(held)}; {where}")
-    _table(items, _size)
+    say(f"[bold]memory[/]   {what}, per {'worker' if what.startswith('fit') else 'actor'}: {size_in_words(held)}; {where}")
+    print_items(items, size_in_words)
     if held > room:
         weights = items[0].amount  # all of them, always
         instead = (
-            CHANGES[what] if weights < room else f"all weights are held by one, which takes {_size(weights)}; take larger GPUs"
+            CHANGES[what]
+            if weights < room
+            else f"all weights are held by one, which takes {size_in_words(weights)}; take larger GPUs"
         )
         say(f"          [red]too much[/]: {instead}")
 
 
-def _table(items: list[Item], written: Callable[[float], str]) -> None:
+def print_items(items: list[Item], written: Callable[[float], str]) -> None:
+    """Print an estimate item by item, with the arithmetic.
+
+    Args:
+        items: Its lines.
+        written: An amount in words.
+    """
     for item in items:
         say(f"          {item.what:<28}{written(item.amount):>9}  {item.arithmetic}{' (CPU memory)' if item.host else ''}")
 
@@ -215,17 +226,18 @@ def _room(config: Config, held: float) -> tuple[float, str, str]:
     """Return the bytes that a worker may hold, the GPU's name, and both in words."""
     if not config.resources.gpus_per_worker:
         here = float(psutil.virtual_memory().total)
-        return here, "", f"this machine has {_size(here)} for all workers"
+        return here, "", f"this machine has {size_in_words(here)} for all workers"
     if gpus := _gpus()[0]:
         gpu = gpus[0]
         share = min(1.0, config.resources.gpus_per_worker)
-        return gpu.total_memory * share, gpu.name, f"of {_size(gpu.total_memory * share)} on {escaped(gpu.name)}"
+        return gpu.total_memory * share, gpu.name, f"of {size_in_words(gpu.total_memory * share)} on {escaped(gpu.name)}"
     size = next((size for size in COMMON_GIB if held <= size * 2**30), max(COMMON_GIB))
     verb = "fits" if held <= size * 2**30 else "does not fit"
     return size * 2.0**30, "H100", f"{verb} a GPU of {size} GiB"
 
 
-def _size(amount: float) -> str:
+def size_in_words(amount: float) -> str:
+    """Return bytes in GiB, MiB or KiB."""
     unit, size = next(((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if amount >= size / 2), ("KiB", 2**10))
     return f"{amount / size:.1f} {unit}"
 

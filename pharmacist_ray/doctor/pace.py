@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pharmacist_ray.doctor.estimate import BYTES, Item, Setup, extra_of
+from pharmacist_ray.doctor.gpus import GPUS, recognised
 from pharmacist_ray.doctor.shape import Shape
 
-PEAK = {
-    "H100": {"bfloat16": 989e12, "float32": 67e12},
-    "H200": {"bfloat16": 989e12, "float32": 67e12},
-    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
-}
-"""FLOP/s of dense matrix products by the vendor's data sheets (SXM; float32 without TF32, PyTorch's default)."""
-UTILISATION = 0.35
-"""Share of the peak that is reached (ours, an assumption)."""
+UTILISATION = 0.3
+"""Share of the peak that is reached. Measured on an H200 with a model of 8B in bfloat16: 0.29 by scoring, 0.30 by an adapter's step, 0.32
+with what checkpointing computes again (docs/results/gpu.json); for every other GPU and model an assumption. One of 1B reached 0.2."""
 LINK = 50e9
 """Bytes/s at which a GPU receives shards from the others (ours, an assumption: one 400 Gbit/s adapter per GPU, nothing overlapped)."""
 PCIE = 20e9
 """Bytes/s between a GPU and CPU memory (ours, an assumption: PCIe 4.0 × 16, pinned)."""
+USUAL = "A100-40"
+"""What a GPU counts as that is not in the table."""
 
 
 def token_flops(shape: Shape, setup: Setup) -> float:
@@ -36,38 +34,70 @@ def token_flops(shape: Shape, setup: Setup) -> float:
     return _passes(setup) * (2.0 * weights * (2 + again) + 2.0 * trained) + extra.forwards * 2.0 * weights + lens
 
 
-def seconds(shape: Shape, setup: Setup, gpu: str = "A100") -> list[Item]:
+def seconds(shape: Shape, setup: Setup, gpu: str = USUAL, link: float = LINK) -> list[Item]:
     """Return the seconds of one optimiser step, item by item; nothing is taken to overlap.
 
     Args:
         shape: The model.
         setup: The run.
-        gpu: Name of the GPU; one that holds no key of `PEAK` counts as an A100.
+        gpu: What CUDA or the table calls the GPU; one that is not in the table counts as `USUAL`.
+        link: Bytes/s at which a GPU receives from the others.
     """
     width, wide = BYTES[setup.dtype], 4 if setup.lora else BYTES[setup.dtype]
-    peak = PEAK[known_gpu(gpu)][setup.dtype]
     trained = shape.adapter if setup.lora else shape.parameters
     tokens = (setup.micro_batch * setup.accumulation * setup.length, "tokens")
-    items = [Item("arithmetic", ((token_flops(shape, setup), "FLOP"), tokens), ((peak, "FLOP/s"), (UTILISATION, "")))]
+    items = [arithmetic((token_flops(shape, setup), "FLOP"), tokens, gpu=gpu, dtype=setup.dtype)]
     others = setup.workers - 1
+    # Forward, backward, and between them the recomputation.
+    gathers = _passes(setup) * (2 + setup.checkpointing) + extra_of(setup.objective).forwards
+    times = gathers * setup.accumulation
     if setup.zero == 3 and others:
-        # Forward, backward, and between them the recomputation.
-        gathers = _passes(setup) * (2 + setup.checkpointing) + extra_of(setup.objective).forwards
-        times, whole = (gathers * setup.accumulation, "gathers"), (shape.parameters * width, "B")
-        items.append(Item("gathering weights", (times, (others / setup.workers, ""), whole), ((LINK, "B/s"),)))
-        if setup.offload == "parameters":
-            items.append(Item("weights from the CPU", (times, whole), ((setup.workers, "GPUs"), (PCIE, "B/s"))))
+        items.append(gathering(shape, setup.dtype, setup.workers, times, link))
+    if setup.zero == 3 and setup.offload == "parameters":
+        moved = ((times, "gathers"), (shape.parameters * width, "B"))
+        items.append(Item("weights from the CPU", moved, ((setup.workers, "GPUs"), (PCIE, "B/s"))))
     if others:
         # A ring's reduce-scatter and all-gather.
-        items.append(Item("reducing gradients", ((2 * others / setup.workers, ""), (trained * wide, "B")), ((LINK, "B/s"),)))
+        items.append(Item("reducing gradients", ((2 * others / setup.workers, ""), (trained * wide, "B")), ((link, "B/s"),)))
     if setup.offload != "none":
         items.append(Item("optimiser on the CPU", ((2, ""), (trained * wide, "B")), ((setup.workers, "GPUs"), (PCIE, "B/s"))))
     return [item for item in items if item.amount]
 
 
+def arithmetic(*factors: tuple[float, str], gpu: str, dtype: str) -> Item:
+    """Return the seconds that floating-point operations take.
+
+    Args:
+        factors: Whose product is their number.
+        gpu: What CUDA or the table calls the GPU.
+        dtype: Precision of the base weights.
+    """
+    return Item("arithmetic", factors, ((peak(gpu, dtype), "FLOP/s"), (UTILISATION, "")))
+
+
+def gathering(shape: Shape, dtype: str, gpus: int, gathers: float, link: float) -> Item:
+    """Return the seconds in which every GPU of a group at ZeRO 3 receives all weights: weights × (n - 1)/n over the link, each time.
+
+    Args:
+        shape: The model.
+        dtype: Precision of its weights.
+        gpus: n, the GPUs of the group.
+        gathers: How often.
+        link: Bytes/s at which a GPU receives from the others.
+    """
+    factors = ((gathers, "gathers"), ((gpus - 1) / gpus, ""), (shape.parameters * BYTES[dtype], "B"))
+    return Item("gathering weights", factors, ((link, "B/s"),))
+
+
+def peak(gpu: str, dtype: str) -> float:
+    """Return the FLOP/s of a GPU by its data sheet."""
+    one = GPUS[known_gpu(gpu)]
+    return one.bfloat16 if dtype == "bfloat16" else one.float32
+
+
 def known_gpu(name: str) -> str:
-    """Return the key of `PEAK` that a GPU's name holds, else ``A100``."""
-    return next((key for key in PEAK if key in name), "A100")
+    """Return the key of `GPUS` for a GPU's name, else `USUAL`."""
+    return name if name in GPUS else recognised(name) or USUAL
 
 
 def _passes(setup: Setup) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.groups import AT_ONCE
 from pharmacist_ray.curation.selector import DIRECTIONS
-from pharmacist_ray.doctor.estimate import BYTES, FEW_BITS, LOGIT, RESERVE, Item, Setup, layer_bytes
+from pharmacist_ray.doctor.estimate import BYTES, FEW_BITS, LOGIT, RESERVE, Item, Setup, layer_bytes, total
+from pharmacist_ray.doctor.groups import fitting_group, group_of
+from pharmacist_ray.doctor.guests import guest_memory, guests_of
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.models.influence import CHUNK
 
@@ -27,7 +29,7 @@ def fit_memory(shape: Shape, config: Config) -> list[Item]:
         config: The configuration, its precision resolved.
     """
     selector = config.selector
-    setup = _setup(config, selector.tokens_per_batch, selector.warmup.checkpointing)
+    setup = pass_setup(config, selector.tokens_per_batch, selector.warmup.checkpointing, fitting_group(config))
     # The sum and a pass's own gradient; that of the attack, and the first direction; weights before the attack. With an inner step two
     # more: its gradient, and the weights before it.
     from pharmacist_ray.curation.scorers import parts_of  # which needs Ray, and the GPU program has none
@@ -39,19 +41,20 @@ def fit_memory(shape: Shape, config: Config) -> list[Item]:
     return _whole([*items, *pass_memory(shape, setup)], setup)
 
 
-def score_memory(shape: Shape, config: Config) -> list[Item]:
-    """Return what an actor holds while it scores, item by item; nothing where no scorer needs the model.
+def score_memory(shape: Shape, config: Config, group: int | None = None) -> list[Item]:
+    """Return what an actor, or each GPU of a group, holds while it scores; nothing where no scorer needs the model.
 
     Args:
         shape: The model.
         config: The configuration, its precision resolved.
+        group: GPUs that hold the model together at ZeRO 3; None: as the configuration says.
     """
     from pharmacist_ray.curation.scorers import needs_model, parts_of
 
     scoring, parts = config.scoring, parts_of(config.scoring.scorers, config.selector)
     if not needs_model(scoring.scorers):
         return []
-    setup = _setup(config, scoring.tokens_per_batch, scoring.checkpointing)
+    setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, group_of(config) if group is None else group)
     count = len(DIRECTIONS) * ("directions" in parts) + config.selector.coverage.groups * ("groups" in parts)
     points = len(config.selector.checkpoints) if count else 0
     adapters = points + sum(part in parts for part in ("reference", "tov"))
@@ -62,32 +65,40 @@ def score_memory(shape: Shape, config: Config) -> list[Item]:
         Item("directions", (*directions, *_adapter(shape))),
     ]
     if points and scoring.method != "difference":
-        items += influence_memory(shape, setup, scoring.method)
+        working = influence_memory(shape, setup, scoring.method)
     else:
-        items += forward_memory(shape, setup, _tokens(setup))
-    return _whole(items, setup)
+        working = forward_memory(shape, setup, _tokens(setup))
+    return _whole([*items, *_with_guests(config, "score", working)], setup)
 
 
-def answer_memory(shape: Shape, config: Config) -> list[Item]:
-    """Return what an actor holds while a model answers prompts, item by item; judges that are models come on top.
+def answer_memory(shape: Shape, config: Config, group: int | None = None) -> list[Item]:
+    """Return what an actor, or the first GPU of a group, holds while a model answers prompts and judges that are models judge.
 
     Args:
         shape: The model.
         config: The configuration, its precision resolved; with an evaluation.
+        group: GPUs that hold the model together at ZeRO 3; None: as the configuration says.
     """
     settings = config.evaluation
     assert settings is not None
-    setup = _setup(config, config.model.max_length, False)
+    setup = pass_setup(config, config.model.max_length, False, group_of(config) if group is None else group)
     width, rows = BYTES[setup.dtype], (settings.batch_size, "rows")
     tokens = (config.model.max_length + settings.max_new_tokens, "tokens")
-    items = [
-        *base_memory(shape, setup),
+    working = [
         Item("keys and values", ((shape.layers, "layers"), rows, tokens, (2 * shape.keys * width, "B"))),
         # The prompts' own pass, of which only the last position's logits are made.
         Item("forward pass of a layer", (rows, (setup.length, "tokens"), (_forward_bytes(shape, setup), "B"))),
         Item("logits", (rows, (shape.vocabulary, "words"), (width + 4, "B"))),
     ]
-    return _whole(items, setup)
+    base = [] if settings.engine else base_memory(shape, setup)  # an endpoint's own GPUs hold the model
+    items = [*base, *_with_guests(config, "evaluate", [] if settings.engine else working)]
+    return _whole(items, setup) if items else []
+
+
+def _with_guests(config: Config, stage: str, working: list[Item]) -> list[Item]:
+    """Return what other models hold, and the larger of what the model and what they hold at work: they take turns."""
+    held, at_work, _ = guest_memory(guests_of(config, stage))
+    return [*held, *(at_work if total(at_work) > total(working) else working)]
 
 
 def influence_memory(shape: Shape, setup: Setup, method: str) -> list[Item]:
@@ -146,11 +157,20 @@ def _forward_bytes(shape: Shape, setup: Setup) -> float:
     return width * (max(3 * shape.intermediate, 4 * shape.attention) + 2 * shape.hidden)
 
 
-def _setup(config: Config, tokens_per_batch: int, checkpointing: bool) -> Setup:
-    """Return a pass over a batch of so many padded tokens, of rows that are all of full length; at least one row."""
+def pass_setup(config: Config, tokens_per_batch: int, checkpointing: bool, group: int = 1) -> Setup:
+    """Return a pass over a batch of so many padded tokens, of rows that are all of full length; at least one row.
+
+    Args:
+        config: The configuration, its precision resolved.
+        tokens_per_batch: Padded tokens of a batch.
+        checkpointing: Whether activations are computed again.
+        group: GPUs that hold the model together at ZeRO 3.
+    """
     length = min(config.model.max_length, tokens_per_batch)
     rows = max(1, tokens_per_batch // config.model.max_length)
     return Setup(
+        workers=group,
+        zero=3 if group > 1 else 0,
         dtype=config.model.dtype,
         quantization=config.model.quantization,
         checkpointing=checkpointing,
@@ -174,10 +194,20 @@ def weights_memory(shape: Shape, setup: Setup) -> list[Item]:
 
 
 def base_memory(shape: Shape, setup: Setup) -> list[Item]:
-    """Return what the base takes."""
-    few = shape.linear if setup.quantization else 0
+    """Return what the base takes: whole, or at ZeRO 3 a share of it and what is gathered.
+
+    A layer is let go as soon as it was passed and the next one fetched by then (see `training.sharded`): two layers, or one beside the
+    largest tensor.
+    """
+    few, width = shape.linear if setup.quantization else 0, (BYTES[setup.dtype], "B")
+    if setup.zero == 3:
+        gathered = (min(shape.parameters, shape.layer + max(shape.layer, shape.largest)), "weights")
+        return [
+            Item("base weights", ((shape.parameters, "weights"), width), ((setup.workers, "GPUs"),)),
+            Item("gathered weights", (gathered, width)),
+        ]
     return [
-        Item("base weights", ((shape.parameters - few, "weights"), (BYTES[setup.dtype], "B"))),
+        Item("base weights", ((shape.parameters - few, "weights"), width)),
         Item("base weights in few bits", ((few, "weights"), (FEW_BITS.get(setup.quantization or "", 0.0), "B"))),
     ]
 

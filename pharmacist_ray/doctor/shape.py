@@ -30,6 +30,8 @@ class Shape:
     """The output head, vocabulary × hidden."""
     largest: int
     """The largest tensor."""
+    layer: int
+    """The largest decoder layer."""
     layers: int
     hidden: int
     heads: int
@@ -80,6 +82,7 @@ def shape_of(model: ModelConfig) -> Shape:
         for module in base.modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not base.get_output_embeddings()
     )
+    largest_layer = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     linears = [(name, _width(module)) for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)]
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -91,6 +94,7 @@ def shape_of(model: ModelConfig) -> Shape:
         embedding=0 if table is head else table.numel(),
         head=head.numel(),
         largest=max(sizes),
+        layer=largest_layer,
         layers=len(layers),
         hidden=hidden,
         heads=text.num_attention_heads,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 from typer import rich_utils
 
 from pharmacist_ray import __version__
@@ -234,3 +235,24 @@ def test_a_benchmark_prints_its_figures_and_writes_them(pharmacist, tmp_path):
     found = json.loads((tmp_path / "figures" / "benchmark.json").read_text())
     assert [(cost["objective"], cost["ratio"]) for cost in found["costs"]] == [("sft", 1.0)]
     assert str(tmp_path / "figures" / "benchmark.json") in out.replace("\n", "")
+
+
+def test_doctor_plans_for_a_cluster_and_says_what_its_options_go_with(pharmacist, file, tmp_path):
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99).save_pretrained(
+        tmp_path / "model"
+    )
+    plan = ("doctor", "--config", file, "--cluster", "2xT4", f"model.path={tmp_path / 'model'}", "--rows", "1e6")
+    code, out, _ = pharmacist(*plan, "--write", file)
+    assert code == 0
+    assert "resources.actors                    2  was 1; one GPU each\n" in out
+    assert f"wrote {file}: " in " ".join(out.split())
+    assert load_config(file).resources.actors == 2
+    assert load_config(file).model.path == "path/to/model"  # an override is not written
+    code, _, err = pharmacist("doctor", "--config", file, "--cluster", "2xH10")
+    assert (code, "unknown GPU 'H10' (did you mean 'H100'?)" in err) == (2, True)
+    code, _, err = pharmacist("doctor", "--config", file, "--write", file)
+    assert (code, "which --cluster asks for" in err) == (2, True)
+    code, _, err = pharmacist("doctor", file, "--cluster", "2xT4")
+    assert (code, "give its file by --config" in err) == (2, True)
+    code, _, err = pharmacist("doctor", "model.path=x")
+    assert (code, "'model.path=x' is over what a file says: give the file by --config" in err) == (2, True)

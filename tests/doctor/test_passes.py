@@ -18,8 +18,8 @@ from pharmacist_ray.config.schema import Config, LoraConfig
 from pharmacist_ray.curation.selector import Point, attacked_direction
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.doctor.estimate import RESERVE, Item, total
-from pharmacist_ray.doctor.passes import _setup as setup_of_pass
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, pass_memory, score_memory
+from pharmacist_ray.doctor.passes import pass_setup as setup_of_pass
 from pharmacist_ray.doctor.shape import Shape, shape_of
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.load import add_lora
