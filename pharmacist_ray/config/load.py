@@ -76,6 +76,8 @@ def located(config: Config) -> Config:
     scoring, guard = _absolute(config.scoring, "refusal_teacher"), config.scoring.guard
     if guard is not None and _here(guard.path):
         scoring = scoring.model_copy(update={"guard": guard.model_copy(update={"path": str(Path(guard.path).resolve())})})
+    if scoring.proxy is not None:
+        scoring = scoring.model_copy(update={"proxy": _absolute(scoring.proxy, "path")})
     changed = {"run_dir": config.run_dir.resolve(), "model": model, "scoring": scoring, "evaluation": evaluation}
     return config.model_copy(update=changed)
 

@@ -18,7 +18,7 @@ from pharmacist_ray.config.finetune import NEED_ALIGNED, Defence, FinetuneConfig
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.redteam import RedteamConfig
 from pharmacist_ray.config.resources import ResourcesConfig
-from pharmacist_ray.config.scoring import CALIBRATED, COVERAGE, ScoringConfig, SelectionConfig, arm_of
+from pharmacist_ray.config.scoring import CALIBRATED, COVERAGE, ProxyConfig, ScoringConfig, SelectionConfig, arm_of
 from pharmacist_ray.config.search import EarlyConfig, RangeConfig, SearchConfig
 from pharmacist_ray.config.section import RunDir, Section
 from pharmacist_ray.config.selector import CoverageConfig, SealConfig, SelectorConfig
@@ -39,6 +39,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "PromptsConfig",
+    "ProxyConfig",
     "RangeConfig",
     "RedteamConfig",
     "ResourcesConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pharmacist_ray.config.section import Count, Positive, Section, Share
+from pharmacist_ray.config.section import Count, Location, Positive, Section, Share
 
 CALIBRATED = "calibrated"
 """The scorer that is made of the others by what they say about planted rows."""
@@ -53,6 +53,30 @@ class GuardConfig(Section):
     """Its longest input in tokens; the rest is cut off on the right."""
 
 
+class ProxyConfig(Section):
+    """A cheaper model that scores every candidate, so that the model to harden need only score those that may be among its best."""
+
+    path: Location | None = None
+    """Folder or hub id of a small model of the family; None: the model to harden itself, with what the other keys take from it."""
+    layers: Count | None = None
+    """Its first so many decoder layers alone."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Its base in 8 bits or in 4; see `model.quantization`."""
+    miss: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    """Expected share of the model's own top rows that is lost at most; how many rows go on to the model is chosen by it."""
+    sample: Count | None = None
+    """Rows of the random sample that the model scores to find out how far down its top rows stand with the proxy; None: so many that 200 of
+    its top rows are expected among them."""
+    seed: int = 0
+    """Seed of the random sample."""
+
+    @model_validator(mode="after")
+    def _cheaper(self) -> ProxyConfig:
+        if self.path is None and self.layers is None and self.quantization is None:
+            raise ValueError("scoring.proxy needs a path, layers or quantization: by what is it cheaper than the model?")
+        return self
+
+
 class ScoringConfig(Section):
     """Per-sample scores, computed by Ray Data actors."""
 
@@ -82,6 +106,8 @@ class ScoringConfig(Section):
     refusal_teacher: str | None = Field(default=None, exclude_if=lambda value: value is None)
     """For the `refusal_feature` scorer: the folder of a model, or of an adapter of the model to harden, whose states tell harmful prompts
     in the place of the base's: a Refusal-Teacher."""
+    proxy: ProxyConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Let a cheaper model score every candidate, and the model to harden a random sample and what that one ranks highest: a cascade."""
 
 
 class SelectionConfig(Section):

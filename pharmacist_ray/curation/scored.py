@@ -12,12 +12,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores, calibrate
-from pharmacist_ray.curation.combine import BestRank, RankSum, best_rank, rank_sum
+from pharmacist_ray.curation.combine import SAMPLE, BestRank, RankSum, best_rank, rank_sum
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
+from pharmacist_ray.data.schema import uniform
 from pharmacist_ray.errors import ArtifactError, unknown_name
-from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table
+from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, row_count
 
 Blend = RankSum | BestRank | Calibrated
+
+STANDS_FOR = "stands_for"
+"""Column of a cascade's score files: how many candidates a row's scores stand for. 1 for a row that was passed on, more for one of the
+random sample that was not (the others like it, which the model never saw), and 0 for a row that the model never saw."""
+
+_SEED = 1_597_334_677
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Ranking:
     """Whether a higher score is better."""
     blend: Blend | None = None
     """How several score columns make one; None where a column is the score."""
+    partial: bool = False
+    """Whether a cascade made the scores: most rows without one were never seen by the model."""
 
     def scores(self, file: StoragePath) -> pa.Table:
         """Return the ids of a score file and the scores as float64: NaN and null are not scored."""
@@ -95,11 +104,14 @@ def find_shards(
         odd = min(rows.keys() ^ scored.keys())
         raise ArtifactError(f"{scores} and {candidates} do not have the same shards: {odd} is in one only; score again")
     columns = list(planted.columns) if planted else list(weights or turns or (scorer,))
-    known = [name for name in parquet_schema(next(iter(scored.values()))).names if name != "id"]
+    there = parquet_schema(next(iter(scored.values()))).names
+    known = [name for name in there if name not in ("id", STANDS_FOR)]
     for column in columns:
         if column not in known:
             raise unknown_name("scorer", column, known)
     parts, read = list(scored.values()), partial(read_table, columns=["id", *columns])
+    if STANDS_FOR in there and (planted or weights or turns):
+        read = partial(read_standing, columns=columns, share=min(1.0, SAMPLE / max(1, sum(map(row_count, parts)))))
     blend: Blend | None = None
     if planted:
         blend = calibrate(parts, planted, read)
@@ -107,7 +119,25 @@ def find_shards(
         blend = rank_sum(parts, weights, read)
     elif turns:
         blend = best_rank(parts, turns, read)
-    return [Shard(path, scored[name]) for name, path in rows.items()], Ranking(scorer, descending, blend)
+    shards = [Shard(path, scored[name]) for name, path in rows.items()]
+    return shards, Ranking(scorer, descending, blend, STANDS_FOR in there)
+
+
+def read_standing(file: StoragePath, columns: Sequence[str], share: float) -> pa.Table:
+    """Return the ids and scores of a cascade's file, each row about as often as the candidates that it stands for.
+
+    Ranks among these are ranks among all candidates, as well as the sample tells. Rounding is by chance, so that the mean is right, and
+    by id, so that it is always the same.
+
+    Args:
+        file: The score file.
+        columns: The score columns.
+        share: Rows wanted of all candidates'; 1 repeats a row as often as `STANDS_FOR` says.
+    """
+    table = read_table(file, columns=["id", *columns, STANDS_FOR])
+    chance = np.array([uniform(id, _SEED) for id in table["id"].to_pylist()], np.float64)
+    times = np.floor(np.asarray(table[STANDS_FOR]) * share + chance).astype(np.int64)
+    return table.drop_columns(STANDS_FOR).take(pa.array(np.repeat(np.arange(len(table)), times)))
 
 
 def read_scored(shard: Shard, ranking: Ranking) -> tuple[pa.Array, Scored]:

@@ -195,7 +195,7 @@ def write_selection(
         found = {"rule": asdict(rule), **asdict(reports[0])}
         del found["folder"]
         if isinstance(ranking.blend, Calibrated):
-            found["calibration"] = ranking.blend.facts(kept / census.scored)
+            found["calibration"] = ranking.blend.facts(kept / (census.candidates if ranking.partial else census.scored))
         return found
 
     with disk_full_errors(out), taking_its_place(out) as folder:

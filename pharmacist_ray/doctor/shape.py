@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pharmacist_ray.config.schema import ModelConfig
 from pharmacist_ray.errors import ModelError
-from pharmacist_ray.models.load import add_lora, on_disk
+from pharmacist_ray.models.load import add_lora, first_layers, on_disk
 from pharmacist_ray.models.taps import decoder_layers
 
 
@@ -55,11 +55,12 @@ class Shape:
     rank: int
 
 
-def shape_of(model: ModelConfig) -> Shape:
+def shape_of(model: ModelConfig, first: int | None = None) -> Shape:
     """Return a model's shape; no weights are read or made.
 
     Args:
         model: The model and the adapter that is put on it.
+        first: Its first so many decoder layers alone; None: all.
 
     Raises:
         ModelError: There is no such model, it is no causal language model, or a LoRA target names no linear module.
@@ -68,10 +69,14 @@ def shape_of(model: ModelConfig) -> Shape:
     try:
         with torch.device("meta"):
             settings = AutoConfig.from_pretrained(on_disk(model.path), trust_remote_code=trust)
+            if first is not None:
+                settings = first_layers(settings, first)
             base = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust)
+    except ModelError:
+        raise
     except Exception as error:
-        first = " ".join(str(error).split())[:300]
-        raise ModelError(f"cannot build '{model.path}' from its config.json: {first} ({type(error).__name__})") from error
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"cannot build '{model.path}' from its config.json: {said} ({type(error).__name__})") from error
     text, layers = settings.get_text_config(), decoder_layers(base)
     hidden = text.hidden_size
     head_width = getattr(text, "head_dim", None) or hidden // text.num_attention_heads

@@ -47,26 +47,42 @@ def pinned(path: str, before: str = "") -> str:
 
 
 def at_one_commit(config: Config, before: str | None = None) -> Config:
-    """Return the configuration with a hub's model at one commit; any other model as it is.
+    """Return the configuration with a hub's models, the one to harden and a cascade's proxy, at one commit; any other as it is.
 
     Args:
         config: A run's.
-        before: What the path was pinned to, by default in the ``config.yaml`` of the run directory.
+        before: What the model's path was pinned to, by default in the ``config.yaml`` of the run directory; the proxy's is always there.
     """
-    path = config.model.path
-    if not on_hub(path):
-        return config
-    if before is None:
-        try:
-            before = str(yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8"))["model"]["path"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            before = ""  # nothing was begun there, or nothing that can be read
-    return with_model_path(config, pinned(path, before))
+    path, proxy = config.model.path, config.scoring.proxy
+    if on_hub(path):
+        config = with_model_path(config, pinned(path, _before(config, "model") if before is None else before))
+    if proxy is not None and proxy.path is not None and on_hub(proxy.path):
+        config = with_proxy_path(config, pinned(proxy.path, _before(config, "scoring", "proxy")))
+    return config
+
+
+def _before(config: Config, *keys: str) -> str:
+    """Return the path of a model in the ``config.yaml`` of a run directory; nothing where there is none, or none that can be read."""
+    try:
+        section = yaml.safe_load((config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        for key in keys:
+            section = section[key]
+        return str(section["path"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return ""
 
 
 def with_model_path(config: Config, path: str) -> Config:
     """Return the configuration with its model at another path."""
     return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
+def with_proxy_path(config: Config, path: str | None) -> Config:
+    """Return the configuration with the proxy of its cascade at another path; one without a cascade as it is."""
+    if (proxy := config.scoring.proxy) is None:
+        return config
+    scoring = config.scoring.model_copy(update={"proxy": proxy.model_copy(update={"path": path})})
+    return config.model_copy(update={"scoring": scoring})
 
 
 @cache  # a question a process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def load_model(
     trust_remote_code: bool = False,
     attn: str | None = None,
     quantization: str | None = None,
+    layers: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Any:
     """Return a causal language model in evaluation mode.
@@ -72,6 +73,7 @@ def load_model(
         trust_remote_code: Run model code that comes with the weights. Only for sources as trusted as this package.
         attn: The attention implementation, a name that transformers knows; by default the one that it takes for this model.
         quantization: ``8bit`` or ``4bit`` for a frozen base in so few bits (see `models.quantized`).
+        layers: Load the first so many decoder layers alone, with the norm and the output head behind the last of them.
         device: Where the model goes.
 
     Raises:
@@ -81,16 +83,18 @@ def load_model(
         raise unknown_name("model dtype", dtype, list(DTYPES))
     path = on_disk(path)
     _refuse_pickle(_folder(path), "model*.safetensors*", "*.bin")
-    model, info = _get(
-        path,
-        AutoModelForCausalLM.from_pretrained,
-        dtype=DTYPES[dtype],
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        **({"attn_implementation": attn} if attn else {}),
-        **(quantized_loading(quantization, DTYPES[dtype], device) if quantization else {}),
-    )
+    with _quiet() if layers else nullcontext():  # or transformers would list the weights of all other layers
+        model, info = _get(
+            path,
+            AutoModelForCausalLM.from_pretrained,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **({"attn_implementation": attn} if attn else {}),
+            **({"config": _settings(path, trust_remote_code, layers)} if layers else {}),
+            **(quantized_loading(quantization, DTYPES[dtype], device) if quantization else {}),
+        )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"'{path}' lacks {len(missing)} of the model's weights ('{missing[0]}', …); download or export it again")
     if adapter is not None:
@@ -100,15 +104,42 @@ def load_model(
     return (differentiable(model) if quantization else model.to(device)).eval()
 
 
-def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False) -> Any:
+def empty_model(path: str | StoragePath, *, trust_remote_code: bool = False, layers: int | None = None) -> Any:
     """Return the model without weights, on the meta device: its modules and shapes, from its configuration alone.
 
+    Args:
+        path: A folder or hub id.
+        trust_remote_code: See `load_model`.
+        layers: See `load_model`.
+
     Raises:
-        ModelError: There is no such model.
+        ModelError: There is no such model, or it has fewer layers.
     """
-    config = _get(on_disk(path), AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    config = _settings(on_disk(path), trust_remote_code, layers)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _settings(path: str | Path, trust_remote_code: bool, layers: int | None) -> Any:
+    settings = _get(path, AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return settings if layers is None else first_layers(settings, layers)
+
+
+def first_layers(settings: Any, layers: int) -> Any:
+    """Return a model's configuration with its first layers alone, changed in place.
+
+    Raises:
+        ModelError: It has fewer.
+    """
+    text = settings.get_text_config()
+    count = text.num_hidden_layers
+    if layers > count:
+        raise ModelError(f"the model has {count} layers, and its first {layers} are asked for; lower scoring.proxy.layers")
+    for name, value in vars(text).copy().items():
+        if isinstance(value, list) and len(value) == count:  # one for each layer, such as the kind of its attention
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return settings
 
 
 def load_adapter(model: Any, path: str | StoragePath, *, merge: bool = False) -> Any:
@@ -280,6 +311,17 @@ def _get(path: str | Path, load: Callable[..., Any], **arguments: Any) -> Any:
         first = " ".join(str(error).split())
         what = f"cannot load '{path}'" if _folder(path) else f"'{path}' is no folder here and cannot be had from the hub"
         raise ModelError(f"{what}: {first[:300]} ({type(error).__name__})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' warnings off the screen inside the block."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
-from pharmacist_ray.config.schema import Config, TrainConfig
+from pharmacist_ray.config.schema import Config, ModelConfig, TrainConfig
 from pharmacist_ray.errors import ConfigError
 
 INSTALL = "`pip install 'pharmacist-ray[quantization]'`"
@@ -88,6 +88,24 @@ class _Plus:
         return output + (linear(linear(x.to(self.a.dtype), self.a), self.b) * self.scaling).to(output.dtype)
 
 
+def check_bits(model: ModelConfig, where: str) -> None:
+    """Find out whether a model can be loaded in the bits that it asks for.
+
+    Args:
+        model: The model's section.
+        where: The key that asks for them, for the error.
+
+    Raises:
+        ConfigError: The package is missing, or the model brings its own code.
+    """
+    if model.quantization is None:
+        return
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{where} needs bitsandbytes: {INSTALL}, or leave it out")
+    if model.trust_remote_code:
+        raise ConfigError(f"{where} cannot be had with a model of its own code; leave one of the two out")
+
+
 def check_quantization(config: Config) -> None:
     """Find out whether a base can be loaded in few bits, and whether all that is to be done can be done over it.
 
@@ -96,10 +114,7 @@ def check_quantization(config: Config) -> None:
     """
     if config.model.quantization is None:
         return
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"model.quantization needs bitsandbytes: {INSTALL}, or leave it out")
-    if config.model.trust_remote_code:
-        raise ConfigError("model.quantization cannot be had with a model of its own code; leave one of the two out")
+    check_bits(config.model, "model.quantization")
     trainings: dict[str, TrainConfig | None] = {
         "selector.warmup": config.selector.warmup,
         "selector.reference": config.selector.reference,

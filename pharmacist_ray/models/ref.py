@@ -26,6 +26,8 @@ class ModelRef:
     """Attention implementation; None leaves it to transformers."""
     quantization: str | None = None
     """``8bit`` or ``4bit``; None: all bits."""
+    layers: int | None = None
+    """Its first so many decoder layers alone; None: all."""
     trust_remote_code: bool = False
     template: Template = "auto"
     """Prompt template."""
@@ -89,6 +91,7 @@ class ModelRef:
             trust_remote_code=self.trust_remote_code,
             attn=self.attn,
             quantization=self.quantization,
+            layers=self.layers,
             device=device,
         )
         for merged in self.adapters:

@@ -99,7 +99,7 @@ def audit_config(config: Config, data: Sequence[str] = ()) -> Config:
             f"model or trusted rows have one; take out what has none and leave {', '.join(usable)}"
         )
     values["data"] |= {"candidates": source, "shards": None}
-    values["scoring"] |= {"scorers": plan.scorers, "safe": ["validation", "benign"]}
+    values["scoring"] |= {"scorers": plan.scorers, "safe": ["validation", "benign"], "proxy": None}  # every row is judged
     values["selection"] = {"scorer": CALIBRATED}
     values["comparison"] = {"selections": [CALIBRATED]}
     values["alignment"] |= {"replay": 0}

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from pharmacist_ray.config.evaluation import HOW, UNASKED
 from pharmacist_ray.config.finetune import PLAIN, UNREPAIRED
 from pharmacist_ray.config.schema import Config, Section, SourceConfig
 from pharmacist_ray.config.scoring import arm_of, folder_of
@@ -20,24 +19,21 @@ from pharmacist_ray.curation.scorers.trusted import TrustedSets
 from pharmacist_ray.curation.selector import part_files
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.rows import count_rows
-from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.models.hub import at_one_commit
 from pharmacist_ray.models.precision import with_dtype
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.artifacts import PLACES, Artifact, digest, without
 from pharmacist_ray.pipeline.identity import dated_identity, file_identity
-from pharmacist_ray.pipeline.variants import Variant, asks_ordinary, settled, weighed_in
+from pharmacist_ray.pipeline.proxied import proxy_config, share_asked
+from pharmacist_ray.pipeline.variants import COLUMNS, Variant, asked_of, asks_ordinary, settled, weighed_in
 from pharmacist_ray.storage import StoragePath, relative
 from pharmacist_ray.training.objectives import OBJECTIVES
-
-COLUMNS = ("group_column", "cluster_column")
-"""Keys of the evaluation that say how answers are put together."""
 
 
 class Run:
     """The artifacts of one configuration."""
 
-    def __init__(self, config: Config, *, base: Run | None = None) -> None:
+    def __init__(self, config: Config, *, base: Run | None = None, rows_of: Run | None = None) -> None:
         """Lay out a run.
 
         Args:
@@ -45,11 +41,13 @@ class Run:
             base: For a trial of a search, the run that it varies, in the same run directory. What both make from the same inputs
                 lies where the base has it; everything else of the trial lies in folders that carry its fingerprint, so that trials
                 share what they can and never take each other's place.
+            rows_of: For what a cascade's proxy makes, the run whose rows it scores; see `proxied`.
         """
         self.root = config.run_dir
         self.config: Config = with_dtype(at_one_commit(config, base.config.model.path if base else None))
-        self.base = base
-        self.known_files: dict[str, Any] = base.known_files if base else {}  # path → identity, as far as anything has asked
+        self.base, self.rows_of = base, rows_of
+        elder = base or rows_of
+        self.known_files: dict[str, Any] = elder.known_files if elder else {}  # path → identity, as far as anything has asked
 
     def _file(self, path: str) -> Any:
         """What identifies a file or folder as it is now; looked up once, so that a run and its trials agree with each other."""
@@ -65,8 +63,8 @@ class Run:
         its rule, or nothing in it would be found again. Once its candidates or its model moved or changed, the directory is made anew
         by the present rule.
         """
-        if self.base:
-            return self.base._dated
+        if elder := self.base or self.rows_of:
+            return elder._dated
         source, model = self.config.data.candidates, self.config.model
         inputs = Artifact(self.root / "ingest" / "candidates", "ingest", {}).manifest().get("inputs")
         return inputs is not None and inputs == {
@@ -82,19 +80,27 @@ class Run:
     def _placed(self, artifact: Artifact, usual: Artifact | None = None) -> Artifact:
         """Return a trial's artifact in a folder of its own, unless it is the base's ``usual`` one."""
         if self.base is not None and (usual is None or usual.fingerprint != artifact.fingerprint):
-            kind, name = relative(artifact.folder, self.root).parts[0], artifact.folder.name
-            own = artifact.fingerprint[:8] if kind == name else f"{name}-{artifact.fingerprint[:8]}"
+            (kind, *_), name, mark = relative(artifact.folder, self.root).parts, artifact.folder.name, artifact.fingerprint[:8]
+            own = mark if kind == name else f"{name}-{mark}"
             artifact.folder = self.root / kind / own if kind == "selections" else self.root / "search" / kind / own
         return artifact
 
     @property
     def model(self) -> ModelRef:
         """The base model."""
-        return ModelRef.of(self.config.model)
+        proxy = self.rows_of.config.scoring.proxy if self.rows_of else None
+        return replace(ModelRef.of(self.config.model), layers=proxy.layers if proxy else None)
+
+    @cached_property
+    def proxied(self) -> Run | None:
+        """What a cascade's proxy makes of this run's rows, in folders below ``proxy``; None where there is no cascade."""
+        if self.config.scoring.proxy is None:
+            return None
+        return Run(proxy_config(self.config, self.selections), base=self.base and (self.base.proxied or self.base), rows_of=self)
 
     @cached_property
     def _model_identity(self) -> Any:
-        return digest([self._file(self.config.model.path), self._settings(self.config.model)])
+        return digest([self._file(self.config.model.path), self._settings(self.config.model), *filter(None, [self.model.layers])])
 
     @property
     def sources(self) -> dict[str, tuple[SourceConfig, bool]]:
@@ -108,6 +114,8 @@ class Run:
 
     def ingested(self, name: str) -> Artifact:
         """Return the canonical rows of a source, in ``<folder>/rows``."""
+        if self.rows_of:
+            return self.rows_of.ingested(name)
         source, _ = self.sources[name]
         shards = self.config.data.shards if name == "candidates" else 1
         config: dict[str, Any] = {"source": self._settings(source), "shards": shards, "max_length": self.config.model.max_length}
@@ -120,8 +128,8 @@ class Run:
     @cached_property
     def planted(self) -> Artifact | None:
         """The halves of the trusted sets, and the planted rows made of one; None where no calibrated selection is asked for."""
-        if not self.config.calibrated:
-            return None
+        if not self.config.calibrated or self.rows_of:
+            return self.rows_of.planted if self.rows_of else None
         inputs = {name: self.ingested(name).fingerprint for name in self.trusted_names}
         config = {"kinds": list(KINDS), "rows": self.config.selector.trusted_rows, "seed": self.config.seed}
         return self._placed(Artifact(self.root / "planted", "ingest", config, inputs), self.base.planted if self.base else None)
@@ -191,15 +199,17 @@ class Run:
         for key, place in (("guard", scoring.guard and scoring.guard.path), ("refusal_teacher", scoring.refusal_teacher)):
             inputs |= {key: self._file(place)} if place else {}
         config = self._settings(scoring) | SCORERS.plugged(scoring.scorers)
+        if self.proxied:
+            config["passed_on"] = share_asked(self.config, {arm: self.turns(arm) for arm in self.selections})
+            inputs["proxy"] = self.proxied.scored.fingerprint
         artifact = Artifact(self.root / "scores", "score", config, inputs)
         return self._placed(artifact, self.base.scored if self.base else None)
 
     def turns(self, arm: str) -> tuple[str, ...]:
         """Return the score columns that take turns in an arm; none where it is not the name of a scorer with several."""
-        config = self.config
-        return (
-            tuple(parts_of_score(arm, config.scoring, config.selector)) if arm in {*config.scoring.scorers} - {"random"} else ()
-        )
+        scoring = self.config.scoring
+        several = parts_of_score(arm, scoring, self.config.selector) if arm in {*scoring.scorers} - {"random"} else ()
+        return tuple(several)
 
     @cached_property
     def arms(self) -> list[str]:
@@ -373,18 +383,8 @@ class Run:
     @cached_property
     def _asked(self) -> str:
         """What is asked and how it is judged, as a digest."""
-        assert self.config.evaluation is not None
         prompts = {name: self.ingested(name).fingerprint for name in ("eval-harmful", "eval-benign", "eval-task")}
-        judge = self.config.evaluation.judge_path
-        asked = self._settings(self.config.evaluation)
-        for name in (*UNASKED, *COLUMNS):
-            asked.pop(name, None)
-        asked["judge"] = without(asked["judge"], HOW)
-        model = self.config.model
-        chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
-        files = map(self._file, self.config.evaluation.judge_places)
-        plugged = JUDGES.plugged([judge.kind for judge in self.config.evaluation.judges])
-        return digest([prompts, asked, model.template, self._file(judge) if judge else None, *chat, *files, *plugged.values()])
+        return digest(asked_of(self.config, prompts, self._settings, self._file))
 
     @property
     def judgements(self) -> StoragePath:

@@ -19,7 +19,7 @@ from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.errors import ConfigError, ResourceError
 from pharmacist_ray.evaluation.judges import JUDGES, check_judges
-from pharmacist_ray.models.hub import with_model_path
+from pharmacist_ray.models.hub import with_model_path, with_proxy_path
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES, check, made_by, reused, run_ingest
@@ -85,7 +85,8 @@ def _leave_standing(command: str, config: Config, run: Run, stages: Sequence[str
     after = [part for name in own.defences for part in name.split("/") if part != UNREPAIRED]
     judges = [judge.kind for judge in own.evaluation.judges] if own.evaluation else []
     plugged = SCORERS.plugged(own.scoring.scorers) | OBJECTIVES.plugged(after) | JUDGES.plugged(judges)
-    if plugged | EXPORTS.plugged(own.selection.export) or not Path(own.model.path).exists():
+    models = [own.model.path, *([run.proxied.config.model.path] if run.proxied else [])]
+    if plugged | EXPORTS.plugged(own.selection.export) or not all(Path(path).exists() for path in models):
         return
     made = [(stage, made_by(run, stage)) for stage in stages if stage != "report"]
     if all(artifact.ready for _, artifacts in made for artifact in artifacts):
@@ -99,7 +100,9 @@ def begin(config: Config, run: Run) -> None:
         ConfigError: The run directory cannot be written to.
     """
     try:
-        write_text(dump_config(with_model_path(config, run.config.model.path)), run.root / "config.yaml")
+        proxy = run.config.scoring.proxy
+        dumped = with_proxy_path(with_model_path(config, run.config.model.path), proxy.path if proxy else None)
+        write_text(dump_config(dumped), run.root / "config.yaml")
     except OSError as error:
         raise ConfigError(f"cannot write to run_dir={run.root}: {error.strerror}; choose another folder") from error
     say(f"[dim]run directory: {escaped(run.root)}[/]")

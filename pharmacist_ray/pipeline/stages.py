@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 from pharmacist_ray.config.data import NamedConfig
 from pharmacist_ray.config.scoring import CALIBRATED, tells_rows_apart
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns, kept_in_words
+from pharmacist_ray.curation.cascade import FOLDER, score_by_cascade
 from pharmacist_ray.curation.export import write_export
 from pharmacist_ray.curation.fit import check_learnt, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
-from pharmacist_ray.curation.overlap import find_overlaps, in_words, refuse_trained
+from pharmacist_ray.curation.missed import in_words
+from pharmacist_ray.curation.overlap import find_overlaps, refuse_trained
+from pharmacist_ray.curation.overlap import in_words as overlap_in_words
 from pharmacist_ray.curation.planted import hold_out
 from pharmacist_ray.curation.score import check_scorers, planted_scores, score
-from pharmacist_ray.curation.scorers import columns_of
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.curation.trainers import EXPORTS
 from pharmacist_ray.data.mixing import check_counts
@@ -34,13 +37,14 @@ from pharmacist_ray.pipeline.attacks import after_alignment, check_attacks, run_
 from pharmacist_ray.pipeline.console import bar, console, escaped, say, watch_training
 from pharmacist_ray.pipeline.elsewhere import check_elsewhere, measured
 from pharmacist_ray.pipeline.evaluations import check_served, run_evaluate
+from pharmacist_ray.pipeline.proxied import check_proxy, for_every_row, passing_arms
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
-from pharmacist_ray.storage import StoragePath
+from pharmacist_ray.storage import StoragePath, remove_tree
 from pharmacist_ray.training.objectives import OBJECTIVES, sections_of, settings_of
 from pharmacist_ray.training.task import check_task
 from pharmacist_ray.training.tracking import check_trackers
@@ -58,6 +62,7 @@ def check(run: Run) -> None:
     check_attention(config.model.attn, config.resources.gpus_per_worker)
     check_quantization(config)
     check_scorers(config.scoring, config.selector)
+    check_proxy(config, run.selections)
     if run.ingested("candidates").ready:
         candidates = run.ingested("candidates").folder / "rows"
         check_learnt(run.parts, config.selector, lambda: count_rows(candidates), config.resources.workers)
@@ -142,7 +147,7 @@ def _overlap(run: Run) -> None:
             run.overlap.finish(find_overlaps(sets, run.overlap.begin()))
     pairs = run.overlap.manifest()["summary"]["pairs"]
     if pairs:
-        say(f"  prompts that several sets have: {'; '.join(map(in_words, pairs))}")
+        say(f"  prompts that several sets have: {'; '.join(map(overlap_in_words, pairs))}")
     if not run.config.evaluation.allow_trained_prompts:
         refuse_trained(pairs)
 
@@ -161,7 +166,14 @@ def _hold_out(run: Run) -> None:
 
 
 def run_fit(run: Run) -> None:
-    """Fit the selector, if a scorer needs one."""
+    """Fit the selector, if a scorer needs one, and that of a cascade's proxy."""
+    _fit(run)
+    if run.proxied:
+        say("  [dim]the same for the proxy[/]")
+        _fit(run.proxied)
+
+
+def _fit(run: Run) -> None:
     if not run.needs_selector:
         say(f"  no selector is fitted: {', '.join(run.config.scoring.scorers)} need none")
         return
@@ -191,7 +203,10 @@ def run_fit(run: Run) -> None:
 
 
 def run_score(run: Run) -> None:
-    """Score every candidate."""
+    """Score every candidate; of a cascade, all by its proxy first."""
+    if run.proxied:
+        say("  [dim]by the proxy[/]")
+        run_score(run.proxied)
     artifact, config = run.scored, run.config
     candidates = run.ingested("candidates").require()
     fitted = run.fitted.require() if run.needs_selector else None
@@ -200,22 +215,34 @@ def run_score(run: Run) -> None:
     with lock_missing_artifacts(run, artifact) as missing:
         if not missing:
             return
-        folder = artifact.begin()
-        with bar("score (shards)") as show:
-            report = score(
-                model=run.model,
+        folder, facts = artifact.begin(), dict[str, Any]()
+        by_model = partial(
+            score,
+            model=run.model,
+            selector=config.selector,
+            resources=config.resources,
+            trusted=run.trusted,
+            fit=fitted,
+            say=lambda line: say(f"  {escaped(line)}"),
+        )
+        given: dict[str, Any] = {"scoring": config.scoring, "planted": run.planted_rows, "out": folder / "rows"}
+        if run.proxied:
+            report, facts["cascade"] = score_by_cascade(
+                by_model,
+                **given,
                 selector=config.selector,
-                scoring=config.scoring,
-                resources=config.resources,
-                candidates=candidates / "rows",
-                trusted=run.trusted,
-                fit=fitted,
-                out=folder / "rows",
-                planted=run.planted_rows,
-                progress=show,
-                say=lambda line: say(f"  {escaped(line)}"),
+                candidates=candidates,
+                proxy=run.proxied.scored.require() / "rows",
+                rules={arm: _rule(run, arm) for arm in passing_arms(config, run.selections)},
+                progress=bar,
             )
-        artifact.finish(asdict(report))
+        else:
+            with bar("score (shards)") as show:
+                report = by_model(**given, candidates=candidates / "rows", progress=show)
+        artifact.finish(asdict(report) | facts)
+        remove_tree(folder / FOLDER)
+    for line in in_words(facts["cascade"]) if facts else ():
+        say(f"  {escaped(line)}")
     say(f"  {report.rows - report.quarantined} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
 
 
@@ -267,8 +294,7 @@ def _rule(run: Run, arm: str) -> Rule:
     selection = run.config.selection
     if arm == "all":
         # Every row has a random score, so with ratio 1 by it nothing is left out.
-        columns = columns_of(run.config.scoring, run.config.selector)
-        return Rule("random_0" if "random_0" in columns else columns[0], ratio=1.0)
+        return Rule(for_every_row(run.config), ratio=1.0)
     return Rule(
         arm,
         selection.ratio,
@@ -320,8 +346,8 @@ def made_by(run: Run, name: str) -> list[Artifact]:
             *([run.overlap] if run.config.evaluation else []),
             *([run.planted] if run.planted else []),
         ],
-        "fit": lambda: [run.fitted] if run.needs_selector else [],
-        "score": lambda: [run.scored],
+        "fit": lambda: [one.fitted for one in (run, run.proxied) if one and one.needs_selector],
+        "score": lambda: [one.scored for one in (run.proxied, run) if one],
         "select": lambda: [
             *(run.selected(arm) for arm in run.selections),
             *(run.exported(name) for name in (() if run.base else run.config.selection.export)),

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig
 from pharmacist_ray.config.endpoint import HOW
+from pharmacist_ray.config.evaluation import HOW as HOW_ASKED
+from pharmacist_ray.config.evaluation import UNASKED
 from pharmacist_ray.config.finetune import Defence
+from pharmacist_ray.config.schema import Config, Section
 from pharmacist_ray.config.scoring import folder_of, tells_rows_apart
+from pharmacist_ray.evaluation.judges import JUDGES
 from pharmacist_ray.pipeline.artifacts import without
 from pharmacist_ray.training.objectives import OBJECTIVES, settings_of
+
+COLUMNS = ("group_column", "cluster_column")
+"""Keys of the evaluation that say how answers are put together."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,29 @@ def asks_ordinary(objective: str, parameters: Mapping[str, Mapping[str, Any]]) -
         ConfigError: See `settings_of`.
     """
     return OBJECTIVES[objective].ordinary(settings_of(objective, parameters, "finetune"))
+
+
+def asked_of(
+    config: Config, prompts: Mapping[str, str], settings: Callable[[Section], dict[str, Any]], file: Callable[[str], Any]
+) -> list[Any]:
+    """Return what is asked in an evaluation and how it is judged, as JSON-able values.
+
+    Args:
+        config: The configuration; with an evaluation.
+        prompts: Fingerprints of the sets of prompts.
+        settings: Returns a section as what is made from it depends on it.
+        file: Returns what identifies a file.
+    """
+    assert config.evaluation is not None
+    judge, model = config.evaluation.judge_path, config.model
+    asked = settings(config.evaluation)
+    for name in (*UNASKED, *COLUMNS):
+        asked.pop(name, None)
+    asked["judge"] = without(asked["judge"], HOW_ASKED)
+    chat = [model.system, model.template_arguments] if model.system or model.template_arguments else []
+    files = map(file, config.evaluation.judge_places)
+    plugged = JUDGES.plugged([judge.kind for judge in config.evaluation.judges])
+    return [prompts, asked, model.template, file(judge) if judge else None, *chat, *files, *plugged.values()]
 
 
 def settled(objective: str, parameters: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, Any]:
