@@ -14,6 +14,10 @@ CALIBRATED = "calibrated"
 COVERAGE = "coverage"
 """The scorer that writes a column for each group of trusted rows; selected by it, the groups take turns."""
 
+STANDS_FOR = "stands_for"
+"""Column of a cascade's score files: how many candidates a row's scores stand for. 1 for a row that was passed on, more for one of the
+random sample that was not (the others like it, which the model never saw), and 0 for a row that the model never saw."""
+
 
 def arm_of(scorer: str | list[str]) -> str:
     """Return the name of a selection by a score or by a list of scores, for folders and tables."""

@@ -35,12 +35,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pharmacist_ray.config.schema import ProxyConfig, ScoringConfig, SelectorConfig
-from pharmacist_ray.config.scoring import CALIBRATED
+from pharmacist_ray.config.scoring import CALIBRATED, STANDS_FOR
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns
 from pharmacist_ray.curation.missed import LEVEL, fewest_members, lost, lowest_taken
 from pharmacist_ray.curation.passing import WORST, Passing, Sample, keys_in
 from pharmacist_ray.curation.score import ScoreReport, planted_scores
-from pharmacist_ray.curation.scored import STANDS_FOR, Ranking, Shard, find_shards, read_scored
+from pharmacist_ray.curation.scored import Ranking, Shard, find_shards, read_scored
 from pharmacist_ray.curation.scorers import SCORERS, columns_of
 from pharmacist_ray.curation.select import Rule
 from pharmacist_ray.curation.topk import Answer, Keys, Query, answer, kth_keys

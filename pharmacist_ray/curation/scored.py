@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.config.scoring import STANDS_FOR
 from pharmacist_ray.curation.calibrate import Calibrated, PlantedScores, calibrate
 from pharmacist_ray.curation.combine import SAMPLE, BestRank, RankSum, best_rank, rank_sum
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
@@ -19,10 +20,6 @@ from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, row_count
 
 Blend = RankSum | BestRank | Calibrated
-
-STANDS_FOR = "stands_for"
-"""Column of a cascade's score files: how many candidates a row's scores stand for. 1 for a row that was passed on, more for one of the
-random sample that was not (the others like it, which the model never saw), and 0 for a row that the model never saw."""
 
 _SEED = 1_597_334_677
 

@@ -96,8 +96,8 @@ def check_proxy(config: Config, arms: Sequence[str]) -> None:
     given = {name: getattr(selection, name) for name in ("threshold", "quotas", "near_duplicates")}
     if asked := [f"selection.{name}" for name, value in given.items() if value not in (None, {})]:
         raise ConfigError(
-            f"scoring.proxy bounds what is lost of the model's top rows, and {', '.join(asked)} keeps others than those: "
-            "use selection.ratio or count alone, or leave scoring.proxy out"
+            f"scoring.proxy bounds what is lost of the model's top rows and cannot heed {', '.join(asked)}: use selection.ratio or count "
+            "alone, or leave scoring.proxy out"
         )
     if not passing_arms(config, arms):
         raise ConfigError(

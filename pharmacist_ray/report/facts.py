@@ -17,7 +17,7 @@ from pharmacist_ray.storage import matching, opened_parquet
 
 QUARANTINED = 3
 """Broken rows shown of each source."""
-_ONE = ("overlap", "planted", "fit", "scores", "evaluation")
+_ONE = ("overlap", "planted", "proxy/fit", "proxy/scores", "fit", "scores", "evaluation")
 
 
 def what_ran(run: RunFiles) -> list[Block]:
@@ -201,8 +201,8 @@ def _inputs(manifest: Mapping[str, Any]) -> str:
 def _stale(made: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield a sentence for each artifact that was made from another one than now lies beside it."""
     for place, manifest in made.items():
-        if place.startswith(("align/", "attack/")):
-            continue  # those of other settings stay beside the current ones
+        if place.startswith(("align/", "attack/", "proxy/")):
+            continue  # those of other settings stay beside the current ones, and a proxy's are made from a fit of its own
         for name, fingerprint in manifest.get("inputs", {}).items():
             source = name if name in _ONE else f"ingest/{name}"
             if source in made and isinstance(fingerprint, str) and made[source].get("fingerprint") != fingerprint:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pharmacist_ray.config.scoring import STANDS_FOR
 from pharmacist_ray.data.rows import parquet_files
 from pharmacist_ray.report.run_files import RunFiles, readable
 from pharmacist_ray.storage import StoragePath, opened_parquet, parquet_metadata
@@ -125,7 +126,7 @@ def read_scores(run: RunFiles) -> Scores | None:
         with readable(file):
             metadata = parquet_metadata(file)
             rows += metadata.num_rows
-            names = [name for name in metadata.schema.names if name != "id"]
+            names = [name for name in metadata.schema.names if name not in ("id", STANDS_FOR)]
     found = Scores({name: Histogram() for name in names}, rule.get("scorer") if fits else None, rule.get("descending", True))
     if found.main not in found.columns:
         found.main = None

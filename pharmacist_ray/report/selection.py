@@ -18,7 +18,7 @@ def distributions(run: RunFiles, scores: Scores | None) -> list[Block]:
     """Return one histogram a score; the first is the one selected by, with what was kept."""
     if scores is None:
         return []
-    blocks: list[Block] = []
+    blocks = _cascade(run)
     worst = _cut(run) if scores.main else None
     order = sorted(scores.columns, key=lambda name: name != scores.main)
     plots = []
@@ -79,6 +79,44 @@ def _made_of(run: RunFiles) -> str:
     return (
         "the sum of ranks by " + ", ".join(f"{name} (weight {weight:g})" for name, weight in weights.items()) if weights else ""
     )
+
+
+def _cascade(run: RunFiles) -> list[Block]:
+    """Return what a cascade showed to the model, and what it loses of the model's own top rows."""
+    found = run.manifest("scores").get("summary", {}).get("cascade")
+    if not found:
+        return []
+    seen, whole, drawn = (found[name] for name in ("seen", "candidates", "sampled"))
+    rows = [
+        (
+            arm,
+            f"{one['wanted']:,}",
+            f"{one['members']:,}",
+            f"{one['missed']:,}",
+            f"{one['estimate']:.1%} [{one['low']:.1%}, {one['high']:.1%}]",
+        )
+        for arm, one in found["arms"].items()
+    ]
+    few = [arm for arm, one in found["arms"].items() if not one["enough"]]
+    return [
+        Note(
+            f"A proxy scored all {whole:,} candidates, and the model {seen:,} of them ({seen / max(1, whole):.0%}): {drawn:,} drawn at "
+            f"random, and {seen - drawn:,} more that stand high with the proxy. The others have no score that needs the model, and no selection by "
+            "one takes them."
+        ),
+        *(
+            Note(
+                f"The sample has too few of the top rows by {arm} to leave any row out: raise scoring.proxy.sample.", warning=True
+            )
+            for arm in few
+        ),
+        Table(
+            "What the cascade loses of the rows that the model would keep if it had seen all, estimated by the sample, with "
+            f"{found['level']:.0%} intervals; the mean was to be at most {found['miss']:.1%}",
+            ("selection", "kept", "of these in the sample", "missed of those", "lost"),
+            rows,
+        ),
+    ]
 
 
 def _planted(run: RunFiles) -> list[Block]:
