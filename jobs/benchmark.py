@@ -2,7 +2,7 @@
 
 `python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed,
 and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours. `python -m jobs.benchmark peers` holds our
-scoring against the methods of other systems.
+scoring against the methods of other systems, and `python -m jobs.benchmark cascade` what cascades lose against what they say.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
         planted(given[1:])
     elif given[:1] == ["peers"]:
         peers(given[1:])
+    elif given[:1] == ["cascade"]:
+        cascade(given[1:])
     else:
         objectives(given)
 
@@ -133,6 +135,50 @@ def peers(arguments: list[str]) -> None:
     ]
     with plain_failures():
         show(measure(loads, given.methods), given.out)
+
+
+def cascade(arguments: list[str]) -> None:
+    """Hold what cascades say that they lose against what they do lose, over several samples."""
+    from pharmacist_ray.benchmarks.cascade import Trial
+    from pharmacist_ray.benchmarks.cascade import cascade as measure
+
+    usual = Trial()
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark cascade",
+        description="Score all candidates by a proxy and by the model, draw samples, and hold what cascades state against the truth.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run by dotted key")
+    parser.add_argument("--config", type=Path, help="a run's YAML file; default: the embedded benchmark")
+    parser.add_argument("--model", help="folder or hub id of a model in the place of the configured one")
+    parser.add_argument(
+        "--proxies", nargs="+", default=list(usual.proxies), help="keys of scoring.proxy, for example path=DIR,layers=4"
+    )
+    parser.add_argument(
+        "--miss", type=float, default=usual.miss, help="expected share of the model's own top rows that may be lost"
+    )
+    parser.add_argument(
+        "--sample", type=int, help="rows of a sample; default: so many that 200 of the top rows are expected in it"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(usual.seeds), help="samples")
+    parser.add_argument("--rows", type=int, default=usual.rows, help="candidates of the embedded benchmark")
+    parser.add_argument("--world", type=int, default=usual.world, help="its world")
+    parser.add_argument("--base", type=Path, help="take the base model of another testbed instead of training one")
+    parser.add_argument("--out", type=Path, default=Path("runs/cascade"), help="folder for the run and cascade.json")
+    given = parser.parse_intermixed_args(arguments)
+    trial = Trial(
+        config=given.config,
+        model=given.model,
+        proxies=tuple(given.proxies),
+        miss=given.miss,
+        sample=given.sample,
+        seeds=tuple(given.seeds),
+        rows=given.rows,
+        world=given.world,
+        base=given.base,
+    )
+    with plain_failures():
+        measure(trial, given.out, given.overrides)
 
 
 def planted(arguments: list[str]) -> None:

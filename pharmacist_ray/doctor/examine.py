@@ -23,6 +23,7 @@ from pharmacist_ray.curation.scorers import SCORERS, parts_of
 from pharmacist_ray.curation.selector import AT_CHECKPOINTS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.data.render import Renderer
+from pharmacist_ray.doctor.cascade import cascade_lines
 from pharmacist_ray.doctor.doubts import doubts
 from pharmacist_ray.doctor.estimate import EXTRAS, Item, Setup, advice, memory, setup_of, total
 from pharmacist_ray.doctor.pace import LINK, UTILISATION, known_gpu, seconds
@@ -138,10 +139,13 @@ def _configuration(config: Config, gpus: int) -> None:
             else "trained in this process, one by one"
         )
     )
-    for artifact in (run.ingested("candidates"), run.fitted, run.scored, run.main_selection):
+    of_proxy = [run.proxied.fitted, run.proxied.scored] if run.proxied else []
+    for artifact in (run.ingested("candidates"), run.fitted, *of_proxy, run.scored, run.main_selection):
         say(f"          {artifact.stage}: {'ready' if artifact.ready else 'to be made'} ({escaped(artifact.folder)})")
     if shape is not None:
         _costs(config, shape)
+        if run.proxied and not problems:
+            _cascade(run, run.proxied, shape)
     for problem in problems[:-1]:
         say(f"[red]problem[/]  {escaped(problem)}")
     if problems:
@@ -168,6 +172,15 @@ def _costs(config: Config, shape: Shape) -> None:
     for what, held_by in stages.items():
         if items := held_by(shape, config):
             _pass(what, items, config)
+
+
+def _cascade(run: Run, proxied: Run, shape: Shape) -> None:
+    """Print what a cascade spares."""
+    rows = run.ingested("candidates").manifest().get("summary", {}).get("rows_out", 0)
+    made = run.scored.manifest().get("summary", {}).get("cascade", {}) if run.scored.ready else {}
+    of_proxy = shape_of(proxied.config.model, proxied.model.layers)
+    for number, line in enumerate(cascade_lines(run.config, proxied.config, shape, of_proxy, rows, made)):
+        say(f"{'[bold]cascade[/] ' if not number else '         '} {escaped(line)}")
 
 
 def _cost(what: str, shape: Shape, setup: Setup, config: Config, itemised: bool) -> None:

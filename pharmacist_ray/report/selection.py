@@ -101,8 +101,8 @@ def _cascade(run: RunFiles) -> list[Block]:
     return [
         Note(
             f"A proxy scored all {whole:,} candidates, and the model {seen:,} of them ({seen / max(1, whole):.0%}): {drawn:,} drawn at "
-            f"random, and {seen - drawn:,} more that stand high with the proxy. The others have no score that needs the model, and no selection by "
-            "one takes them."
+            f"random, and {seen - drawn:,} more that stand high with the proxy. The others have no score that needs it, and no selection "
+            "by one takes them."
         ),
         *(
             Note(
