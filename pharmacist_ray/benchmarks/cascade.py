@@ -111,7 +111,7 @@ def cascade(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> list[Row]
             run_score(varied.proxied)
         rows += [_measured(proxy, run, varied, arm, trial, out) for arm in passing_arms(varied.config, varied.selections)]
     candidates = sum(len(table) for table in map(partial(read_table, columns=["id"]), _shards(run)))
-    facts = {"miss": trial.miss, "sample": trial.sample, "seeds": list(trial.seeds), "candidates": candidates}
+    facts: Row = {"miss": trial.miss, "sample": trial.sample, "seeds": list(trial.seeds), "candidates": candidates}
     facts |= {"world": None if trial.config else trial.world, "model": _name(run.config)}
     write_text(json.dumps({"cascade": rows} | facts, indent=1), out / "cascade.json")
     show(rows, facts)

@@ -14,12 +14,15 @@ from pharmacist_ray.errors import ConfigError, ModelError
 from pharmacist_ray.models.load import (
     LoraConfig,
     add_lora,
+    empty_model,
     load_adapter,
     load_model,
     load_tokenizer,
     merge_adapter,
     save_adapter,
 )
+from pharmacist_ray.models.taps import decoder_layers
+from tests.families import FAMILIES
 
 
 @pytest.fixture
@@ -212,3 +215,37 @@ def test_wrong_adapters_are_refused(folder: Path, tmp_path: Path, tiny: Any) -> 
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(ModelError, match=r"is of type .*IA3.*; only LoRA adapters are supported"):
         load_adapter(load_model(folder), adapter)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_first_layers_of_a_model_are_the_model_with_the_others_cut_off(
+    family_folder: Any, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = family_folder(family)
+    cut = load_model(folder)
+    layers = next(one for one in cut.modules() if isinstance(one, nn.ModuleList) and list(one) == decoder_layers(cut))
+    assert len(layers) == 2
+    del layers[1]
+    cut.config.get_text_config().num_hidden_layers = 1
+    capfd.readouterr()
+    first = load_model(folder, layers=1)
+    assert len(decoder_layers(first)) == 1
+    torch.testing.assert_close(logits(first), logits(cut))
+    assert (logits(first) - logits(load_model(folder))).abs().max() > 1e-3
+    assert "UNEXPECTED" not in capfd.readouterr().err  # transformers' list of what was left out
+    assert len(decoder_layers(empty_model(folder, layers=1))) == 1
+
+
+def test_a_model_has_no_more_layers_than_it_has(folder: Path) -> None:
+    with pytest.raises(ModelError) as raised:
+        empty_model(folder, layers=3)
+    assert str(raised.value) == "the model has 2 layers, and its first 3 are asked for; lower scoring.proxy.layers"
+
+
+def test_the_first_layers_take_an_adapter_of_their_own(folder: Path, tmp_path: Path) -> None:
+    model = trained(load_model(folder, layers=1))
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load_model(folder, layers=1), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ModelError, match=r"does not fit this model"):
+        load_adapter(load_model(folder), tmp_path / "adapter")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pharmacist_ray.config.scoring import STANDS_FOR
 from pharmacist_ray.curation.select import Rule, write_selection
 from pharmacist_ray.report.blocks import Note, Table
 from pharmacist_ray.report.run_files import RunFiles
 from pharmacist_ray.report.scores import read_scores
 from pharmacist_ray.report.selection import distributions
-from pharmacist_ray.storage import write_text
+from pharmacist_ray.storage import write_parquet, write_text
 
 
 def test_a_list_of_scores_says_what_it_is_made_of_and_what_it_kept_by_category(make_run):
@@ -56,3 +60,33 @@ def test_a_calibrated_selection_shows_what_planted_rows_say_of_it(make_run):
     assert isinstance(areas, Table)
     assert areas.header == ("score", "garbled")
     assert areas.rows == [("calibrated", "0.50 [0.40, 0.60]"), ("pharmacist", "0.55 [0.45, 0.65]")]
+
+
+def test_a_cascade_says_what_the_model_saw_and_what_is_lost(make_run):
+    run = make_run()
+    run.ingest()
+    run.score()
+    one = {"wanted": 400, "members": 60, "missed": 1, "estimate": 0.014, "low": 0.0, "high": 0.071, "enough": True}
+    arms = {"pharmacist": one, "loss_gap": one | {"missed": 0, "estimate": 0.0, "enough": False}}
+    facts = {"candidates": 1000, "sampled": 150, "seen": 590, "miss": 0.02, "level": 0.95, "arms": arms}
+    for file in (run.root / "scores" / "rows").glob("*.parquet"):
+        table = pq.read_table(file)
+        write_parquet(table.append_column(STANDS_FOR, pa.array([1.0] * len(table))), file)
+    run.manifest("scores", {"cascade": facts})
+    files = RunFiles(run.root)
+    scores = read_scores(files)
+    assert scores is not None
+    assert STANDS_FOR not in scores.columns
+    seen, few, lost, *_ = distributions(files, scores)
+    assert seen == Note(
+        "A proxy scored all 1,000 candidates, and the model 590 of them (59%): 150 drawn at random, and 440 more that stand high with the "
+        "proxy. The others have no score that needs it, and no selection by one takes them."
+    )
+    assert few == Note(
+        "The sample has too few of the top rows by loss_gap to leave any row out: raise scoring.proxy.sample.", warning=True
+    )
+    assert isinstance(lost, Table)
+    assert lost.rows == [
+        ("pharmacist", "400", "60", "1", "1.4% [0.0%, 7.1%]"),
+        ("loss_gap", "400", "60", "0", "0.0% [0.0%, 7.1%]"),
+    ]
