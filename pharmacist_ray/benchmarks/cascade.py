@@ -53,6 +53,8 @@ SETTINGS = (
     "selection.ratio=0.1",
     "data.shards=8",
     "resources={workers: 0, actors: 0}",
+    "attacks=[]",
+    "evaluation=null",
 )
 """Of the embedded benchmark."""
 

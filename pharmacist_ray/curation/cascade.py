@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from pharmacist_ray.config.schema import ProxyConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.config.scoring import CALIBRATED, STANDS_FOR
 from pharmacist_ray.curation.calibrate import PlantedScores, calibration_columns
-from pharmacist_ray.curation.missed import LEVEL, fewest_members, lost, lowest_taken
+from pharmacist_ray.curation.missed import LEVEL, lost, lowest_taken
 from pharmacist_ray.curation.passing import WORST, Passing, Sample, keys_in
 from pharmacist_ray.curation.score import ScoreReport, planted_scores
 from pharmacist_ray.curation.scored import Ranking, Shard, find_shards, read_scored
@@ -184,6 +184,11 @@ def _wanted(rule: Rule, total: int) -> int:
     return min(total, rule.count or max(1, math.floor((rule.ratio or 0.0) * total + 0.5)))
 
 
+def _members(wanted: int, drawn: int, total: int) -> int:
+    """Return how many rows of a sample are its top rows."""
+    return min(drawn, math.ceil(wanted * drawn / max(1, total)))
+
+
 def _missing(shards: Sequence[StoragePath], out: StoragePath) -> list[StoragePath]:
     out.mkdir(parents=True, exist_ok=True)
     there = {file.name for file in out.glob("*.parquet")}
@@ -243,7 +248,7 @@ def _cuts(one: Cascade, shards: list[Shard], rankings: Mapping[str, Ranking], to
     cuts = {}
     for (arm, ranking), by_model, by_proxy in zip(rankings.items(), large, of_proxy, strict=True):
         wanted = _wanted(one.rules[arm], total)
-        members = min(len(ids), math.ceil(wanted * len(ids) / max(1, total)))
+        members = _members(wanted, len(ids), total)
         top = np.sort(by_proxy[np.argsort(by_model)[:members]])
         taken = lowest_taken(wanted, members, one.settings.miss)
         # As many as are kept have to be seen, whatever the sample says.
@@ -348,21 +353,15 @@ def _losses(one: Cascade, passing: Passing, rest: pa.Array, outside: int) -> dic
     for found in in_tasks(count, shards, count=len(shards)):
         better = [all + more for all, more in zip(better, found, strict=True)]
     total, facts = count_rows(one.candidates / "rows"), {}
-    for arm, keys, inside in zip(one.rules, large, better, strict=True):
-        wanted = _wanted(one.rules[arm], total)
-        order = np.argsort(keys)
+    for arm, keys, passed in zip(one.rules, large, better, strict=True):
+        wanted, order = _wanted(one.rules[arm], total), np.argsort(keys)
         # A row's place in the large model's ranking of all: rows that are passed on are known, the others by the sample's.
         others = np.cumsum(missed[order]) * (outside + 1) / (len(rest) + 1)
-        top = order[inside + others <= wanted]
-        stated = lost(wanted, len(top), int(missed[top].sum()), outside - len(rest))
-        members = min(len(ids), math.ceil(wanted * len(ids) / max(1, total)))
-        facts[arm] = {
-            "wanted": wanted,
-            "members": min(len(top), wanted),
-            "missed": int(missed[top].sum()),
-            **asdict(stated),
-            "enough": members > fewest_members(one.settings.miss) - 1,
-        }
+        top = order[passed + others <= wanted]
+        seen, lacking = min(len(top), wanted), int(missed[top].sum())
+        stated = lost(wanted, seen, lacking, outside - len(rest))
+        enough = lowest_taken(wanted, _members(wanted, len(ids), total), one.settings.miss) > 0
+        facts[arm] = {"wanted": wanted, "members": seen, "missed": lacking, **asdict(stated), "enough": enough}
     return facts
 
 

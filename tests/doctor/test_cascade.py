@@ -63,7 +63,7 @@ def test_it_warns_of_a_cascade_that_spares_nothing_and_of_a_sample_that_is_too_s
         "warning: a sample of 300 rows has about 30 of the model's top rows, and it takes 49 to leave any row out at "
         "scoring.proxy.miss=0.02: raise scoring.proxy.sample"
     )
-    counted = config_of(model_folder, selection={"ratio": None, "count": 50})
+    counted = config_of(model_folder, selection={"ratio": None, "count": 50}, proxy={"sample": 211})
     assert len(lines_of(counted)) == 1  # of how many, nobody knows yet
     assert "sees at least 25% of the rows" in lines_of(counted, 1000)[1]
 

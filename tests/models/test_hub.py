@@ -20,6 +20,7 @@ from pharmacist_ray.config.load import dump_config, parse_config
 from pharmacist_ray.models import hub
 from pharmacist_ray.models.hub import on_hub, pinned, with_model_path
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.pipeline.session import begin
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -129,6 +130,30 @@ def test_the_hub_is_asked_once_and_a_run_directory_keeps_its_commit(
     later = begun()
     assert later[0] == f"owner/name@{NEW}"
     assert later[1] != first[1]
+    hub._commit.cache_clear()
+
+
+def test_a_cascades_proxy_keeps_its_commit_as_the_model_does(
+    server, model_folder: Path, placed_example: dict[str, Any], monkeypatch
+):
+    url, commits, _ = server
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    values = placed_example | {"model": {"path": str(model_folder), "template": "plain"}}
+    values["scoring"] = values.get("scoring", {}) | {"proxy": {"path": "owner/name"}}
+    config = parse_config(values, where="test")
+
+    def begun() -> str:
+        hub._commit.cache_clear()
+        run = Run(config)
+        begin(config, run)
+        assert run.config.model.path == str(model_folder)
+        assert run.proxied is not None
+        return run.proxied.model.path
+
+    assert begun() == f"owner/name@{OLD}"
+    commits["main"] = NEW
+    assert begun() == f"owner/name@{OLD}"
     hub._commit.cache_clear()
 
 
