@@ -58,6 +58,9 @@ SETTINGS = (
 )
 """Of the embedded benchmark."""
 
+SHARES = ("sampled", "passed_on", "seen")
+"""What of the candidates is drawn, what the proxy passes on (some of that is drawn too), and what the model sees."""
+
 Row = dict[str, Any]
 
 
@@ -163,11 +166,12 @@ def _measured(proxy: str, run: Run, varied: Run, arm: str, trial: Trial, out: Pa
         stated = facts["arms"][arm]
         lost = len(top - seen) / len(top)
         inside = stated["low"] <= lost + 1e-12 and lost <= stated["high"] + 1e-12
-        found.append({"seed": seed, "seen": len(seen) / facts["candidates"], "lost": lost, "inside": inside} | stated)
+        shares = {name: facts[name] / facts["candidates"] for name in SHARES}
+        found.append({"seed": seed, "lost": lost, "inside": inside} | shares | stated)
         remove_tree(folder)
     shapes = [shape_of(one.config.model, one.model.layers) for one in (run, by_proxy)]
     pace = [one.scored.manifest()["summary"]["usage"].get("tokens_per_s") for one in (run, by_proxy)]
-    seen_share = float(np.mean([one["seen"] for one in found]))
+    means = {name: float(np.mean([one[name] for one in found])) for name in (*SHARES, "lost", "estimate")}
     cost = spared(shapes[0], shapes[1], 0, 0).proxy
     return {
         "proxy": proxy,
@@ -176,10 +180,8 @@ def _measured(proxy: str, run: Run, varied: Run, arm: str, trial: Trial, out: Pa
         "agreement": _agreement(truth, own_scores, candidates, rule),
         "cost": cost,
         "cost_measured": pace[0] / pace[1] if all(pace) else None,
-        "seen": seen_share,
-        "saved": 1 - cost - seen_share,
-        "lost": float(np.mean([one["lost"] for one in found])),
-        "stated": float(np.mean([one["estimate"] for one in found])),
+        **means,
+        "saved": 1 - cost - means["seen"],
         "width": float(np.mean([one["high"] - one["low"] for one in found])),
         "inside": sum(one["inside"] for one in found),
         "of_seeds": found,
@@ -245,10 +247,12 @@ def show(rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     )
     for heading in ("proxy", "selection"):
         table.add_column(heading)
-    for heading in ("kept", "agreement", "proxy costs", "seen", "saved", "lost", "stated", "width", "in the interval"):
+    for heading in (
+        "kept", "agreement", "proxy costs", "sample", "passed on", "seen", "saved", "lost", "stated", "width", "in the interval"
+    ):  # fmt: skip
         table.add_column(heading, justify="right")
     for row in rows:
-        shares = (f"{row[name]:.1%}" for name in ("cost", "seen", "saved", "lost", "stated", "width"))
+        shares = (f"{row[name]:.1%}" for name in ("cost", *SHARES, "saved", "lost", "estimate", "width"))
         cells = (f"{row['kept']:,}", f"{row['agreement']:.2f}", *shares, f"{row['inside']} of {seeds}")
         table.add_row(escaped(row["proxy"]), escaped(row["arm"]), *cells)
     console.print(table)

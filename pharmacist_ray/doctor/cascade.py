@@ -59,7 +59,8 @@ def cascade_lines(config: Config, of_proxy: Config, model: Shape, proxy: Shape, 
     """
     settings, selection = config.scoring.proxy, config.selection
     assert settings is not None
-    bits = f" in {of_proxy.model.quantization.removesuffix('bit')} bits" if of_proxy.model.quantization else ""
+    few = of_proxy.model.quantization
+    bits = f" in {few.removesuffix('bit')} bits, which spare memory and no arithmetic" if few else ""
     held = f"{_gib(score_memory(proxy, of_proxy))} per actor, {_gib(fit_memory(proxy, of_proxy))} per worker in fit's directions"
     yield f"the proxy has {proxy.parameters:,} parameters in {proxy.layers} layer{'s' * (proxy.layers != 1)}{bits}: {held}"
     kept = selection.ratio if selection.ratio is not None else (min(1.0, (selection.count or 1) / rows) if rows else 0.0)
