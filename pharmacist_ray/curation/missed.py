@@ -2,7 +2,7 @@
 
 Of N candidates, M are the k that the large model would keep if it saw all. It sees G, the rows that the proxy passes on, and S, a random
 sample; what is lost is the part of M outside both. Nothing is assumed about how the two models' scores hang together. What is assumed
-is that S is drawn at random, by a hash of ids that neither model's score depends on.
+is that S is drawn at random, by a hash of ids that no score depends on, and that a row's score does not hang on who is scored beside it.
 
 **The choice.** S's own top rows, m = ⌈k n / N⌉ of n, are a random draw of M. Pass on every candidate that stands at least as high with
 the proxy as the one of them that stands j-th lowest. How many of M stand lower is then negative hypergeometric whatever the scores are
@@ -26,8 +26,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from scipy.stats import hypergeom
 
 LEVEL = 0.95
 """Coverage of the interval."""
@@ -70,6 +68,8 @@ def lost(wanted: int, members: int, missed: int, outside: int, level: float = LE
         outside: Candidates that the proxy does not pass on and the large model did not see: no more can be lost.
         level: Coverage of the interval.
     """
+    from scipy.stats import hypergeom  # takes a second, and only a cascade's end gets here
+
     members = min(members, wanted)
     unseen = wanted - members  # of the k, those that are not in the sample
     most, tail = min(unseen, outside), (1 - level) / 2

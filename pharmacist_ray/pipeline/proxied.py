@@ -21,7 +21,6 @@ from pharmacist_ray.curation.calibrate import calibration_columns
 from pharmacist_ray.curation.scorers import SCORERS, columns_of, needs_model, parts_of
 from pharmacist_ray.curation.selector import LEARNT
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.models.quantized import check_bits
 
 
@@ -93,6 +92,8 @@ def check_proxy(config: Config, arms: Sequence[str]) -> None:
     proxy, selection, scorers = config.scoring.proxy, config.selection, config.scoring.scorers
     if proxy is None:
         return
+    from pharmacist_ray.models.load import empty_model  # with transformers' models, which take seconds
+
     given = {name: getattr(selection, name) for name in ("threshold", "quotas", "near_duplicates")}
     if asked := [f"selection.{name}" for name, value in given.items() if value not in (None, {})]:
         raise ConfigError(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,9 @@ import pytest
 
 from pharmacist_ray.config.load import parse_config
 from pharmacist_ray.config.schema import Config, LoraConfig, ModelConfig
+from pharmacist_ray.data.schema import Row
 from pharmacist_ray.doctor.cascade import cascade_lines, spared
+from pharmacist_ray.doctor.examine import examine
 from pharmacist_ray.doctor.shape import shape_of
 from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.load import add_lora, load_model
@@ -73,3 +77,27 @@ def test_a_model_has_no_more_layers_than_it_has(model_folder: Path) -> None:
         ModelError, match=r"^the model has 2 layers, and its first 3 are asked for; lower scoring\.proxy\.layers$"
     ):
         shape_of(ModelConfig(path=str(model_folder)), 3)
+
+
+def test_the_doctor_says_it_with_the_rest(
+    model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(row.raw + "\n" for row in rows_of(3)))
+    config = config_of(model_folder, selection={"ratio": 0.1})
+    values = config.model_dump(mode="json") | {"run_dir": str(tmp_path / "run")}
+    values["data"] = {name: {"path": str(data)} for name in ("candidates", "validation", "harmful")}
+    values["alignment"]["replay"] = 0
+    values["model"]["template"] = "plain"
+    values["comparison"] = {"selections": ["all", "pharmacist"], "seeds": [0]}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    examine(tmp_path / "run.yaml")
+    said = " ".join(capsys.readouterr().out.split())
+    share = spared(shape_of(config.model), shape_of(config.model, 1), 0.1, 0).proxy
+    assert (
+        f"cascade the proxy has {sum(p.numel() for p in load_model(model_folder, layers=1).parameters()):,} parameters in 1 layer"
+        in said
+    )
+    assert f"its pass costs {share:.0%} of the model's, which sees at least 10% of the rows (what is kept): at best" in said
+    for folder in ("fit", "proxy/fit", "proxy/scores", "scores"):
+        assert f"to be made ({tmp_path}/run/{folder})" in said
