@@ -64,8 +64,11 @@ def proxy_config(config: Config, arms: Sequence[str]) -> Config:
     scorers = [name for name in config.scoring.scorers if name in asked]
     # An adapter of the model to harden fits no other: the proxy's own states stand for those of a Refusal-Teacher.
     scoring = config.scoring.model_copy(update={"proxy": None, "scorers": scorers, "refusal_teacher": None})
-    selector = _whole(config.selector) if bits else config.selector
-    changed = {"run_dir": config.run_dir / "proxy", "model": model, "scoring": scoring, "selector": selector}
+    selector, given = _whole(config.selector) if bits else config.selector, config.resources
+    # It fits one GPU: where the model takes a group of workers, each of them scores for itself.
+    resources = given.model_copy(update={"actors": given.actors * given.workers_per_actor, "workers_per_actor": 1})
+    changed: dict[str, Any] = {"model": model, "scoring": scoring, "selector": selector, "resources": resources}
+    changed["run_dir"] = config.run_dir / "proxy"
     return config.model_copy(update=changed)
 
 

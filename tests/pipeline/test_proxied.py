@@ -118,6 +118,12 @@ def test_the_arms_that_pass_rows_on_are_those_that_the_model_has_a_part_in(value
     assert passing_arms(calibrated, ["calibrated", "random_0"]) == ["calibrated"]
 
 
+def test_where_the_model_takes_a_group_of_workers_each_of_them_is_an_actor_of_the_proxy(values: dict[str, Any]) -> None:
+    config = config_of(values, "resources.actors=3", "resources.workers_per_actor=4")
+    found = proxy_config(config, ["pharmacist"]).resources
+    assert (found.actors, found.workers_per_actor) == (12, 1)
+
+
 def test_a_proxy_in_few_bits_is_not_sharded(values: dict[str, Any]) -> None:
     config = config_of(
         values, "scoring.proxy={quantization: 4bit}", "selector.warmup.zero_stage=3", "selector.warmup.offload=parameters",
