@@ -2,7 +2,8 @@
 
 `python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed,
 and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours. `python -m jobs.benchmark peers` holds our
-scoring against the methods of other systems, and `python -m jobs.benchmark cascade` what cascades lose against what they say.
+scoring against the methods of other systems, `python -m jobs.benchmark cascade` what cascades lose against what they say, and
+`python -m jobs.benchmark scoring` what Ray Data makes of a scorer's pace against a bare loop.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
         peers(given[1:])
     elif given[:1] == ["cascade"]:
         cascade(given[1:])
+    elif given[:1] == ["scoring"]:
+        scoring(given[1:])
     else:
         objectives(given)
 
@@ -179,6 +182,28 @@ def cascade(arguments: list[str]) -> None:
     )
     with plain_failures():
         measure(trial, given.out, given.overrides)
+
+
+def scoring(arguments: list[str]) -> None:
+    """Measure what Ray Data's actors make of a scorer's pace on this machine."""
+    from pharmacist_ray.benchmarks.peer_methods import SHAPES
+    from pharmacist_ray.benchmarks.scoring import Load, measure, show
+
+    usual = Load()
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark scoring",
+        description="Score the same rows by one scorer in a bare loop, by one actor and by two, in turns.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=usual.rows)
+    parser.add_argument("--shape", default=usual.shape, choices=list(SHAPES), help="a Llama with random weights")
+    parser.add_argument("--length", type=int, default=usual.length, help="tokens of the longest rows")
+    parser.add_argument("--rounds", type=int, default=usual.rounds)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for scoring.json")
+    given = parser.parse_args(arguments)
+    load = Load(given.rows, given.shape, given.length, given.rounds)
+    with plain_failures():
+        show(measure(load), load, given.out)
 
 
 def planted(arguments: list[str]) -> None:

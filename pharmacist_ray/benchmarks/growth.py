@@ -32,7 +32,11 @@ FILE_ROWS = 100_000
 RATIO = 0.4
 
 _SAMPLE_S = 0.5
-_COMMAND = "from pharmacist_ray.cli.app import main; main()"
+# Ray Data ingests whatever there is, as it does what is large: else the sizes would have gone different ways.
+_COMMAND = (
+    "from pharmacist_ray.cli.process import private_ray; private_ray(); "
+    "from pharmacist_ray.curation import ingest; ingest.SMALL_BYTES = 0; from pharmacist_ray.cli.app import main; main()"
+)
 
 
 @dataclass(frozen=True)

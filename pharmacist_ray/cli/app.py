@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,10 @@ def _start(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # Python would look for garbage in all that was imported, for seconds, before it ends
 
 
 def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = False) -> None:
@@ -79,7 +83,10 @@ def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = 
 
         if stands(name, loaded):
             return
-    from pharmacist_ray.pipeline.session import run_stage  # imports torch and ray: not for --help, nor for a mistake
+    from pharmacist_ray.runtime.imports import importing
+
+    with importing():
+        from pharmacist_ray.pipeline.session import run_stage  # imports torch and ray: not for --help, nor for a mistake
 
     run_stage(name, loaded, strict=strict)
 

@@ -12,12 +12,11 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
@@ -37,17 +36,16 @@ from pharmacist_ray.curation.selector import (
     part_files,
 )
 from pharmacist_ray.data.render import Rendered, Renderer
-from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, row_at, sample_rows, write_rows
+from pharmacist_ray.data.rows import count_rows, iterate_rows, read_rows, sample_rows, write_rows
+from pharmacist_ray.data.samples import Samples
 from pharmacist_ray.errors import ConfigError, DataError
-from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
+from pharmacist_ray.runtime.imports import importing
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import StoragePath, disk_full_errors, local_copy, replacing, storage_path, write_parquet, write_text
-from pharmacist_ray.training.loop import run_task
-from pharmacist_ray.training.sharded import load_sharded
 from pharmacist_ray.training.task import TrainTask, progress_file
 
 MAX_LEARNT = 5_000_000
@@ -201,6 +199,9 @@ def check_learnt(parts: Collection[str], selector: SelectorConfig, candidates: C
 
 def _work(payload: tuple[Sequence[TrainTask], FitJob | None], ranks: Ranks) -> int:
     """Make what is missing, and return the most memory that a worker held."""
+    with importing():
+        from pharmacist_ray.training.loop import run_task  # with DeepSpeed, which only workers need
+
     tasks, job = payload
     for task in tasks:
         run_task(task, ranks)
@@ -236,6 +237,8 @@ class _Opened:
 
     def at(self, step: int) -> Point:
         """Return the point of a step of the warm-up."""
+        from peft import set_peft_model_state_dict
+
         adapter = local_copy(storage_path(self.job.out) / "warmup" / checkpoint_name(step))
         if self._point is None:
             self._point = self._point_of(self._loaded(adapter))
@@ -245,12 +248,16 @@ class _Opened:
 
     def fresh(self) -> Point:
         """Return the point of a new adapter, which changes nothing yet."""
+        from pharmacist_ray.models.load import add_lora
+
         self._point = None  # one model at a time
         return self._point_of(add_lora(self._loaded(), self.job.lora, seed=self.job.seed))
 
     def _loaded(self, adapter: StoragePath | None = None) -> Any:
         """Return the model, spread over the workers where the warm-up's is: a model that did not fit there does not fit here."""
         if self.job.selector.warmup.zero_stage == 3:
+            from pharmacist_ray.training.sharded import load_sharded
+
             return load_sharded(self.job.model, self.ranks, adapter=adapter)
         return self.job.model.load(str(self.ranks.device), adapter=adapter)
 
@@ -262,7 +269,7 @@ class _Opened:
         return Point.at(model, self.renderer.collate, self.job.selector.tokens_per_batch, self.ranks)
 
     def _rendered(self, path: str) -> list[Rendered]:
-        return [self.renderer.render(row) for row in iterate_rows(path)]
+        return self.renderer.render_all(list(iterate_rows(path)))
 
 
 def _directions(job: FitJob, step: int, opened: _Opened) -> None:
@@ -281,7 +288,7 @@ def _directions(job: FitJob, step: int, opened: _Opened) -> None:
     }
     if selector.inner_lr:
         rows = sample_rows(storage_path(job.out) / "rows" / "warmup.parquet", selector.trusted_rows, job.seed)
-        at["inner"] = point.gradient([opened.renderer.render(row) for row in rows])
+        at["inner"] = point.gradient(opened.renderer.render_all(rows))
     for part in missing:
         if part == "directions":
             intensities = (selector.intensity, 0.0)
@@ -314,20 +321,17 @@ def _learn(job: FitJob, part: str, opened: _Opened) -> None:
     """Learn a logit for each candidate, going on from the last saved state."""
     out, config, ranks = storage_path(job.out), job.selector, opened.ranks
     table = read_rows([job.candidates], raw=False)
+    candidates = Samples(table, opened.renderer)
     selector: IterativeSelector | BilevelSelector
     iterate: Callable[[], dict[str, float]]
     if part == "logits":
         selector, total = IterativeSelector(table.num_rows, config, job.seed), config.iterations
         point = opened.at(config.checkpoints[0])
-        iterate = partial(selector.iterate, point, lambda index: candidate(index), opened.validation, opened.harmful)
+        iterate = partial(selector.iterate, point, candidates.__getitem__, opened.validation, opened.harmful)
     else:
         point = opened.fresh()
         selector, total = BilevelSelector(point, table.num_rows, config.seal, job.seed), config.seal.steps
-        iterate = partial(selector.iterate, point, lambda index: candidate(index), opened.validation)
-
-    @lru_cache(maxsize=65536)
-    def candidate(index: int) -> Rendered:
-        return opened.renderer.render(row_at(table, index))
+        iterate = partial(selector.iterate, point, candidates.__getitem__, opened.validation)
 
     saved = out / f"{part}.safetensors"
     if saved.exists():

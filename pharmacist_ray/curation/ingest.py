@@ -1,4 +1,4 @@
-"""Ingestion: whatever the user has becomes sharded Parquet files of canonical rows, on Ray Data.
+"""Ingestion: whatever the user has becomes sharded Parquet files of canonical rows, on Ray Data; little of it, here and now.
 
     chunks ─ count ─┐
     chunks ─────────┴─ parse ─ shuffle by shard ─ deduplicate, write one file per shard
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -28,6 +28,7 @@ from ray.data.context import ShuffleStrategy
 
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.public_sets import stage_public_set
+from pharmacist_ray.data.quarantine import QUARANTINE_SCHEMA, TEXT_CHARS, printable_start
 from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, public_name, read_chunk, record_of, stage_huggingface
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
@@ -49,18 +50,9 @@ FINE_ROWS, FINE_SHARDS = 1024, 1024
 
 MIN_SHARDS = 8
 
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("line", pa.int64(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-    ]
-)
-"""The columns of a quarantine file: where, why (a key of `layouts.REASONS`), and the first `_TEXT_CHARS` characters."""
+SMALL_BYTES = 8 << 20
+"""A source of at most so many bytes is ingested in this process (ours: seconds, in which workers would just have started)."""
 
-_TEXT_CHARS = 2000
 _BLOCK_BYTES = 2 << 20  # of raw text parsed at a time: as Python objects it takes twenty times as much
 # On the way: a row, or a broken one with its reason, its text in `raw` and an id made of its place.
 _WAY_SCHEMA = pa.schema(
@@ -116,10 +108,11 @@ def ingest(
     require_response: bool = True,
     progress: Callable[[str], None] | None = None,
     chunk_bytes: int = 32 << 20,
+    connect: Callable[[], object] | None = None,
 ) -> IngestReport:
     """Read a source and write ``out/rows/part-*.parquet``, ``out/quarantine/part-*.parquet`` and ``out/report.json``.
 
-    Ray has to be initialised. Running it again replaces the files; the same input gives the same bytes.
+    Running it again replaces the files; the same input gives the same bytes.
 
     Args:
         source: What to read.
@@ -131,6 +124,7 @@ def ingest(
         require_response: False for evaluation prompts, which may come without an answer.
         progress: Called with a line of text now and then.
         chunk_bytes: Input bytes per task; does not change the output.
+        connect: Called before Ray is needed, for a source of more than `SMALL_BYTES`; by default it has to be initialised.
 
     Raises:
         DataError: The source cannot be read, has no rows or no usable rows, or ``strict`` and some are broken.
@@ -147,35 +141,32 @@ def ingest(
     try:
         chunks = _plan(source, staging, chunk_bytes)
         size = sum(chunk.size for chunk in chunks)
+        small = size <= SMALL_BYTES and all(
+            chunk.codec in (None, "parquet") for chunk in chunks
+        )  # what is compressed may be of any size
+        if connect and not small:
+            connect()
         with plain_errors():
-            chunks, rows_in = _count(chunks, chunk_bytes, num_cpus) if chunks else (chunks, 0)
+            chunks, rows_in = _count(chunks, None if small else _tasks(chunks, chunk_bytes), num_cpus) if chunks else (chunks, 0)
             if not rows_in:
                 raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
             shards = shards or shards_of(rows_in, size)
             say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
-            parse = partial(
-                _parse,
-                shared=ray.put(chunks),
-                shards=shards,
-                model=model,
-                layout=source.layout,
-                columns=dict(source.columns),
-                category_column=source.category_column,
-                require_response=require_response,
-            )
+            how = {
+                "shards": shards,
+                "model": model,
+                "layout": source.layout,
+                "columns": dict(source.columns),
+                "category_column": source.category_column,
+                "require_response": require_response,
+            }
             for folder in (rows, quarantine):
                 folder.mkdir(parents=True, exist_ok=True)
-            with _sorted_shuffle():
-                stats = (
-                    _tasks(chunks, chunk_bytes)
-                    .map_batches(parse, batch_size=None, num_cpus=num_cpus)
-                    .groupby("shard", num_partitions=min(shards, 1000))
-                    .map_groups(partial(_write_shard, out=out), batch_format="pyarrow", num_cpus=num_cpus)
-                )
+            stats = _written_here(chunks, out, how) if small else _written_by_tasks(chunks, out, how, chunk_bytes, num_cpus)
             totals: Counter[str] = Counter()
             written: set[tuple[str, int]] = set()
             said = time.monotonic()
-            for one in stats.iter_rows():
+            for one in stats:
                 counts = orjson.loads(one["counts"])
                 totals.update(counts)
                 written |= {(kind, one["shard"]) for kind in ("rows", "quarantined") if counts.get(kind)}
@@ -258,11 +249,14 @@ def _tasks(chunks: list[Chunk], chunk_bytes: int) -> ray.data.Dataset:
     return ray.data.from_items([{"id": index} for index in range(len(chunks))], override_num_blocks=min(len(chunks), blocks))
 
 
-def _count(chunks: list[Chunk], chunk_bytes: int, num_cpus: float) -> tuple[list[Chunk], int]:
-    """Return the chunks with their line numbers, and how many rows they have together."""
+def _count(chunks: list[Chunk], tasks: ray.data.Dataset | None, num_cpus: float) -> tuple[list[Chunk], int]:
+    """Return the chunks with their line numbers, and how many rows they have together; without tasks they are counted here."""
+    if tasks is None:
+        counts = [count_chunk(chunk) for chunk in chunks]
+        return numbered(chunks, [lines for lines, _ in counts]), sum(rows for _, rows in counts)
     lines, rows = [0] * len(chunks), 0
     count = partial(_count_batch, shared=ray.put(chunks))
-    for one in _tasks(chunks, chunk_bytes).map_batches(count, batch_size=None, num_cpus=num_cpus).iter_rows():
+    for one in tasks.map_batches(count, batch_size=None, num_cpus=num_cpus).iter_rows():
         lines[one["id"]] = one["lines"]
         rows += one["rows"]
     return numbered(chunks, lines), rows
@@ -274,18 +268,42 @@ def _count_batch(batch: dict[str, Any], shared: ray.ObjectRef[list[Chunk]]) -> d
     return {"id": list(batch["id"]), "lines": [lines for lines, _ in counts], "rows": [rows for _, rows in counts]}
 
 
-def _parse(
-    batch: dict[str, Any], *, shared: ray.ObjectRef[list[Chunk]], shards: int, model: ModelRef | None, **how: Any
-) -> Iterator[pa.Table]:
-    """Yield the rows of chunks, good and broken, in tables with `_WAY_SCHEMA`; ``how`` goes to `to_row`."""
+def _written_by_tasks(
+    chunks: list[Chunk], out: StoragePath, how: Mapping[str, Any], chunk_bytes: int, num_cpus: float
+) -> Iterator[dict[str, Any]]:
+    """Yield what `_write_shard` returns of every shard, written by tasks of Ray Data; ``how`` goes to `_parsed`."""
+    with _sorted_shuffle():
+        stats = (
+            _tasks(chunks, chunk_bytes)
+            .map_batches(partial(_parse, shared=ray.put(chunks), how=how), batch_size=None, num_cpus=num_cpus)
+            .groupby("shard", num_partitions=min(how["shards"], 1000))
+            .map_groups(partial(_write_shard, out=out), batch_format="pyarrow", num_cpus=num_cpus)
+        )
+    yield from stats.iter_rows()
+
+
+def _written_here(chunks: Sequence[Chunk], out: StoragePath, how: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the same of shards that this process writes."""
+    table = pa.concat_tables(_parsed(chunks, **how))
+    for shard in pc.unique(table["shard"]):
+        made = _write_shard(table.filter(pc.equal(table["shard"], shard)), out)
+        yield {name: values[0] for name, values in made.items()}
+
+
+def _parse(batch: dict[str, Any], *, shared: ray.ObjectRef[list[Chunk]], how: Mapping[str, Any]) -> Iterator[pa.Table]:
     chunks = ray.get(shared)
-    for chunk in (chunks[index] for index in batch["id"]):
+    yield from _parsed([chunks[index] for index in batch["id"]], **how)
+
+
+def _parsed(chunks: Sequence[Chunk], *, shards: int, model: ModelRef | None, **how: Any) -> Iterator[pa.Table]:
+    """Yield the rows of chunks, good and broken, in tables with `_WAY_SCHEMA`; ``how`` goes to `to_row`."""
+    for chunk in chunks:
         pending: list[tuple[int, _Item, Row | BadRow]] = []
         size = 0
         for number, item in read_chunk(chunk):
             row = _row(chunk, number, item, how)
             pending.append((number, item, row))
-            size += len(row.raw) if isinstance(row, Row) else _TEXT_CHARS
+            size += len(row.raw) if isinstance(row, Row) else TEXT_CHARS
             if size > _BLOCK_BYTES:
                 yield _table(chunk, pending, shards, model)
                 pending, size = [], 0
@@ -335,7 +353,7 @@ def _room(model: ModelRef) -> Room:
 
     from pharmacist_ray.data.render import Renderer
     from pharmacist_ray.data.room import Room
-    from pharmacist_ray.models.load import on_disk
+    from pharmacist_ray.models.hub import on_disk
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(on_disk(model.path), trust_remote_code=model.trust_remote_code)
@@ -379,8 +397,3 @@ def _remove_others(folder: StoragePath, keep: set[str]) -> None:
         for path in folder.glob(pattern):
             if path.name not in keep:
                 path.unlink(missing_ok=True)
-
-
-def printable_start(text: str) -> str:
-    """Return the beginning of a text, as something that can be written."""
-    return text[:_TEXT_CHARS].encode(errors="replace").decode()

@@ -36,7 +36,7 @@ import orjson
 import pyarrow as pa
 import torch
 
-from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA, printable_start
+from pharmacist_ray.data.quarantine import QUARANTINE_SCHEMA, printable_start
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.models.budget import out_of_memory

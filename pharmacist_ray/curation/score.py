@@ -38,6 +38,7 @@ from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
 from pharmacist_ray.runtime.groups import on_groups
+from pharmacist_ray.runtime.imports import importing
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, parquet_metadata, read_table, row_count, storage_path, write_parquet
@@ -260,6 +261,8 @@ class ShardScorer:
     @cached_property
     def probe(self) -> Probe:
         """The loaded model; not loaded if no scorer needs one."""
+        with importing():
+            import pharmacist_ray.models.load  # noqa: F401 - with PEFT, which only actors need
         return Probe(self.spec, self.group)
 
     def __call__(self, unit: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.errors import ResourceError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.influence import Directions, influence
-from pharmacist_ray.models.load import is_sharded
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import global_norm, perturbed
@@ -87,6 +86,8 @@ class Point:
         """
         stand_still(model)
         space = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        from pharmacist_ray.models.load import is_sharded  # there since the model was loaded
+
         together = (ranks.rank, ranks.workers) if is_sharded(model) else None
         return cls(model, space, collate, TokenBudget(tokens_per_batch, together), ranks)
 

@@ -13,7 +13,7 @@ A chat template may ask for the day's date. It is told the same date always, so 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import orjson
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pharmacist_ray.data.bounds import is_plain
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError
 
@@ -29,6 +30,9 @@ Template = Literal["auto", "chat", "alpaca", "plain"]
 
 IGNORE = -100
 """The label of a position that has no loss; PyTorch's convention."""
+
+TEXTS = 256
+"""Texts that are tokenised at a time; ours: more are not faster, and the library holds much more of each than its ids."""
 
 _ALPACA = (
     "Below is an instruction that describes a task{with_input}. "
@@ -169,6 +173,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end-of-sequence token, so no answer could ever end; set eos_token in it")
         self.tokenizer = tokenizer
+        self.plain = is_plain(tokenizer)
         self.template: Template = ("chat" if has_chat else "alpaca") if template == "auto" else template
         self.max_length = max_length
         self.eos_id = int(tokenizer.eos_token_id)
@@ -230,11 +235,12 @@ class Renderer:
 
     def prompt_ids(self, row: Row) -> list[int]:
         """Return the prompt's token ids, with the tokenizer's BOS where the template does not write it itself."""
-        ids = self._ids(self.prompt_text(row), all_text=self.template != "chat")
+        return self._begun(self._ids(self.prompt_text(row), all_text=self.template != "chat"))
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Return a prompt's ids with the BOS that no template has written."""
         bos = self.tokenizer.bos_token_id
-        if bos is not None and self.template != "chat":
-            ids = [bos, *ids]
-        return ids
+        return ids if bos is None or self.template == "chat" else [bos, *ids]
 
     def _ids(self, text: str, *, all_text: bool = True) -> list[int]:
         """Return a text's token ids; if it is all text, nothing in it is a control token."""
@@ -246,8 +252,38 @@ class Renderer:
         Raises:
             DataError: The prompt alone fills ``max_length`` (no room for an answer), or the answer has no tokens.
         """
-        prompt = self.prompt_ids(row)
-        answer = self._ids(row.response)
+        return self._joined(row, self.prompt_ids(row), self._ids(row.response))
+
+    def render_all(self, rows: Sequence[Row]) -> list[Rendered]:
+        """Return what `render` returns of each row, tokenised many at a time: by as many threads as the machine has cores.
+
+        Raises:
+            DataError: What `render` raises of the first row that it refuses.
+        """
+        if self.plain:
+            try:
+                prompts = self.many_ids([self.prompt_text(row) for row in rows], all_text=self.template != "chat")
+                answers = self.many_ids([row.response for row in rows], all_text=True)
+                return [self._joined(*one) for one in zip(rows, map(self._begun, prompts), answers, strict=True)]
+            except DataError:
+                pass  # perhaps not of the first of them
+        return [self.render(row) for row in rows]
+
+    def many_ids(self, texts: Sequence[str], *, all_text: bool) -> Iterator[list[int]]:
+        """Yield each text's token ids, as `_ids` returns them; only where the tokenizer is `plain`.
+
+        It is transformers' way through the tokenizers library without the texts' offsets, a fifth of the time.
+        """
+        library = self.tokenizer.backend_tokenizer
+        for first in range(0, len(texts), TEXTS):
+            library.no_truncation()
+            library.no_padding()
+            library.encode_special_tokens = all_text
+            for encoded in library.encode_batch_fast(list(texts[first : first + TEXTS]), add_special_tokens=False):
+                yield encoded.ids
+
+    def _joined(self, row: Row, prompt: list[int], answer: list[int]) -> Rendered:
+        """Return a row's prompt and answer as one sample; raises as `render` says."""
         if not answer:
             raise DataError(f"row {row.id} ({row.source}): the answer has no tokens")
         room = self.max_length - len(prompt)

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pharmacist_ray.data.bounds import is_plain, token_bound
+from pharmacist_ray.data.bounds import token_bound
 from pharmacist_ray.data.layouts import BadRow
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
-
-TEXTS = 256
-"""Texts that are tokenised at a time; ours: more are not faster, and all their tokens are in memory."""
 
 
 class Room:
@@ -24,7 +21,6 @@ class Room:
     def __init__(self, renderer: Renderer) -> None:
         """Find out what can be known of the renderer's tokenizer without running it."""
         self.renderer = renderer
-        self.plain = is_plain(renderer.tokenizer)
         self.bound = token_bound(renderer.tokenizer)
 
     def misfits(self, rows: Sequence[Row]) -> dict[int, BadRow]:
@@ -33,7 +29,7 @@ class Room:
 
     def _doubtful(self, rows: Sequence[Row]) -> Sequence[int]:
         """Return the places of rows in order: of all that do not fit, and of no others where the tokenizer can be asked in batches."""
-        if not self.plain:
+        if not self.renderer.plain:
             return range(len(rows))
         doubtful: set[int] = set()
         prompts: list[tuple[int, str]] = []
@@ -58,17 +54,7 @@ class Room:
 
     def _lengths(self, texts: Sequence[str], *, all_text: bool) -> list[int]:
         """Return each text's number of tokens."""
-        lengths: list[int] = []
-        for first in range(0, len(texts), TEXTS):
-            found = self.renderer.tokenizer(
-                list(texts[first : first + TEXTS]),
-                add_special_tokens=False,
-                split_special_tokens=all_text,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )
-            lengths += map(len, found["input_ids"])
-        return lengths
+        return list(map(len, self.renderer.many_ids(texts, all_text=all_text)))
 
 
 def misfit(row: Row, renderer: Renderer) -> BadRow | None:

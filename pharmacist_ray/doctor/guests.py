@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.doctor.estimate import BYTES, Item, total
-from pharmacist_ray.models.load import on_disk
+from pharmacist_ray.models.hub import on_disk
 
 QUESTION = 1024
 """Tokens of a generative judge's own words around prompt and answer, at most (ours)."""

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pharmacist_ray.config.schema import ModelConfig
 from pharmacist_ray.errors import ModelError
-from pharmacist_ray.models.load import add_lora, first_layers, on_disk
+from pharmacist_ray.models.hub import on_disk
+from pharmacist_ray.models.load import add_lora, first_layers
 from pharmacist_ray.models.taps import decoder_layers
 
 

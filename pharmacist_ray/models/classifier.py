@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.errors import ModelError, unknown_name
+
+if TYPE_CHECKING:  # seconds to import, and only whoever loads a classifier needs it
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_classifier(path: str, what: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -24,6 +26,8 @@ def load_classifier(path: str, what: str) -> tuple[PreTrainedModel, PreTrainedTo
         ModelError: It cannot be loaded that way, or weights are missing: transformers would fill them with random numbers and the
             verdicts would be noise.
     """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise ModelError(
             f"{what} {path} has no *.safetensors file; convert its weights with save_pretrained (pickle is not loaded)"

@@ -1,4 +1,4 @@
-"""Models on a hub, held at one commit: what is there under a name can change from one day to the next.
+"""Where models' files are: those on a hub held at one commit, for what is there under a name can change from one day to the next.
 
 ``owner/name@commit`` is a model at a commit. A name alone, or with a branch or a tag behind the @, is resolved once a run, and every
 process then takes the files of that commit, from the hub's cache on its own machine or from the hub.
@@ -14,6 +14,7 @@ import yaml
 
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.errors import ModelError
+from pharmacist_ray.storage import StoragePath, local_copy
 
 KEPT = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 """Files of a model that are taken; not the same weights in other formats."""
@@ -116,3 +117,19 @@ def snapshot(path: str) -> Path:
         raise ModelError(
             f"'{path}' is no folder here and cannot be had from the hub: {first} ({type(error).__name__})"
         ) from error
+
+
+def on_disk(path: str | StoragePath) -> str | Path:
+    """Return where a model's files lie here: the local copy of one in an object store or of a hub's commit; else its path as it is.
+
+    Raises:
+        ModelError: There is nothing at the URI, or the commit cannot be had.
+    """
+    if isinstance(path, str) and "@" in path and on_hub(path):
+        return snapshot(path)
+    if isinstance(path, Path) or "://" not in str(path):
+        return path if isinstance(path, Path) else str(path)
+    try:
+        return local_copy(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{error}; check model.path") from None

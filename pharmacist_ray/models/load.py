@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.errors import ModelError, unknown_name
-from pharmacist_ray.models.hub import on_hub, snapshot
+from pharmacist_ray.models.hub import on_disk
 from pharmacist_ray.models.quantized import beside, differentiable, is_quantized, quantized_loading
 from pharmacist_ray.models.taps import decoder_layers
-from pharmacist_ray.storage import StoragePath, local_copy
+from pharmacist_ray.storage import StoragePath
 
 transformers_logging.disable_progress_bar()  # weights load in seconds, and the bars of many workers fill a log
 
@@ -269,22 +269,6 @@ def _merge_sharded(adapted: PeftModel) -> Any:
                 for name in module.active_adapters:
                     base.weight.data += module.get_delta_weight(name).to(base.weight)
     return adapted.unload()
-
-
-def on_disk(path: str | StoragePath) -> str | Path:
-    """Return where a model's files lie here: the local copy of one in an object store or of a hub's commit; else its path as it is.
-
-    Raises:
-        ModelError: There is nothing at the URI, or the commit cannot be had.
-    """
-    if isinstance(path, str) and "@" in path and on_hub(path):
-        return snapshot(path)
-    if isinstance(path, Path) or "://" not in str(path):
-        return path if isinstance(path, Path) else str(path)
-    try:
-        return local_copy(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{error}; check model.path") from None
 
 
 def _folder(path: str | Path) -> Path | None:

@@ -8,16 +8,17 @@ is: nothing that turns adapters off turns it off.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
 
 from pharmacist_ray.config.schema import Config, ModelConfig, TrainConfig
 from pharmacist_ray.errors import ConfigError
+
+if TYPE_CHECKING:  # seconds to import, and every run is checked here
+    from peft import PeftModel
 
 INSTALL = "`pip install 'pharmacist-ray[quantization]'`"
 
@@ -63,6 +64,8 @@ def beside(adapted: PeftModel) -> Any:
     Args:
         adapted: The base with that adapter on top.
     """
+    from peft.tuners.lora import LoraLayer
+
     layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     made = []
     for module in layers:

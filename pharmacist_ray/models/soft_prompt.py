@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, TaskType
 from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.storage import local_copy, storage_path
@@ -24,6 +23,8 @@ def save_prompt(prompt: torch.Tensor, folder: Path, model: Any, base: str) -> No
         model: That model, for its shape.
         base: What the model was made from.
     """
+    from peft import PromptTuningConfig, TaskType
+
     text = model.config.get_text_config()
     PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,

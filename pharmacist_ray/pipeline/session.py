@@ -62,14 +62,18 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
         left_out = {"evaluate" if config.evaluation is None else "", "attack" if not config.attacks else ""}
         names, headings = [name for name in STAGES if name not in left_out], True
     with ExitStack() as ray_open:
+
+        def connect() -> None:
+            ray_open.enter_context(connected(config.resources))
+
         for name in names:
             started = time.perf_counter()
             if headings:
                 say(f"[bold]{name}[/]{reused(run, name)}")
             if needs_ray(run, name):
-                ray_open.enter_context(connected(config.resources))
+                connect()
             if name == "ingest":
-                run_ingest(run, strict=strict)
+                run_ingest(run, strict=strict, connect=connect)
             else:
                 STAGES[name](run)
             if headings:
@@ -111,12 +115,12 @@ def begin(config: Config, run: Run) -> None:
 def needs_ray(run: Run, name: str) -> bool:
     """Whether a stage needs Ray, which takes seconds to start: something of it is missing, and other processes are to make it.
 
-    Ingestion is always done by Ray Data, training by ``resources.workers`` and scoring and evaluation by ``resources.actors``, or in
-    this process where those are 0. Selection is made by tasks where there are many shards, and the report is made here.
+    Training is done by ``resources.workers`` and scoring and evaluation by ``resources.actors``, or in this process where those are 0.
+    Ingestion connects by itself where a source is large. Selection is made by tasks where there are many shards, and the report here.
     """
     workers, actors = run.config.resources.workers, run.config.resources.actors
     shards = run.ingested("candidates").manifest().get("summary", {}).get("shards", 0)
-    processes = {"ingest": 1, "fit": workers, "score": actors, "select": int(shards >= MANY)}
+    processes = {"fit": workers, "score": actors, "select": int(shards >= MANY)}
     processes |= {"align": workers, "attack": workers, "evaluate": actors}
     return processes.get(name, 0) > 0 and not all(artifact.ready for artifact in made_by(run, name))
 

@@ -29,7 +29,6 @@ from pharmacist_ray.data.mixing import check_counts
 from pharmacist_ray.data.rows import count_rows
 from pharmacist_ray.errors import ConfigError, DataError, unknown_name
 from pharmacist_ray.evaluation.judges import check_judges
-from pharmacist_ray.models.load import empty_model
 from pharmacist_ray.models.precision import check_attention
 from pharmacist_ray.models.quantized import check_quantization
 from pharmacist_ray.pipeline.artifacts import Artifact
@@ -42,7 +41,6 @@ from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.sharing import lock_missing_artifacts
 from pharmacist_ray.pipeline.trainings import align_task, run_align
 from pharmacist_ray.plugins import blaming
-from pharmacist_ray.report.page import write_page
 from pharmacist_ray.report.table import write_report
 from pharmacist_ray.storage import StoragePath, remove_tree
 from pharmacist_ray.training.objectives import OBJECTIVES, sections_of, settings_of
@@ -79,7 +77,13 @@ def check(run: Run) -> None:
         for name in parameters:
             if name not in sections:
                 raise unknown_name(f"section of {where}.parameters", name, list(sections))
-    shape = cache(lambda: empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code))
+
+    @cache
+    def shape() -> Any:
+        from pharmacist_ray.models.load import empty_model  # with transformers' models, which take seconds
+
+        return empty_model(config.model.path, trust_remote_code=config.model.trust_remote_code)
+
     for defence in config.objectives:
         settings = settings_of(defence, config.alignment.parameters)
         if OBJECTIVES[defence].stage != "any":
@@ -95,12 +99,13 @@ def check(run: Run) -> None:
     check_elsewhere(run)
 
 
-def run_ingest(run: Run, *, strict: bool = False) -> None:
+def run_ingest(run: Run, *, strict: bool = False, connect: Callable[[], object] | None = None) -> None:
     """Read, check, deduplicate and shard every source.
 
     Args:
         run: The run.
         strict: A broken row is an error.
+        connect: Called before Ray is needed, where it is; by default it is connected.
     """
     usable: dict[str, int] = {}
     for name, (source, has_answer) in run.sources.items():
@@ -115,6 +120,7 @@ def run_ingest(run: Run, *, strict: bool = False) -> None:
                     model=run.model,
                     strict=strict,
                     require_response=has_answer,
+                    connect=connect,
                 )
                 artifact.finish(asdict(made))
         report = IngestReport(**artifact.manifest()["summary"])
@@ -317,6 +323,8 @@ def calibrated_on(run: Run) -> PlantedScores | None:
 
 def run_report(run: Run) -> None:
     """Print the comparison and write it to ``report/``, with a page of whatever part of the run there is."""
+    from pharmacist_ray.report.page import write_page  # with Matplotlib
+
     if run.config.evaluation is None or not run.evaluated.manifest():
         if not (run.root / "search" / "trials.parquet").exists():
             say("  nothing is compared yet: the page has no comparison; `pharmacist evaluate` makes it")

@@ -167,6 +167,7 @@ def on_actors(
         yield from map(kind(**arguments), units)
         return
     check_room(per_worker(resources), 1)
+    many = min(resources.actors, len(units))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray Data has no other name for an actor's retries yet
         work = ray.data.from_items(list(units), override_num_blocks=len(units)).map(
@@ -175,8 +176,12 @@ def on_actors(
             num_cpus=resources.cpus_per_worker,
             num_gpus=resources.gpus_per_worker or None,
             # One unit at a time: Ray Data would queue two at each actor, and the first ones would hoard what later ones could do.
+            # All begin at once where there is room for them: else the second would load its model when the first has.
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=min(resources.actors, len(units)), max_tasks_in_flight_per_actor=1
+                min_size=1,
+                initial_size=1 if _lacking(per_worker(resources), many) else many,
+                max_size=many,
+                max_tasks_in_flight_per_actor=1,
             ),
             max_task_retries=attempts,
             max_restarts=attempts * len(units),

@@ -36,7 +36,7 @@ from pharmacist_ray.storage import (
     write_text,
 )
 from pharmacist_ray.training.blame import rows_that_fail
-from pharmacist_ray.training.engine import build_engine, sharded_loading, step_norm, whole_size
+from pharmacist_ray.training.engine import build_engine, sharded_loading
 from pharmacist_ray.training.objectives import FINISH, OBJECTIVES, Step, settings_of
 from pharmacist_ray.training.publish import publish_weights
 from pharmacist_ray.training.resume import load_state, newest_state, publish_states, read_values, save_state
@@ -45,6 +45,7 @@ from pharmacist_ray.training.task import TrainTask, check_task, progress_file
 from pharmacist_ray.training.tracking import tracked
 from pharmacist_ray.training.verdicts import verdicts_of
 from pharmacist_ray.training.watched import watched_loss
+from pharmacist_ray.training.weights import step_norm, whole_size
 
 REPORT_EVERY_S = 1.0
 

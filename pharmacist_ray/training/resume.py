@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import StoragePath, local_copy, push_tree, remove_tree
-from pharmacist_ray.training.engine import set_weights, shard_of, trained_parameters, whole_weights
+from pharmacist_ray.training.weights import set_weights, shard_of, trained_parameters, whole_weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pharmacist_ray.config.schema import ResourcesConfig
+from pharmacist_ray.runtime.imports import importing
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.threads import side_by_side
 from pharmacist_ray.runtime.workers import run_on_workers
 from pharmacist_ray.storage import StoragePath
-from pharmacist_ray.training.loop import run_task
 from pharmacist_ray.training.task import TrainTask
 
 
@@ -47,4 +47,7 @@ def train_all(tasks: Sequence[TrainTask], *, name: str, storage: StoragePath, re
 
 def run_tasks(tasks: Sequence[TrainTask], ranks: Ranks) -> list[dict[str, Any]]:
     """Run training tasks one after the other on this worker group."""
+    with importing():
+        from pharmacist_ray.training.loop import run_task  # with DeepSpeed, which only workers need
+
     return [run_task(task, ranks) for task in tasks]

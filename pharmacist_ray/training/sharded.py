@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import deepspeed
-from deepspeed.runtime.zero import parameter_offload
-
 from pharmacist_ray.config.schema import TrainConfig
 from pharmacist_ray.models.load import load_adapter
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import StoragePath
-from pharmacist_ray.training.engine import deepspeed_config, sharded_loading, whole_size
+from pharmacist_ray.training.engine import deepspeed_config, sharded_loading
+from pharmacist_ray.training.weights import whole_size
 
 
 def load_sharded(ref: ModelRef, ranks: Ranks, *, adapter: str | StoragePath | None = None) -> Any:
@@ -32,6 +30,9 @@ def load_sharded(ref: ModelRef, ranks: Ranks, *, adapter: str | StoragePath | No
     Raises:
         ModelError: See `load_model` and `load_adapter`.
     """
+    import deepspeed  # as `training.engine` has imported it
+    from deepspeed.runtime.zero import parameter_offload
+
     settings = TrainConfig(steps=1, batch_size=ranks.workers, zero_stage=3)
     with sharded_loading(settings, ranks.workers, ref.dtype):
         base = ref.load(str(ranks.device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from pharmacist_ray.data.batches import BatchOrder
-from pharmacist_ray.data.render import IGNORE, Batch, Rendered, Renderer
+from pharmacist_ray.data.render import IGNORE, Batch, Renderer
 from pharmacist_ray.data.rows import read_rows, row_at
+from pharmacist_ray.data.samples import Samples
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import read_table, storage_path
@@ -52,14 +52,7 @@ class Stream:
         """
         self.table, self.order, self._renderer, self._partners = table, order, renderer, partners or {}
         self._weights = weights
-
-        @lru_cache(maxsize=65536)
-        def sample(index: int) -> Rendered:
-            return renderer.render(row_at(table, index))
-
-        self._sample = sample
-        for index in range(min(table.num_rows, 65536)):
-            sample(index)
+        self._samples = Samples(table, renderer)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -89,7 +82,7 @@ class Stream:
         return self._collate([row])
 
     def _collate(self, rows: list[int]) -> Batch:
-        batch = self._renderer.collate([self._sample(row) for row in rows])
+        batch = self._renderer.collate([self._samples[row] for row in rows])
         for place, row in enumerate(rows):
             if other := self._partners.get(row):
                 for position, token in enumerate(other[: batch.labels.shape[1]]):

@@ -17,8 +17,7 @@ import torch
 
 from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.data.render import Renderer
-from pharmacist_ray.data.rows import row_at
-from pharmacist_ray.data.schema import Row
+from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.classifier import fill_template, harm, load_classifier, text_ids, unsafe_places
@@ -84,7 +83,7 @@ def verdicts_of(task: TrainTask, table: pa.Table, renderer: Renderer, ranks: Ran
         raise ConfigError(
             f"{task.name}: {task.objective} needs a fast tokenizer, one with a tokenizer.json, to find words' tokens"
         )
-    rows = {row.id: row for row in (row_at(table, place) for place in range(table.num_rows))}
+    rows = {row.id: row for row in rows_from_table(table)}
     ids = sorted(rows)
     blocks = [ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK)]
     files = [storage_path(task.verdicts) / f"{_digest(block, words)}.parquet" for block in blocks]

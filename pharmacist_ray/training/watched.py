@@ -29,11 +29,11 @@ def watched_loss(engine: Any, files: Sequence[str], renderer: Renderer, ranks: R
     rows = rows_from_table(read_rows(files)) if files else []
     if not rows:
         return None
-    losses = []
+    samples, losses = renderer.render_all(rows), []
     engine.eval()
     with torch.no_grad():
-        for first in range(0, len(rows), batch_size):
-            batch = renderer.collate([renderer.render(row) for row in rows[first : first + batch_size]]).to(ranks.device)
+        for first in range(0, len(samples), batch_size):
+            batch = renderer.collate(samples[first : first + batch_size]).to(ranks.device)
             losses.append(per_sample_nll(engine, batch))
     engine.train()
     return float(torch.cat(losses).mean())

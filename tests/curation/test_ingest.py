@@ -19,7 +19,12 @@ from pharmacist_ray.data.schema import ROW_SCHEMA, row_id, shard_of
 from pharmacist_ray.errors import ConfigError, DataError, ModelError
 from pharmacist_ray.models.ref import ModelRef
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+
+@pytest.fixture(autouse=True, params=["here", "by tasks"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, ray_local: None) -> None:
+    """Ingest all that is small in this process, and then by Ray's tasks."""
+    if request.param == "by tasks":
+        monkeypatch.setattr(module, "SMALL_BYTES", 0)
 
 
 def records(count: int) -> list[dict[str, object]]:
@@ -115,7 +120,7 @@ def test_the_first_of_equal_rows_stays_and_the_others_are_counted(tmp_path):
         assert {row["source"].rpartition(":")[0] for row in kept} == {paths[0]}
 
 
-def test_the_output_depends_on_neither_workers_nor_chunks_nor_an_earlier_run(tmp_path):
+def test_the_output_depends_on_neither_workers_nor_chunks_nor_an_earlier_run(tmp_path, monkeypatch):
     rows: list[object] = [*records(300), *records(40), b"{broken\n", {"prompt": "q"}]
     random.Random(0).shuffle(rows)
     path = jsonl(tmp_path / "a.jsonl", rows)
@@ -123,7 +128,14 @@ def test_the_output_depends_on_neither_workers_nor_chunks_nor_an_earlier_run(tmp
     ingest(Source([path]), out, shards=19)  # its files 8 to 18 must not stay
     (out / "rows" / ".part-00000.parquet.killed.tmp").write_bytes(b"half")
     first: dict[str, str] = {}
-    for num_cpus, chunk_bytes in ((0.5, 32 << 20), (2, 1000), (0.25, 3333), (0.5, 32 << 20)):
+    for num_cpus, chunk_bytes, small_bytes in (
+        (0.5, 32 << 20, 0),
+        (2, 1000, 0),
+        (2, 1000, 10**6),
+        (0.25, 3333, 0),
+        (0.5, 32 << 20, 10**6),
+    ):
+        monkeypatch.setattr(module, "SMALL_BYTES", small_bytes)
         ingest(Source([path]), out, num_cpus=num_cpus, chunk_bytes=chunk_bytes)
         first = first or digests(out)
         assert digests(out) == first
@@ -282,3 +294,14 @@ def test_the_number_of_shards_follows_from_the_input_alone(tmp_path, monkeypatch
     for chunk_bytes, num_cpus in ((32 << 20, 0.5), (3000, 1)):
         assert ingest(Source([path]), tmp_path / "out", chunk_bytes=chunk_bytes, num_cpus=num_cpus).shards == expected
     assert len(list((tmp_path / "out" / "rows").iterdir())) == expected
+
+
+def test_ray_is_asked_for_only_where_a_source_is_large_or_may_be(tmp_path, monkeypatch):
+    rows = records(20)
+    plain = jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    for path, small_bytes, expected in ((plain, 10**6, 0), (plain, 10, 1), (str(tmp_path / "b.jsonl.gz"), 10**6, 1)):
+        monkeypatch.setattr(module, "SMALL_BYTES", small_bytes)
+        asked: list[None] = []
+        assert ingest(Source([path]), tmp_path / "out", connect=lambda asked=asked: asked.append(None)).rows_out == 20
+        assert len(asked) == expected

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
 from pharmacist_ray.curation.poison import Attempt, Isolation, RowAtFaultError
+from pharmacist_ray.data.quarantine import QUARANTINE_SCHEMA
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ArtifactError, ModelError, PharmacistError, ResourceError
 from pharmacist_ray.runtime.ranks import Ranks

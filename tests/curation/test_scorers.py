@@ -25,6 +25,7 @@ from pharmacist_ray.curation.scorers import SCORERS
 from pharmacist_ray.curation.scorers import signals as signals_module
 from pharmacist_ray.curation.scorers.signals import REFERENCES, Probe, ProbeSpec, Signals
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.data import render
 from pharmacist_ray.data.batches import length_batches
 from pharmacist_ray.data.render import Rendered, Renderer
 from pharmacist_ray.data.rows import write_rows
@@ -101,6 +102,19 @@ def signals_of(spec: ProbeSpec, folders: dict[str, str]) -> Callable[..., Signal
 @pytest.fixture(scope="module")
 def signals(signals_of: Callable[..., Signals], rows: list[Row]) -> Signals:
     return signals_of(rows)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, None])
+def test_scores_are_the_same_to_the_bit_however_many_rows_are_tokenised_at_a_time(
+    signals: Signals, signals_of: Callable[..., Signals], rows: list[Row], at_a_time: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if at_a_time is None:  # each by itself, as where a tokenizer is code of the model's own
+        monkeypatch.setattr(Renderer, "render_all", lambda self, rows: [self.render(row) for row in rows])
+    else:
+        monkeypatch.setattr(render, "TEXTS", at_a_time)
+    again = signals_of(rows)
+    for name in ("pharmacist", "loss_gap", "low_loss", "ifd"):
+        assert np.array_equal(SCORERS[name].score(again), SCORERS[name].score(signals))
 
 
 def plain_losses(model: Any, samples: list[Rendered]) -> list[float]:

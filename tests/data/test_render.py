@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import copy
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from pharmacist_ray.data import render
 from pharmacist_ray.data.render import IGNORE, Rendered, Renderer
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError, ModelError
+from tests.data import odd_tokenizers
+from tests.data.odd_tokenizers import NAMES, Own, texts
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 CHAT = (
@@ -180,3 +186,58 @@ def test_a_chat_turn_with_a_control_token_is_refused_and_an_answer_with_one_is_t
     rendered = renderer.render(row("w0", "w2 <eos> w3"))
     assert rendered.ids.count(EOS) == 1
     assert rendered.ids[-1] == EOS
+
+
+ODD_CHAT = "{{ bos_token }}{% for m in messages %}<|end|>{{ m.role }}\n{{ m.content | trim }}\n\n{% endfor %}"
+odd_rows = st.builds(lambda prompt, response: row(prompt, response), texts, texts | st.just(""))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    template=st.sampled_from(["plain", "alpaca", "chat"]),
+    max_length=st.integers(1, 120) | st.integers(200, 2000),
+    rows=st.lists(odd_rows, max_size=8),
+    at_a_time=st.integers(1, 9),
+)
+def test_rows_have_the_same_ids_and_errors_however_many_are_rendered_at_a_time(name, template, max_length, rows, at_a_time):
+    renderer = Renderer(odd_tokenizers.tokenizer(name, ODD_CHAT if template == "chat" else None), template, max_length)
+    expected, refused = [], ""
+    try:
+        expected = [renderer.render(one) for one in rows]
+    except DataError as error:
+        refused = str(error)
+    with patch.object(render, "TEXTS", at_a_time):
+        if refused:
+            with pytest.raises(DataError) as caught:
+                renderer.render_all(rows)
+            assert str(caught.value) == refused
+        else:
+            assert renderer.render_all(rows) == expected
+
+
+def test_of_several_rows_that_cannot_be_rendered_the_first_is_named(chat):
+    empty, forged = row("w0", " "), Row("e" * 32, "w0 <eos>", "w1", source="file:8")
+    with pytest.raises(DataError, match=r"row f{32} \(file:7\): the answer has no tokens"):
+        Renderer(chat).render_all([row("w0", "w1"), empty, forged])
+    with pytest.raises(DataError, match=r"row e{32} \(file:8\): the prompt holds the control token '<eos>'"):
+        Renderer(chat).render_all([forged, empty])
+
+
+def test_a_tokenizer_of_the_models_own_code_renders_row_by_row():
+    own = Own(tokenizer_object=odd_tokenizers.tokenizer("bytes").backend_tokenizer, eos_token="</s>", bos_token="<s>")
+    rows = [row("a" * size, "b") for size in range(1, 5)]
+    renderer = Renderer(own, "plain")
+    assert (
+        renderer.render_all(rows)
+        == [renderer.render(one) for one in rows]
+        == Renderer(odd_tokenizers.tokenizer("bytes"), "plain").render_all(rows)
+    )
+
+
+def test_many_rows_are_neither_cut_nor_padded_where_the_tokenizers_file_says_so(tokenizer):
+    odd = copy.deepcopy(tokenizer)
+    odd.backend_tokenizer.enable_truncation(2)
+    odd.backend_tokenizer.enable_padding(length=9)
+    rows = [row("w0 w1 w2 w3", "w4 w5 w6"), row("w0", "w1")]
+    assert Renderer(odd, "plain").render_all(rows) == [Renderer(tokenizer, "plain").render(one) for one in rows]

@@ -5,13 +5,12 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
-from pharmacist_ray.data.render import Renderer
-from pharmacist_ray.data.room import TEXTS, Room
+from pharmacist_ray.data.render import TEXTS, Renderer
+from pharmacist_ray.data.room import Room
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import DataError
-from tests.data.odd_tokenizers import NAMES, texts, tokenizer
+from tests.data.odd_tokenizers import NAMES, Own, texts, tokenizer
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.content == 'x' %}{{ raise_exception('no x here') }}{% endif %}"
@@ -68,13 +67,6 @@ def test_in_a_batch_each_row_fits_or_not_as_it_would_alone(name, template, max_l
     found = Room(renderer).misfits(rows)
     assert {place: (bad.reason, bad.detail) for place, bad in found.items()} == expected
     assert list(found) == sorted(expected)
-
-
-class Own(PreTrainedTokenizerFast):
-    """A tokenizer that tokenises a batch otherwise than its texts alone, as code that comes with a model may."""
-
-    def __call__(self, text: object, **options: object) -> object:
-        return super().__call__(text if isinstance(text, str) else [], **options)
 
 
 def test_a_tokenizer_of_the_models_own_code_is_asked_row_by_row():

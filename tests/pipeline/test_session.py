@@ -16,6 +16,7 @@ import yaml
 
 from pharmacist_ray.config import load_config
 from pharmacist_ray.config.schema import ResourcesConfig
+from pharmacist_ray.curation import ingest
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.pipeline import session
 from pharmacist_ray.pipeline.run import Run
@@ -68,21 +69,36 @@ def test_ray_is_started_only_for_what_other_processes_have_to_make(file, starts)
     config = load_config(file)
     stages = ("ingest", "fit", "score", "select", "align", "attack", "report")
     session.run_stage("ingest", config)
-    assert len(starts) == 1
+    assert starts == []
     processes = config.model_copy(update={"resources": ResourcesConfig(workers=1, actors=1)})
     assert [name for name in stages if session.needs_ray(Run(processes), name)] == ["fit", "score", "align"]
     for stage in ("ingest", "fit", "score", "select", "align", "report"):
         session.run_stage(stage, config)
     session.run_stage("run", config)
-    assert len(starts) == 1
+    assert starts == []
     # All is there, whoever made it.
     assert [name for name in stages if session.needs_ray(Run(processes), name)] == []
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_large_sources_are_ingested_over_one_ray(file, starts, monkeypatch):
+    monkeypatch.setattr(ingest, "SMALL_BYTES", 0)
+    session.run_stage("ingest", load_config(file))
+    assert len(starts) == 3  # candidates, validation, harmful: the later ones find it
+
+
+def test_a_command_imports_only_what_it_uses_itself():
+    """What trains and scores takes seconds to import, and other processes do that."""
+    heavy = ["peft", "deepspeed", "matplotlib", "bitsandbytes", "accelerate", "transformers.modeling_utils"]
+    code = f"import sys, pharmacist_ray.pipeline.session; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_private_ray_says_nothing_of_its_own_on_the_screen(file):
-    code = "from pharmacist_ray.cli.app import main; main()"
+    code = "from pharmacist_ray.curation import ingest; ingest.SMALL_BYTES = 0; from pharmacist_ray.cli.app import main; main()"
     variables = {"PYTHONPATH": os.getcwd(), "PHARMACIST_OBJECT_STORE_BYTES": str(80 << 20)}
     command = [sys.executable, "-c", code, "ingest", "-c", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pharmacist_ray.curation.ingest import QUARANTINE_SCHEMA
 from pharmacist_ray.curation.select import Rule, write_selection
+from pharmacist_ray.data.quarantine import QUARANTINE_SCHEMA
 from pharmacist_ray.data.rows import write_rows
 from pharmacist_ray.data.schema import Row, row_id, shard_of
 from pharmacist_ray.search.worst import bounded_worst, budget_curve, trials_table

@@ -15,7 +15,8 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.models.load import add_lora, load_model
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks
-from pharmacist_ray.training.engine import build_engine, deepspeed_config, perturbed_weights, sharded_loading, step_norm
+from pharmacist_ray.training.engine import build_engine, deepspeed_config, sharded_loading
+from pharmacist_ray.training.weights import perturbed_weights, step_norm
 from tests.two_workers import TwoWorkers
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.config.scoring import GuardConfig
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.errors import ConfigError, ModelError
 from pharmacist_ray.models.classifier import fill_template, harm, load_classifier, text_ids, unsafe_places
 from pharmacist_ray.models.linear import Linear, logistic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNSAFE = "scoring.guard.unsafe"
 
@@ -45,6 +48,8 @@ def check_guard(config: GuardConfig) -> None:
         ConfigError: It is no folder, its template lacks a place, or it has no such label.
         ModelError: The folder has no configuration of a model.
     """
+    from transformers import AutoConfig
+
     if "{prompt}" not in config.template or "{answer}" not in config.template:
         raise ConfigError(f"scoring.guard.template must contain {{prompt}} and {{answer}}, got '{config.template}'")
     if not Path(config.path).is_dir():

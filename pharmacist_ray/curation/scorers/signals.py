@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pharmacist_ray.config.scoring import GuardConfig, PlantedConfig
@@ -121,6 +120,8 @@ class Probe:
             raise ArtifactError(
                 f"the selector in {self.spec.fit} has no adapter '{adapter}'; run `pharmacist fit` for this scorer"
             )
+        from peft import set_peft_model_state_dict  # there since the model was loaded
+
         set_peft_model_state_dict(self.model, self.adapters[adapter])
         return self.model
 
@@ -199,7 +200,7 @@ class Signals:
     @cached_property
     def samples(self) -> list[Rendered]:
         """The rows as token ids."""
-        return [self.probe.renderer.render(row) for row in self.rows]
+        return self.probe.renderer.render_all(self.rows)
 
     @property
     def ids(self) -> list[str]:

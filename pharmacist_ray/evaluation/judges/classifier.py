@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pharmacist_ray.errors import ConfigError, ResourceError, unknown_name
 from pharmacist_ray.evaluation.judges.phrases import refusal_phrases, told_apart
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, PromptKind, Verdict
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
 from pharmacist_ray.models.classifier import classifier_logits, fill_template, load_classifier, text_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 """A classifier's input where the configuration gives none: beaver-dam-7b's format."""

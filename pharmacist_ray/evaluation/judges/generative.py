@@ -17,7 +17,6 @@ from pharmacist_ray.evaluation.judges.templates import JudgeTemplate, template_o
 from pharmacist_ray.evaluation.judges.verdict import Judge, JudgeSettings, PromptKind, Verdict
 from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
-from pharmacist_ray.models.load import load_model, load_tokenizer
 
 
 def build(settings: JudgeSettings) -> Judge:
@@ -31,6 +30,8 @@ def build(settings: JudgeSettings) -> Judge:
         ConfigError: No path, or no usable template.
         ModelError: The model cannot be loaded, or has no chat template where the template needs one.
     """
+    from pharmacist_ray.models.load import load_model, load_tokenizer  # PEFT, which takes seconds
+
     config, phrases = settings.config, refusal_phrases(settings)
     if config.path is None:
         raise ConfigError("judge 'generative' needs path: the folder or hub id of a chat model")

@@ -11,8 +11,8 @@ from torch import nn
 
 from pharmacist_ray.config.section import Section, Share
 from pharmacist_ray.data.render import Batch
-from pharmacist_ray.training.engine import release_gathered, set_weights, whole_weights
 from pharmacist_ray.training.objectives.step import Step, mixed_seed
+from pharmacist_ray.training.weights import release_gathered, set_weights, whole_weights
 
 
 class AntidoteSettings(Section):

@@ -11,10 +11,10 @@ from pydantic import ConfigDict, Field
 
 from pharmacist_ray.config.section import Positive, Section
 from pharmacist_ray.models.perturb import global_norm
-from pharmacist_ray.training.engine import perturbed_weights
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import Run, Step
 from pharmacist_ray.training.objectives.vaccine import TINY, vaccine
+from pharmacist_ray.training.weights import perturbed_weights
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from pharmacist_ray.config.section import Section, Share
-from pharmacist_ray.training.engine import set_weights, whole_weights
 from pharmacist_ray.training.objectives.sft import sft
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import set_weights, whole_weights
 
 
 class EmaSettings(Section):

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from pharmacist_ray.config.section import Count, Positive, Section, Share
-from pharmacist_ray.training.engine import whole_weights
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import whole_weights
 
 ROUND, ROUNDS = 1000, 4
 """Steps of a round (published: 100 safe ones and 900 of the user's); a shorter fine-tune goes through so many rounds (ours)."""

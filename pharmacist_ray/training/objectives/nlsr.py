@@ -12,8 +12,8 @@ from torch import nn
 from pharmacist_ray.config.section import Section, Share
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.adapters import factors_of, module_of
-from pharmacist_ray.training.engine import release_gathered, set_weights, whole_weights
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import release_gathered, set_weights, whole_weights
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """B (d_out, r), the scale in it, and A (r, d_in) of an update B A."""

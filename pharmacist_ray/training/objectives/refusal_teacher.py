@@ -14,8 +14,8 @@ from pharmacist_ray.config.section import Count, Positive, Section, Share
 from pharmacist_ray.data.render import IGNORE, Batch
 from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.models.taps import captured, decoder_layers
-from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import release_gathered
 
 
 class RefusalTeacherSettings(Section):

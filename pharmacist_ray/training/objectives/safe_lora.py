@@ -10,8 +10,8 @@ from pydantic import Field
 from pharmacist_ray.config.section import Count, Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.adapters import factors_of, module_of
-from pharmacist_ray.training.engine import set_weights, whole_weights
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import set_weights, whole_weights
 
 
 class SafeLoraSettings(Section):

@@ -11,8 +11,8 @@ from pydantic import ConfigDict, Field
 from pharmacist_ray.config.section import Count, Section
 from pharmacist_ray.models.losses import token_nll
 from pharmacist_ray.models.modes import without_dropout
-from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step, setting
+from pharmacist_ray.training.weights import release_gathered
 
 
 class StarDssSettings(Section):

@@ -18,7 +18,7 @@ from pharmacist_ray.data.schema import Row
 from pharmacist_ray.models.losses import answer_log_probs, kl_divergence, per_sample_nll
 from pharmacist_ray.models.modes import without_dropout
 from pharmacist_ray.runtime.ranks import Ranks
-from pharmacist_ray.training.engine import release_gathered
+from pharmacist_ray.training.weights import release_gathered
 
 S = TypeVar("S", bound=Section)
 

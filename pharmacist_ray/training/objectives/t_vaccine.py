@@ -15,9 +15,9 @@ from torch import nn
 from pharmacist_ray.config.section import Count, Positive, Section
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.taps import decoder_layers, gradients_at, modules_at
-from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step, mixed_seed
 from pharmacist_ray.training.objectives.vaccine import perturbed_embeddings
+from pharmacist_ray.training.weights import release_gathered
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _ATTENTION = re.compile(r"\.(?:self_attn|attn|attention|self_attention)\.")

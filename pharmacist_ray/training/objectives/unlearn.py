@@ -14,8 +14,8 @@ from pharmacist_ray.config.section import Count, Positive, Section
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import token_nll
 from pharmacist_ray.models.modes import without_dropout
-from pharmacist_ray.training.engine import perturbed_weights, release_gathered, whole_weights
 from pharmacist_ray.training.objectives.step import Step, setting
+from pharmacist_ray.training.weights import perturbed_weights, release_gathered, whole_weights
 
 Weight = Annotated[float, Field(ge=0.0)]
 

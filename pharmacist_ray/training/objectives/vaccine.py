@@ -11,8 +11,8 @@ from torch import nn
 
 from pharmacist_ray.config.section import Positive, Section
 from pharmacist_ray.models.taps import gradients_at, modules_at, shifted
-from pharmacist_ray.training.engine import release_gathered
 from pharmacist_ray.training.objectives.step import Step
+from pharmacist_ray.training.weights import release_gathered
 
 TINY = 1e-7
 """Added to norms that divide (the public code's value)."""

@@ -12,8 +12,8 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.adapters import factors_of
 from pharmacist_ray.models.load import save_adapter
-from pharmacist_ray.training.engine import set_weights, whole_weights
 from pharmacist_ray.training.objectives.nlsr import Layer, NlsrSettings, critical_neurons, nlsr, repaired, similarity
+from pharmacist_ray.training.weights import set_weights, whole_weights
 
 OUT, INSIDE, TOKENS = 20, 10, 30
 
