@@ -126,7 +126,7 @@ def test_a_model_that_is_not_there_is_said_as_ever(tmp_path: Path, two_workers: 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_path: Path) -> None:
-    """A model of 690 MB in 24 layers, one or two of which are gathered at a time; measured in processes of their own from before it is loaded, with a thread that looks."""
+    """690 MB of weights in 24 layers, of which a few are gathered at a time; in processes of their own, with a thread that looks."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8, max_position_embeddings=64
