@@ -126,15 +126,15 @@ def test_a_model_that_is_not_there_is_said_as_ever(tmp_path: Path, two_workers: 
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_path: Path) -> None:
-    """A model of 340 MB of weights, measured in processes of their own from before it is loaded, with a thread that looks."""
+    """690 MB of weights in 24 layers, of which a few are gathered at a time; in processes of their own, with a thread that looks."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, max_position_embeddings=64
+        vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=24, num_attention_heads=8, max_position_embeddings=64
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "model")
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert weights > 320e6
+    assert weights > 600e6
     load_tokenizer(model_folder).save_pretrained(tmp_path / "model")
     adapted = add_lora(model, LoraConfig(r=2), seed=0)
     for parameter in (parameter for parameter in adapted.parameters() if parameter.requires_grad):
@@ -148,8 +148,8 @@ def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_pat
             subprocess.Popen([*command, str(rank), str(workers), str(tmp_path)], env=environment) for rank in range(workers)
         ]
         assert [process.wait(600) for process in started] == [0] * workers
-    most = [json.loads((tmp_path / f"memory-4-{rank}.json").read_text()) for rank in range(4)]
-    assert max(most) < 0.6 * weights, most
+    (alone,), most = ([json.loads((tmp_path / f"memory-{n}-{rank}.json").read_text()) for rank in range(n)] for n in (1, 4))
+    assert max(most) < 0.6 * (weights + alone), (most, alone)  # one alone reads the weights where the file is mapped
     want, got = (load_file(tmp_path / f"found-{workers}.safetensors") for workers in (1, 4))
     assert got.pop("held").tolist() == [0, pytest.approx(0.25, abs=0.01)]
     for name, tensor in want.items():
