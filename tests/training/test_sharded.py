@@ -142,7 +142,7 @@ def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_pat
     save_adapter(adapted, tmp_path / "adapter")
     for workers in (1, 4):
         # What has been freed goes back at once, so that what is counted is what is held.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         command = [sys.executable, "-m", "tests.training.one_of_several"]
         started = [
             subprocess.Popen([*command, str(rank), str(workers), str(tmp_path)], env=environment) for rank in range(workers)
@@ -153,4 +153,4 @@ def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_pat
     want, got = (load_file(tmp_path / f"found-{workers}.safetensors") for workers in (1, 4))
     assert got.pop("held").tolist() == [0, pytest.approx(0.25, abs=0.01)]
     for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+        assert float((got[name] - tensor).norm() / tensor.norm()) < 1e-4, name
