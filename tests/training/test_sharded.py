@@ -153,4 +153,5 @@ def test_none_of_four_holds_much_more_than_its_share(model_folder: Path, tmp_pat
     want, got = (load_file(tmp_path / f"found-{workers}.safetensors") for workers in (1, 4))
     assert got.pop("held").tolist() == [0, pytest.approx(0.25, abs=0.01)]
     for name, tensor in want.items():
-        assert float((got[name] - tensor).norm() / tensor.norm()) < 1e-4, name
+        # v is taken where two steps have led, on weights at random: they make much of a rounding.
+        assert float((got[name] - tensor).norm() / tensor.norm()) < (1e-3 if name == "v" else 1e-5), name
