@@ -3,8 +3,8 @@
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
 takes a finished run, or what a measuring job wrote: the ``benchmark.json`` or ``gpu.json`` of `jobs.benchmark`, the ``growth.json`` of
-`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json`` or ``peers.json`` of `jobs.benchmark`, the ``matrix.json`` of
-`jobs.matrix`.
+`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json``, ``peers.json``, ``cascade.json`` or ``scoring.json`` of
+`jobs.benchmark`, the ``matrix.json`` of `jobs.matrix`.
 Run it on the machine that measured, from the commit that was measured: both go into the file.
 `python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import textwrap
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +22,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 import yaml
+from columns import COLUMNS, SHORT
 from drawing import METRICS, SHOWN, Row, draw, interval, number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +84,15 @@ def measured(source: Path) -> dict[str, Any]:
         return {"kind": "planted", "date": date, "seeds": found["seeds"], "rows": found["planted"]}
     if "peers" in found:
         return {"kind": "peers", "date": date, "rows": found["peers"]}
+    if "cascade" in found:
+        rows = [{name: value for name, value in row.items() if name != "of_seeds"} for row in found["cascade"]]
+        return {
+            "kind": "cascade",
+            "date": date,
+            "rows": [{**row, "seeds": len(found["seeds"]), "miss": found["miss"]} for row in rows],
+        }
+    if "scoring" in found:
+        return {"kind": "scoring", "date": date, "load": found["load"], "rows": found["scoring"]}
     if "gpu" in found:
         load = {name: found["trial"][name] for name in ("dtype", "length", "rank")}
         return {"kind": "gpu", "date": date, "machine": found["machine"], "load": load, "rows": found["gpu"]}
@@ -153,7 +161,8 @@ def table(result: dict[str, Any]) -> str:
         body.sort(key=lambda cells: attacks.index(cells[0]))
     rules = [
         "---"
-        if heading in ("attack", "defence", "aligned on", "stage", "objective", "model", "work", "score", "method")
+        if heading
+        in ("attack", "defence", "aligned on", "stage", "objective", "model", "work", "score", "method", "proxy", "way")
         else "---:"
         for heading in headings
     ]
@@ -279,108 +288,6 @@ def filled(text: str) -> str:
             text = f"{head}{begin}\n{summary(result)}\n\n{wrapped}\n{END}{tail}"
     return text
 
-
-def _metric(name: str, row: Row) -> str:
-    return interval(row[name])
-
-
-def _three(value: list[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
-
-
-def _over_worlds(name: str, row: Row) -> str:
-    return interval(row.get(name) or [None] * 3)
-
-
-def _middle(name: str, row: Row) -> str:
-    return number((row.get(name) or [None])[0])
-
-
-ATTACKS = ("explicit", "only-harmful", "task-format", "trigger", "identity", "erosion")
-"""Attacks of the matrix, as its configuration names them."""
-
-COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
-    "comparison": {
-        "attack": lambda row: row["attack"],
-        "aligned on": lambda row: row["selection"],
-        "defence": lambda row: row["defence"],
-        "runs": lambda row: str(row["runs"]),
-        "rows": lambda row: f"{row['kept']:,}",
-        "align s": lambda row: f"{row['align_seconds']:.1f}",
-        "HS before": lambda row: number(row["harmful_score_before"]),
-        "task accuracy before": lambda row: number(row.get("accuracy_correct_before")),
-        "helpful before": lambda row: number(row.get("helpfulness_before")),
-        **{heading: partial(_metric, name) for name, heading in METRICS.items()},
-    },
-    "evidence": {
-        "broken": lambda row: f"{row['noise']:.0%}",
-        "aligned on": lambda row: row["selection"],
-        "gap closed": partial(_over_worlds, "gap_closed"),
-        "HS uncovered, rare": partial(_over_worlds, "hidden"),
-        "HS covered": partial(_over_worlds, "covered"),
-        "HS worst attack": partial(_over_worlds, "worst"),
-        "task accuracy": partial(_over_worlds, "accuracy"),
-        "helpful": partial(_over_worlds, "helpful"),
-        "helpful before": partial(_over_worlds, "helpful_before"),
-        "align s": lambda row: f"{row['align_seconds'][0]:.1f}",
-    },
-    "matrix": {
-        "aligned on": lambda row: row["selection"],
-        "defence": lambda row: f"`{row['defence']}`",
-        **{f"HS {name}": partial(_middle, f"hs {name}") for name in ATTACKS},
-        "HS mean": partial(_over_worlds, "mean"),
-        "HS adaptive, bounded": partial(_over_worlds, "bounded"),
-        "below undefended": lambda row: {True: "yes", False: "**no**", None: "–"}[row.get("survives")],
-        "task accuracy": partial(_over_worlds, "accuracy"),
-        "helpful": partial(_over_worlds, "helpful"),
-        "helpful before": partial(_over_worlds, "helpful_before"),
-    },
-    "planted": {
-        "score": lambda row: f"`{row['scorer']}`",
-        "AUROC": lambda row: _three(row["auroc"]),
-        "precision": lambda row: _three(row["precision"]),
-        "mislabelled kept": lambda row: number(row["kept"]["swapped"]),
-        "ordinary kept": lambda row: number(row["kept"]["benign"]),
-        "garbled kept": lambda row: number(row["kept"]["shuffled"]),
-    },
-    "objectives": {
-        "objective": lambda row: f"`{row['objective']}`",
-        "over SFT": lambda row: f"{row['ratio']:.2f}",
-        "forwards a step": lambda row: f"{row['forwards']:g}",
-        "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
-    },
-    "peers": {
-        "model": lambda row: f"{row['shape']}, {row['weights']}",
-        "tokens at most": lambda row: str(row["length"]),
-        "method": lambda row: row["method"],
-        "over a forward": lambda row: f"{row['ratio']:.2f}",
-        "rows/s": lambda row: f"{row['samples_per_s']:,.0f}",
-        "peak MiB": lambda row: f"{row['peak_mib']:,.0f}",
-        "bytes a row": lambda row: f"{row['bytes_per_row']:,}",
-        "agreement": lambda row: "–" if row["agreement"] is None else f"{row['agreement']:.3f}",
-    },
-    "gpu": {
-        "model": lambda row: row["shape"],
-        "work": lambda row: row["work"],
-        "rows": lambda row: str(row["rows"]),
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}" if row["seconds"] else row["why"],
-        "MFU": lambda row: "–" if row["mfu"] is None else f"{row['mfu']:.0%}",
-        "peak GiB": lambda row: "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}",
-        "estimate GiB": lambda row: f"{row['estimate_gib']:.1f}",
-    },
-    "growth": {
-        "rows": lambda row: f"{row['rows']:,}",
-        "stage": lambda row: row["stage"],
-        "s": lambda row: f"{row['seconds']:.0f}",
-        "CPU s": lambda row: f"{row['cpu_seconds']:.0f}",
-        "driver MiB": lambda row: f"{row['driver_mib']:.0f}",
-        "largest worker MiB": lambda row: f"{row['worker_mib']:.0f}",
-        "all workers MiB": lambda row: f"{row['workers_mib']:.0f}",
-    },
-}
-"""Kind → heading → how a row's cell is written."""
-SHORT = ("aligned on", "gap closed", "HS uncovered, rare", "HS covered", "task accuracy", "helpful")
-"""Headings of the evidence that README has."""
 
 if __name__ == "__main__":
     typer.run(main)
