@@ -57,6 +57,10 @@ class BatchOrder:
         main = self._walk(step, self.batch_size - self.replay_per_batch, self.rows, 0)
         return main + [self.rows + row for row in self._walk(step, self.replay_per_batch, self.replay_rows, 1)]
 
+    def drawn(self, steps: int) -> list[int]:
+        """Return the numbers of all rows that so many steps take, in order."""
+        return sorted({row for step in range(steps) for row in self.batch(step)})
+
     def micro_batches(self, step: int, *, rank: int, workers: int, accumulation: int, places: bool = False) -> list[list[int]]:
         """Return one worker's micro-batches; over all workers they make up `batch` and all have the same size.
 

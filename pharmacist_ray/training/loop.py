@@ -97,12 +97,13 @@ def _run_task(task: TrainTask, ranks: Ranks) -> dict[str, Any]:
 
     torch.manual_seed(task.seed)
     renderer = task.model.renderer()
-    stream = alignment_stream(task, renderer)
+    words = objective.guarded(settings) if objective.guarded else 0
+    every = bool(words) or objective.harmful == "pairs"  # what asks about rows that no step takes
+    stream = alignment_stream(task, renderer, steps=None if every else task.train.steps + FINISH)
     harmful = harmful_stream(task, renderer, objective.harmful, stream) if objective.harmful != "none" else None
     safe = stream_beside(task, renderer, "safe") if objective.safe else None
     asked = objective.ordinary(settings) and not objective.compose
     ordinary = stream_beside(task, renderer, "ordinary") if asked else None
-    words = objective.guarded(settings) if objective.guarded else 0
     verdicts = verdicts_of(task, stream.table, renderer, ranks, words) if words else []
     engine = build_engine(
         _trainable_model(task, ranks), task.train, ranks, dtype=task.model.dtype, group=objective.group, done=values["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,13 +15,15 @@ from numpy.typing import NDArray
 
 from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import IGNORE, Batch, Renderer
-from pharmacist_ray.data.rows import read_rows, row_at
+from pharmacist_ray.data.rows import count_rows, read_numbered, read_rows, row_at
 from pharmacist_ray.data.samples import Samples
 from pharmacist_ray.errors import DataError
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import read_table, storage_path
 from pharmacist_ray.training.task import TrainTask
 
+FEW = 4
+"""Of so many times as many rows as steps take, those that they take are read alone: the ids are read twice then (ours)."""
 HARMFUL_SEED = 7_919
 """Added to a run's seed in the order of its harmful rows."""
 BESIDE = {"safe": (15_485_863, "finetune.safe"), "ordinary": (32_452_843, "data.benign")}
@@ -37,6 +40,7 @@ class Stream:
         renderer: Renderer,
         partners: dict[int, Sequence[int]] | None = None,
         weights: NDArray[np.float32] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Render a small set at once.
 
@@ -49,14 +53,16 @@ class Stream:
             renderer: Turns a row into token ids.
             partners: Row → token ids of another answer to its prompt; tokens equal to the other's are not supervised.
             weights: What each row weighs, (rows,).
+            numbers: The rows' numbers where others are never met and were not read, in order; None: all were.
         """
+        self._numbers = None if numbers is None else np.asarray(numbers)
         self.table, self.order, self._renderer, self._partners = table, order, renderer, partners or {}
         self._weights = weights
         self._samples = Samples(table, renderer)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return int(self.table.num_rows)
+        return self.order.rows + self.order.replay_rows
 
     def step(self, number: int, ranks: Ranks, accumulation: int) -> tuple[list[Batch], list[list[int]]]:
         """Return one worker's micro-batches of a step, and the places of their rows in the step's whole batch."""
@@ -67,7 +73,7 @@ class Stream:
     def ids(self, number: int, rank: int, workers: int, accumulation: int, micro: int) -> list[str]:
         """Return the row ids of one micro-batch."""
         rows = self.order.micro_batches(number, rank=rank, workers=workers, accumulation=accumulation)[micro]
-        return [str(self.table.column("id")[row]) for row in rows]
+        return [str(self.table.column("id")[place]) for place in self._places(rows)]
 
     def rows(self, number: int, ranks: Ranks, accumulation: int) -> list[list[int]]:
         """Return the row numbers of one worker's micro-batches of a step."""
@@ -81,7 +87,12 @@ class Stream:
         """Return a batch of one row."""
         return self._collate([row])
 
+    def _places(self, rows: list[int]) -> list[int]:
+        """Return where rows stand in the table."""
+        return rows if self._numbers is None else np.searchsorted(self._numbers, rows).tolist()
+
     def _collate(self, rows: list[int]) -> Batch:
+        rows = self._places(rows)
         batch = self._renderer.collate([self._samples[row] for row in rows])
         for place, row in enumerate(rows):
             if other := self._partners.get(row):
@@ -91,23 +102,31 @@ class Stream:
         return batch if self._weights is None else replace(batch, weights=torch.from_numpy(self._weights[rows]))
 
 
-def alignment_stream(task: TrainTask, renderer: Renderer) -> Stream:
+def alignment_stream(task: TrainTask, renderer: Renderer, *, steps: int | None = None) -> Stream:
     """Return the training rows of a task, with its replay rows.
+
+    Args:
+        task: The task.
+        renderer: Turns a row into token ids.
+        steps: Only the rows of so many steps are asked for; where these are few, no others are read. None: any may be.
 
     Raises:
         DataError: There are fewer rows than a batch takes.
     """
-    table = read_rows(task.rows, raw=False)
-    size, replay = task.train.batch_size, 0
-    if task.replay:
-        table = pa.concat_tables([table, (extra := read_rows(task.replay, raw=False))])
-        replay = extra.num_rows
+    size, (rows, replay) = task.train.batch_size, (sum(map(count_rows, paths)) for paths in (task.rows, task.replay))
     per_batch = round(task.replay_share * size) if replay else 0
-    rows = table.num_rows - replay
     if rows < size - per_batch or per_batch >= size:
         raise DataError(f"{task.name}: {rows} training rows are fewer than batch_size={size}; give more or lower it")
+    order, numbers = BatchOrder(rows, size, task.seed, replay, per_batch), None
+    if steps is not None and FEW * steps * size < rows + replay:
+        numbers = order.drawn(steps)
+        split = bisect_left(numbers, rows)
+        parts = ((task.rows, numbers[:split]), (task.replay, [number - rows for number in numbers[split:]]))
+        table = pa.concat_tables([read_numbered(paths, some) for paths, some in parts if some])
+    else:
+        table = pa.concat_tables([read_rows(paths, raw=False) for paths in (task.rows, task.replay) if paths])
     weights = _weights(task.row_weights, table.column("id")) if task.row_weights else None
-    return Stream(table, BatchOrder(rows, size, task.seed, replay, per_batch), renderer, weights=weights)
+    return Stream(table, order, renderer, weights=weights, numbers=numbers)
 
 
 def _weights(files: Sequence[str], ids: pa.ChunkedArray) -> NDArray[np.float32]:
