@@ -94,7 +94,7 @@ def run_fit(model_folder: Path, folders: dict[str, Path]) -> Callable[..., dict[
         return fit(
             **{
                 "model": ModelRef(str(model_folder), template="plain", max_length=32), "lora": LoraConfig(r=4),
-                "selector": selector, "resources": ResourcesConfig(workers=workers, cpus_per_worker=0.5, max_failures=0),
+                "selector": selector, "resources": ResourcesConfig(workers=workers, cpus_per_worker=0.25, max_failures=0),
                 "seed": 3, "out": out, "parts": parts,
                 "sets": {name: path for name, path in (folders | sets).items() if path is not None},
             }
@@ -134,6 +134,25 @@ def test_two_workers_who_hold_the_model_together_find_what_two_who_hold_it_each_
     if iterative:
         want, got = logits_of(pair), logits_of(out)
         assert [got[id] for id in want] == pytest.approx(list(want.values()), rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_four_workers_who_never_hold_the_model_fit_what_two_who_hold_it_do(
+    pair: Path, run_fit: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """From the first step of the warm-up on: each training, and what comes after, by workers of its own."""
+    spread = SELECTOR.model_copy(
+        update={name: getattr(SELECTOR, name).model_copy(update={"zero_stage": 3}) for name in ("warmup", "reference")}
+    )
+    summary = run_fit(tmp_path / "fit", spread, workers=4, parts=("directions", "reference"))
+    assert summary["parts"] == ["directions", "reference"]
+    for step in (2, 4):
+        name = f"directions/{checkpoint_name(step)}.safetensors"
+        want, got = load_file(pair / name), load_file(tmp_path / "fit" / name)
+        assert got.keys() == want.keys()
+        for parameter in want:
+            torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-3, atol=1e-5)
 
 
 def stamps(out: Path) -> dict[str, int]:

@@ -202,19 +202,36 @@ def test_actors_shards_batches_and_order_change_no_score(
     assert_same(read(tmp_path / "scores"), read(scored))
 
 
-@pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("groups", "workers", "method"),
+    [
+        (1, 2, "hooks"),
+        pytest.param(2, 2, "ghost", marks=pytest.mark.slow),
+        pytest.param(1, 4, "hooks", marks=pytest.mark.slow),
+    ],
+)
 def test_workers_who_hold_the_model_together_find_the_scores_of_one_who_holds_it_alone(
-    scored: Path, candidates: Path, run_score: Callable[..., ScoreReport], tmp_path: Path, groups: int
+    scored: Path,
+    candidates: Path,
+    run_score: Callable[..., ScoreReport],
+    tmp_path: Path,
+    groups: int,
+    workers: int,
+    method: str,
 ) -> None:
     seen: list[tuple[int, int]] = []
+    out, scorers = tmp_path / "rows", SCORERS if method == "hooks" else ["pharmacist", "less", "low_loss"]
     report = run_score(
-        candidates, tmp_path / "rows", actors=groups, together=2, progress=lambda done, total: seen.append((done, total))
-    )
-    assert (report.rows, report.shards, report.columns) == (40, 6, COLUMNS[1:])
+        candidates, out, scorers, actors=groups, together=workers, method=method,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert (report.rows, report.shards) == (40, 6)
     assert seen == [(done, 6) for done in range(7)]
     assert report.usage["tokens_per_s"] > 0
-    assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == sorted(file.name for file in scored.iterdir())
-    assert_same(read(tmp_path / "rows"), read(scored), rtol=1e-4)
+    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in scored.iterdir())
+    got = read(out)
+    assert list(got) == report.columns
+    assert_same(got, {name: values for name, values in read(scored).items() if name in got}, rtol=1e-4)
 
 
 def test_without_actors_this_process_writes_the_same_files(

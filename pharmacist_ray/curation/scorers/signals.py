@@ -76,6 +76,7 @@ class Probe:
         Raises:
             ArtifactError: A file of the selector is missing.
         """
+        spec = replace(spec, device=str(group.device)) if group else spec  # of several GPUs in sight, this worker's
         self.spec, self.group = spec, group
         self.states_asked: set[StatesKey] = set()
         self._learnt: dict[str, dict[str, float]] = {}
