@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -21,7 +21,29 @@ class EngineConfig(EndpointConfig):
     """
 
     kind: Literal["endpoint"] = "endpoint"
-    """The only kind so far."""
+    """The other kind is `vllm`."""
+
+
+class VllmConfig(Section):
+    """Who answers in the place of transformers: vLLM, in `resources.actors` engines that Ray Data starts.
+
+    Each loads the base once, and every model's adapters by request; needs `pip install 'pharmacist-ray[vllm]'`.
+    """
+
+    kind: Literal["vllm"]
+    """Tells it from an endpoint."""
+    tensor_parallel: Count = 1
+    """GPUs that hold the base together."""
+    options: dict[str, Any] = {}
+    """Further engine arguments of vLLM, for example `{gpu_memory_utilization: 0.8}`."""
+
+
+def _engine(value: object) -> str:
+    """Return which kind of engine a value is meant to be; an endpoint where it says none."""
+    return str(value.get("kind", "endpoint") if isinstance(value, dict) else getattr(value, "kind", "endpoint"))
+
+
+_Engine = Annotated[Annotated[EngineConfig, Tag("endpoint")] | Annotated[VllmConfig, Tag("vllm")], Discriminator(_engine)]
 
 
 class TaskEvaluation(Section):
@@ -129,9 +151,9 @@ class EvaluationConfig(Section):
     """Longest answer in tokens (Vaccine's public code: 128)."""
     batch_size: Count = 64
     """Prompts per generation batch."""
-    engine: EngineConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    engine: _Engine | None = Field(default=None, exclude_if=lambda value: value is None)
     """Who answers: None is transformers, on `resources.actors`. An endpoint (`{url: …, model: BASE}`) is given each model's adapters, so
-    the run directory has to be a folder that it reads."""
+    the run directory has to be a folder that it reads; and so is vLLM (`{kind: vllm, tensor_parallel: 4}`)."""
     bootstrap_draws: Count = 2000
     """Draws of the bootstrap over runs and clusters of prompts."""
     group_column: str | None = Field(default=None, exclude_if=lambda value: value is None)

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pharmacist_ray.config.alignment import AlignmentConfig, AttackConfig, ComparisonConfig
 from pharmacist_ray.config.audit import AuditConfig
 from pharmacist_ray.config.data import DataConfig, PromptsConfig, SourceConfig
-from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation
+from pharmacist_ray.config.evaluation import EvaluationConfig, JudgeConfig, TaskEvaluation, VllmConfig
 from pharmacist_ray.config.finetune import NEED_ALIGNED, Defence, FinetuneConfig
 from pharmacist_ray.config.model import LoraConfig, ModelConfig
 from pharmacist_ray.config.redteam import RedteamConfig
@@ -214,6 +214,11 @@ class Config(Section):
         for attack in self.attacks:
             if attack.adapter == "same" and "full" in (self.alignment.train.weights, attack.train.weights):
                 yield f"attack '{attack.name}' has adapter=same, which needs weights=lora in alignment.train and in its own train"
+        if self.evaluation is not None and isinstance(self.evaluation.engine, VllmConfig):
+            if not self.resources.actors:
+                yield "evaluation.engine vllm needs resources.actors of 1 or more: each is an engine"
+            if self.model.quantization:
+                yield "evaluation.engine vllm is not told of model.quantization; set its own by options, and leave that out"
         if self.resources.workers_per_actor > 1:
             if self.scoring.method == "difference":
                 yield "scoring.method=difference moves whole weights, which resources.workers_per_actor above 1 spreads; use hooks or ghost"

@@ -16,12 +16,14 @@ import pyarrow as pa
 import torch
 
 from pharmacist_ray.config.attack_kinds import FormConfig
+from pharmacist_ray.config.evaluation import EngineConfig, VllmConfig
 from pharmacist_ray.config.schema import EvaluationConfig, JudgeConfig, ResourcesConfig
 from pharmacist_ray.data.forms import asked
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.data.rows import count_rows, read_rows
 from pharmacist_ray.data.schema import Row, rows_from_table
 from pharmacist_ray.data.secret import behind
+from pharmacist_ray.evaluation import vllm
 from pharmacist_ray.evaluation.engine import EndpointEngine
 from pharmacist_ray.evaluation.judges import JudgeSettings, build_judge
 from pharmacist_ray.evaluation.judges.verdict import PromptKind
@@ -33,7 +35,7 @@ from pharmacist_ray.runtime.actors import on_actors
 from pharmacist_ray.runtime.groups import on_groups
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
-from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_parquet
+from pharmacist_ray.storage import StoragePath, json_of, local_copy, storage_path, write_parquet
 
 PROMPTS_PER_UNIT = 512
 """Prompts that one unit of work answers; large sets are spread over actors, small ones are not torn apart."""
@@ -133,6 +135,10 @@ def answer_all(
     spec = AnswerSpec(settings, device, threads, judgements, actors, served)
     arguments, units = {"spec": spec, "groups": groups}, [{"group": number} for number in range(len(groups))]
     taken = []
+    if isinstance(settings.engine, VllmConfig):
+        assert served is not None
+        asked_of = [(unit.file, unit.model, partial(_questions, unit)) for unit in missing]
+        vllm.ask(asked_of, engine=settings.engine, max_new_tokens=settings.max_new_tokens, resources=resources, adapters=served)
     how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "evaluate"}
     together = resources.workers_per_actor > 1 and settings.engine is None
     work = partial(on_groups, storage=next(iter(models)).parent / "ray") if together else on_actors
@@ -177,7 +183,9 @@ class Answerer:
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer, torch.Tensor | None] | None = None
         self.prompts: dict[str, list[Row]] = {}
-        self.engine = EndpointEngine(spec.settings.engine, spec.actors) if spec.settings.engine else None
+        self.engine = (
+            EndpointEngine(spec.settings.engine, spec.actors) if isinstance(spec.settings.engine, EngineConfig) else None
+        )
         self.group = group
         self.budget = TokenBudget(together=(group.rank, group.workers) if group else None)
         self.usage = Usage()
@@ -200,10 +208,11 @@ class Answerer:
                 answers = self._answers(one)
                 if self.writes:
                     write_parquet(self._judged(one, answers), storage_path(one.file))
+                    vllm.texts_file(one.file).unlink(missing_ok=True)
         return {"units": len(group)} | self.usage.taken()
 
     def _loaded(self, ref: ModelRef) -> Any:
-        if self.engine:
+        if self.spec.settings.engine:
             return None
         if self.group is None:
             return ref.load(self.spec.device)
@@ -219,13 +228,10 @@ class Answerer:
             ref, self.model = unit.model, None  # let go of the last one before the next one takes its room
             self.model = (ref, self._loaded(ref), ref.renderer(), ref.loaded_prompt())
         _, model, renderer, soft_prompt = self.model
-        rows, settings = self._asked(unit), self.spec.settings
-        put = [asked(row, unit.form) if unit.form else row for row in rows]
-        if unit.secret:
-            secret = storage_path(unit.secret).read_text()
-            put = [behind(row, secret, renderer.system) for row in put]
-        prompts = [renderer.prompt_ids(row) for row in put]
-        if self.engine:
+        settings, prompts = self.spec.settings, _put(unit, self._asked(unit), renderer)
+        if isinstance(settings.engine, VllmConfig):
+            answers = list(json_of(vllm.texts_file(unit.file)))
+        elif self.engine:
             assert self.spec.served is not None
             answers = self.engine.answers(
                 unit.model, prompts, max_new_tokens=settings.max_new_tokens, end_id=renderer.end_id, files=self.spec.served
@@ -272,3 +278,16 @@ class Answerer:
         if folder not in self.prompts:
             self.prompts[folder] = rows_from_table(read_rows([folder]))
         return self.prompts[folder]
+
+
+def _put(unit: GenerationUnit, rows: Sequence[Row], renderer: Renderer) -> list[list[int]]:
+    """Return a unit's questions as token ids, in the form and behind the secret in which they are put."""
+    put = [asked(row, unit.form) if unit.form else row for row in rows]
+    if unit.secret:
+        secret = storage_path(unit.secret).read_text()
+        put = [behind(row, secret, renderer.system) for row in put]
+    return [renderer.prompt_ids(row) for row in put]
+
+
+def _questions(unit: GenerationUnit, renderer: Renderer) -> list[list[int]]:
+    return _put(unit, rows_from_table(read_rows([unit.rows]))[unit.start : unit.start + PROMPTS_PER_UNIT], renderer)

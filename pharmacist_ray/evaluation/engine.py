@@ -15,8 +15,9 @@ from typing import Any
 
 import httpx2
 
-from pharmacist_ray.config.evaluation import EngineConfig
+from pharmacist_ray.config.evaluation import EngineConfig, VllmConfig
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.evaluation.vllm import check_vllm
 from pharmacist_ray.models.adapters import stacked
 from pharmacist_ray.models.endpoint import Endpoint, request_of
 from pharmacist_ray.models.ref import ModelRef
@@ -94,24 +95,27 @@ class EndpointEngine:
                 raise
 
 
-def check_engine(config: EngineConfig, models: Sequence[tuple[str, str]], files: object, *, ready: bool) -> None:
-    """Find out whether an endpoint can serve all models of a run, without a request.
+def check_engine(config: EngineConfig | VllmConfig, models: Sequence[tuple[str, str]], files: object, *, ready: bool) -> None:
+    """Find out whether an endpoint or vLLM can serve all models of a run, without a request.
 
     Args:
-        config: The endpoint.
-        models: Name of a model, and why an endpoint cannot serve it; empty if it can.
+        config: The engine.
+        models: Name of a model, and why it cannot be served; empty if it can.
         files: The run directory.
-        ready: It is about to be asked, so the environment must have its key.
+        ready: It is about to be asked, so the environment must have an endpoint's key, and vLLM must be installed.
 
     Raises:
         ConfigError: It cannot, or the run directory is none that it could read.
     """
-    EndpointEngine(config if ready else config.model_copy(update={"key_variable": None}))
+    if isinstance(config, EngineConfig):
+        EndpointEngine(config if ready else config.model_copy(update={"key_variable": None}))
+    elif ready:
+        check_vllm()
     for name, why in models:
         if why:
             raise ConfigError(f"{WHAT} serves one base with adapters, and {name} {why}; leave the engine out")
     if not isinstance(files, Path):
-        raise ConfigError(f"{WHAT}: the endpoint reads adapters from run_dir={files}, which has to be a folder then")
+        raise ConfigError(f"{WHAT} reads adapters from run_dir={files}, which has to be a folder then")
 
 
 def _said(response: httpx2.Response) -> str:
