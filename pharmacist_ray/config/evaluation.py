@@ -43,7 +43,10 @@ def _engine(value: object) -> str:
     return str(value.get("kind", "endpoint") if isinstance(value, dict) else getattr(value, "kind", "endpoint"))
 
 
-_Engine = Annotated[Annotated[EngineConfig, Tag("endpoint")] | Annotated[VllmConfig, Tag("vllm")], Discriminator(_engine)]
+_Engine = Annotated[
+    Annotated[EngineConfig, Tag("endpoint")] | Annotated[VllmConfig, Tag("vllm")],
+    Discriminator(_engine, custom_error_type="kind", custom_error_message="kind must be one of 'endpoint', 'vllm'"),
+]
 
 
 class TaskEvaluation(Section):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -158,7 +158,7 @@ def _describe(problem: dict[str, Any], values: Any) -> str:
     location = _location(problem, values)
     where = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = _fields_at(location[:-1], problem["loc"])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         return f"unknown key '{where}'" + (f" (did you mean '{near[0]}'?)" if near else f"; known here: {', '.join(known)}")
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -180,7 +180,8 @@ def _location(problem: dict[str, Any], values: Any) -> list[Any]:
     return found
 
 
-def _fields_at(location: list[Any]) -> list[str]:
+def _fields_at(location: list[Any], tags: tuple[Any, ...]) -> list[str]:
+    """Return the keys of the section at a place; of several that may stand there, of the kind that is among pydantic's tags."""
     model: Any = Config
     for part in location:
         if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -188,8 +189,13 @@ def _fields_at(location: list[Any]) -> list[str]:
         field = model.model_fields.get(str(part))
         if field is None:
             continue
-        model = next((m for m in _models_in(field.annotation)), None)
+        several = _models_in(field.annotation)
+        model = next((one for one in several if {*_kinds_of(one)} & {*tags}), next(iter(several), None))
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

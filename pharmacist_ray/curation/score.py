@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -37,7 +37,6 @@ from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
-from pharmacist_ray.runtime.groups import on_groups
 from pharmacist_ray.runtime.imports import importing
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
@@ -117,8 +116,11 @@ def score(
                     trusted.fitted(prepare)
         arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
         how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "scoring"}
-        together = resources.workers_per_actor > 1
-        work = partial(on_groups, storage=out.with_name("ray")) if together else on_actors
+        work: Callable[..., Iterator[dict[str, Any]]] = on_actors
+        if resources.workers_per_actor > 1:
+            from pharmacist_ray.runtime.groups import on_groups  # with Ray Train, which an actor would import for nothing
+
+            work = partial(on_groups, storage=out.with_name("ray"))
         for scored in work(ShardScorer, arguments, units, **how):
             done += 1
             taken.append(scored)

@@ -6,7 +6,7 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
-from pharmacist_ray.runtime.groups import on_groups
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, json_of, local_copy, storage_path, write_parquet
@@ -140,8 +139,11 @@ def answer_all(
         asked_of = [(unit.file, unit.model, partial(_questions, unit)) for unit in missing]
         vllm.ask(asked_of, engine=settings.engine, max_new_tokens=settings.max_new_tokens, resources=resources, adapters=served)
     how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "evaluate"}
-    together = resources.workers_per_actor > 1 and settings.engine is None
-    work = partial(on_groups, storage=next(iter(models)).parent / "ray") if together else on_actors
+    work: Callable[..., Iterator[dict[str, Any]]] = on_actors
+    if resources.workers_per_actor > 1 and settings.engine is None:
+        from pharmacist_ray.runtime.groups import on_groups  # with Ray Train, which an actor would import for nothing
+
+        work = partial(on_groups, storage=next(iter(models)).parent / "ray")
     for answered in work(Answerer, arguments, units, **how):
         done += answered["units"]
         taken.append(answered)

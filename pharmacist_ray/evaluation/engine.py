@@ -6,7 +6,6 @@ transformers would be asked, and it decodes greedily too; where two tokens all b
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import httpx2
 from pharmacist_ray.config.evaluation import EngineConfig, VllmConfig
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.evaluation.vllm import check_vllm
-from pharmacist_ray.models.adapters import stacked
+from pharmacist_ray.models.adapters import short_name, stacked
 from pharmacist_ray.models.endpoint import Endpoint, request_of
 from pharmacist_ray.models.ref import ModelRef
 
@@ -71,8 +70,7 @@ class EndpointEngine:
             shutil.rmtree(files / self.served[1], ignore_errors=True)
         name = str(self.config.model)
         if model.adapters:
-            digest = hashlib.blake2b("|".join(model.adapters).encode(), digest_size=8).hexdigest()
-            name = f"pharmacist-{digest}-{self.mark}"
+            name = f"pharmacist-{short_name(model.adapters)}-{self.mark}"
             folder = files / name
             rank = stacked(model.adapters, str(self.config.model), folder)
             try:

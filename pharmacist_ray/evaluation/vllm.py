@@ -6,7 +6,6 @@ that transformers would be asked and decodes greedily too; where two tokens all 
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -21,7 +20,7 @@ from pharmacist_ray.config.evaluation import VllmConfig
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.data.render import Renderer
 from pharmacist_ray.errors import ConfigError
-from pharmacist_ray.models.adapters import stacked
+from pharmacist_ray.models.adapters import short_name, stacked
 from pharmacist_ray.models.hub import on_disk
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import plain_errors
@@ -99,7 +98,7 @@ def ask(
         model_source=str(on_disk(base.path)),
         engine_kwargs=options,
         batch_size=AT_ONCE,
-        concurrency=max(1, resources.actors),
+        concurrency=resources.actors,
         placement_group_config={"bundle_per_worker": {"CPU": resources.cpus_per_worker, **gpu}},
         chat_template_stage=False,
         tokenize_stage=False,
@@ -131,7 +130,7 @@ def _given(questions: Sequence[Question], folder: Path) -> tuple[dict[ModelRef, 
             continue
         names[model] = str(on_disk(model.path))
         if model.adapters:
-            place = folder / f"vllm-{hashlib.blake2b('|'.join(model.adapters).encode(), digest_size=8).hexdigest()}"
+            place = folder / f"vllm-{short_name(model.adapters)}"
             rank = max(rank, stacked(model.adapters, names[model], place))
             names[model] = str(place.resolve())
     return names, rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,11 @@ def factors_of(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             found[module] = (b.float() * scale, tensors[name.replace(".lora_B.", ".lora_A.")].float())
     return found
+
+
+def short_name(adapters: Sequence[str]) -> str:
+    """Return a name for a sequence of adapters, of letters and digits, the same for the same folders."""
+    return hashlib.blake2b("|".join(adapters).encode(), digest_size=8).hexdigest()
 
 
 def module_of(name: str) -> str:
