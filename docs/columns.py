@@ -105,6 +105,14 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "rows/s, ratio": lambda row: "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
         "at least": lambda row: "–" if row["floor"] is None else f"{row['floor']:g}",
     },
+    "layers": {
+        "model": lambda row: row["model"],
+        "last layers": lambda row: f"{row['layers']} of {row['of']}",
+        "over a forward": lambda row: f"{row['ratio']:.2f}",
+        "correlation": lambda row: f"{row['pearson']:.3f}",
+        "of ranks": lambda row: f"{row['spearman']:.3f}",
+        "top in common": lambda row: f"{row['overlap']:.0%}",
+    },
     "gpu": {
         "model": lambda row: row["shape"],
         "work": lambda row: row["work"],

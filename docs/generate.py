@@ -294,7 +294,9 @@ ABOUT = {
     "cascade": "What cascades lose of the model's own top rows against what they say, means over samples of the same candidates, and the "
     "share of the model's own scoring that they save. See [Let a small model look first](../how-to/cascade.md).",
     "scoring": "What Ray Data makes of a scorer's pace: rows a second after the first shard was begun, medians over rounds. The scores are "
-    "the same to the bit.",
+    "the same to the bit. Two bare loops tell what a second process can gain on this machine at all.",
+    "layers": "Influences over the adapters of the last layers alone against those over all, of the same rows: what they cost over a "
+    "forward pass, and how far the scores agree.",
     "objectives": "What a step of each objective costs over one of SFT: the median over rounds; CPU seconds on a CPU.",
     "gpu": "What one GPU does with a model of random weights: scoring by two methods, and an optimiser step of an adapter. MFU is the "
     "share of the GPU's peak by its data sheet, without what checkpointing computes again; the estimate is the doctor's.",

@@ -3,8 +3,8 @@
     python docs/results.py runs/demo/run --name demo --command "make demo"
 
 takes a finished run, or what a measuring job wrote: the ``benchmark.json`` or ``gpu.json`` of `jobs.benchmark`, the ``growth.json`` of
-`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json``, ``peers.json``, ``cascade.json`` or ``scoring.json`` of
-`jobs.benchmark`, the ``matrix.json`` of `jobs.matrix`.
+`jobs.growth`, the ``evidence.json`` of `jobs.evidence`, the ``planted.json``, ``peers.json``, ``cascade.json``, ``scoring.json`` or
+``layers.json`` of `jobs.benchmark`, the ``matrix.json`` of `jobs.matrix`.
 Run it on the machine that measured, from the commit that was measured: both go into the file.
 `python docs/results.py --redraw` only draws anew what is in README and in ``docs/pictures``.
 """
@@ -93,6 +93,8 @@ def measured(source: Path) -> dict[str, Any]:
         }
     if "scoring" in found:
         return {"kind": "scoring", "date": date, "load": found["load"], "rows": found["scoring"]}
+    if "layers" in found:
+        return {"kind": "layers", "date": date, "rows": [{**row, "model": found["model"]} for row in found["layers"]]}
     if "gpu" in found:
         load = {name: found["trial"][name] for name in ("dtype", "length", "rank")}
         return {"kind": "gpu", "date": date, "machine": found["machine"], "load": load, "rows": found["gpu"]}

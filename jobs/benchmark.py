@@ -2,8 +2,9 @@
 
 `python -m jobs.benchmark --device cuda --model …` does the first, `python -m jobs.benchmark gpu` the second, without Ray and DeepSpeed,
 and `python -m jobs.benchmark planted SAFETY BENIGN` the third, on pairs of yours. `python -m jobs.benchmark peers` holds our
-scoring against the methods of other systems, `python -m jobs.benchmark cascade` what cascades lose against what they say, and
-`python -m jobs.benchmark scoring` what Ray Data makes of a scorer's pace against a bare loop.
+scoring against the methods of other systems, `python -m jobs.benchmark cascade` what cascades lose against what they say,
+`python -m jobs.benchmark scoring` what Ray Data makes of a scorer's pace against a bare loop, and `python -m jobs.benchmark layers CONFIG`
+scores over the last layers alone against those over all.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
         cascade(given[1:])
     elif given[:1] == ["scoring"]:
         scoring(given[1:])
+    elif given[:1] == ["layers"]:
+        layers(given[1:])
     else:
         objectives(given)
 
@@ -204,6 +207,34 @@ def scoring(arguments: list[str]) -> None:
     load = Load(given.rows, given.shape, given.length, given.rounds)
     with plain_failures():
         show(measure(load), load, given.out)
+
+
+def layers(arguments: list[str]) -> None:
+    """Hold influences over the last layers alone against those over all, for a run's own model and selector."""
+    from pharmacist_ray.benchmarks.layers import Trial
+    from pharmacist_ray.benchmarks.layers import layers as measure
+
+    usual = Trial(Path())
+    parser = argparse.ArgumentParser(
+        prog="jobs.benchmark layers",
+        description="Score candidates over the last decoder layers alone and over all: what it costs, and how far the scores agree.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "config", type=Path, help="a run's YAML file; its ingestion and its selector are made if they are not there"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run by dotted key")
+    parser.add_argument(
+        "--layers", nargs="+", type=int, default=[], help="numbers of last layers; default: from a tenth of all on"
+    )
+    parser.add_argument("--rows", type=int, default=usual.rows, help="candidates, drawn by chance")
+    parser.add_argument("--rounds", type=int, default=usual.rounds)
+    parser.add_argument("--seed", type=int, default=usual.seed, help="of the draw")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for layers.json")
+    given = parser.parse_intermixed_args(arguments)
+    trial = Trial(given.config, tuple(given.layers), given.rows, given.rounds, given.seed)
+    with plain_failures():
+        measure(trial, given.out, given.overrides)
 
 
 def planted(arguments: list[str]) -> None:

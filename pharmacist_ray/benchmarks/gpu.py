@@ -10,7 +10,6 @@ import gc
 import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -113,7 +112,6 @@ def measure(trial: Trial) -> list[Measured]:
     if trial.device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("no GPU that PyTorch can use is here; --tiny --device cpu runs the same program small")
     torch.set_float32_matmul_precision("high")  # of the adapter, which is float32
-    warnings.simplefilter("ignore", FutureWarning)  # among the libraries
     end = time.monotonic() + trial.budget_s
     found: list[Measured] = []
     for name in trial.shapes:

@@ -12,7 +12,6 @@ import resource
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +169,6 @@ def _peak(name: str, load: Load, parameters: Mapping[str, Any]) -> float:
 
 
 def _setup(load: Load) -> tuple[Any, list[Batch], list[Batch]]:
-    warnings.simplefilter("ignore", FutureWarning)  # among the libraries
     if load.model is None:
         tokenizer = word_tokenizer(f"w{number}" for number in range(8192))
         model: Any = tiny_llama(tokenizer, hidden=384, layers=8, heads=6, intermediate=1024, max_length=max(256, load.length))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,10 @@ SHAPES: dict[str, dict[str, int]] = {
 """Llamas with random weights; the last has the shape of SmolLM2-135M."""
 PROJECTED = 8192
 """Numbers that LESS keeps of a gradient (arXiv 2402.04333)."""
+AT_ONCE = 256 << 20
+"""Numbers of gradients that wait to be projected together, at most (1 GiB): the signs, which are drawn anew each time, cost least so."""
+BLOCK = 4096
+"""Numbers of a gradient that are projected at once: 128 MiB of signs."""
 SIDE = 16
 """Rows and columns that a hook collector keeps of each matrix's gradient (bergson's default); a side that is no longer stays as it is."""
 EPOCHS = 3
@@ -153,7 +156,7 @@ def _loop(bench: Bench) -> Scores:
 
 
 def _sketch(bench: Bench, vector: torch.Tensor) -> torch.Tensor:
-    """Return `PROJECTED` numbers of a vector by a count sketch: a pass over it, where the dense projection of LESS costs thousands."""
+    """Return `PROJECTED` numbers of a vector by a count sketch: a pass over it, where LESS's own projection takes thousands."""
     if "sketch" not in bench.kept:
         generator = torch.Generator().manual_seed(0)
         place = torch.randint(0, PROJECTED, (len(vector),), generator=generator)
@@ -163,13 +166,41 @@ def _sketch(bench: Bench, vector: torch.Tensor) -> torch.Tensor:
     return torch.zeros(PROJECTED, device=vector.device).index_add_(0, place, vector * sign)
 
 
+def _projected(vectors: torch.Tensor) -> torch.Tensor:
+    """Return the products of vectors (n, P) with `PROJECTED` vectors of random signs: (n, PROJECTED).
+
+    The matrix is too large to be kept; as in the paper's code, which borrows TRAK's projectors, it is drawn again from its seed.
+    """
+    found = torch.zeros(len(vectors), PROJECTED, device=vectors.device)
+    for first in range(0, vectors.shape[1], BLOCK):
+        some = vectors[:, first : first + BLOCK]
+        bits = np.random.Generator(np.random.PCG64(first)).bytes(some.shape[1] * PROJECTED // 8)
+        drawn = torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8))).to(vectors.device)
+        found += some @ drawn.view(-1, PROJECTED).to(some.dtype).mul_(2).sub_(1)
+    return found.div_(PROJECTED**0.5)
+
+
 def _less(bench: Bench) -> Scores:
-    file = bench.folder / "less.bin"
+    if "target" not in bench.kept:
+        bench.kept["target"] = _projected(bench.flat[None])[0].double().cpu().numpy()
+    file, at_once = bench.folder / "less.bin", max(1, AT_ONCE // len(bench.flat))
+    with file.open("wb") as store:
+        for first in range(0, len(bench.rows), at_once):
+            some = range(first, min(first + at_once, len(bench.rows)))
+            store.write(_projected(torch.stack([bench.gradient(place) for place in some])).half().cpu().numpy().tobytes())
+    return np.asarray(_kept(bench, file) @ bench.kept["target"])
+
+
+def _sketched(bench: Bench) -> Scores:
+    file = bench.folder / "sketched.bin"
     with file.open("wb") as store:
         for place in range(len(bench.rows)):
             store.write(_sketch(bench, bench.gradient(place)).half().cpu().numpy().tobytes())
-    kept = np.fromfile(file, np.float16).reshape(len(bench.rows), PROJECTED)
-    return np.asarray(kept.astype(np.float64) @ _sketch(bench, bench.flat).double().cpu().numpy())
+    return np.asarray(_kept(bench, file) @ _sketch(bench, bench.flat).double().cpu().numpy())
+
+
+def _kept(bench: Bench, file: Path) -> Scores:
+    return np.fromfile(file, np.float16).reshape(len(bench.rows), PROJECTED).astype(np.float64)
 
 
 def _dataflex(bench: Bench) -> Scores:
@@ -223,6 +254,20 @@ def _collected(bench: Bench) -> int:
     return sum(2 * min(SIDE, rows) * min(SIDE, columns) for rows, columns in shapes)
 
 
+def _default(bench: Bench) -> Scores:
+    """Return the first-order influence, and compute beside it what else the default scorers and the baselines by loss take."""
+    found, losses = np.zeros(len(bench.rows)), np.zeros((2, len(bench.rows)))
+    two = {name: torch.cat([one, one]) for name, one in bench.direction.items()}  # with the simulated attack, and without
+    for places, batch in bench.batches():
+        found[places] = influence(bench.model, batch, two, norms=True).dots[:, 0].double().cpu().numpy()
+    with torch.no_grad():
+        for number, adapter in enumerate((False, True)):  # the base, and the reference: another adapter in the same slot
+            for places, batch in bench.batches():
+                with nullcontext() if adapter or not hasattr(bench.model, "disable_adapter") else bench.model.disable_adapter():
+                    losses[number, places] = per_sample_nll(bench.model, batch).double().cpu().numpy()
+    return found
+
+
 def _seal(bench: Bench) -> Scores:
     """Learn a logit a row over epochs: rows whose loss stays above that of a model trained on trusted rows alone are given up."""
     logits = torch.zeros(len(bench.rows), device=bench.device)
@@ -254,9 +299,13 @@ METHODS: dict[str, Method] = {
     "hooks": Method(_by("hooks"), "ours: per-sample gradients of one matrix at a time, by hooks"),
     "ghost": Method(_by("ghost"), "ours: products without per-sample gradients"),
     "last layers": Method(_by("hooks", LAST), f"ours by hooks, the last layers alone, one in {LAST}"),
+    "default scorers": Method(
+        _default, "ours: influences by hooks with norms, and the losses of base and reference", lambda bench: 32
+    ),
     "loop": Method(_loop, "a backward pass a row, by hand"),
-    "LESS": Method(_less, "a backward pass a row, projected and stored", lambda bench: 2 * PROJECTED),
-    "DataFlex": Method(_dataflex, "the same within the training loop: projected, not stored"),
+    "LESS": Method(_less, "a backward pass a row, projected by random signs and stored", lambda bench: 2 * PROJECTED),
+    "LESS, sketched": Method(_sketched, "the same with the cheapest projection that there is", lambda bench: 2 * PROJECTED),
+    "DataFlex": Method(_dataflex, "a backward pass a row within the training loop: sketched, not stored"),
     "bergson": Method(_bergson, "hook collectors: both sides of every matrix projected and stored", _collected),
     "SEAL": Method(_seal, f"a logit a row, learnt in {EPOCHS} epochs beside as many trusted rows"),
 }
@@ -265,7 +314,6 @@ METHODS: dict[str, Method] = {
 
 def make(load: Load, folder: Path) -> Bench:
     """Return a model with an adapter that is not at its start, rows as long as texts are, and a direction."""
-    warnings.simplefilter("ignore", FutureWarning)  # among the libraries
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[load.shape], max_position_embeddings=4096)).to(load.device).eval()
     if load.weights == "lora":

@@ -28,7 +28,7 @@ from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.storage import write_text
 
-EXACT = ("hooks", "ghost", "loop")
+EXACT = ("hooks", "ghost", "loop", "default scorers")
 """Methods whose scores have to be those of the loop."""
 AGREEMENT = 0.999
 """Least correlation of an exact method with the loop (ours)."""
@@ -135,7 +135,7 @@ def _take_turns(names: list[str], load: Load) -> tuple[dict[str, list[float]], d
                 if number:
                     times[name].append(clock() - started)
         written = {name: METHODS[name].bytes_per_row(bench) for name in names}
-        for name, file in (("LESS", "less.bin"), ("bergson", "collected.bin")):
+        for name, file in (("LESS", "less.bin"), ("LESS, sketched", "sketched.bin"), ("bergson", "collected.bin")):
             if name in names and (size := (Path(folder) / file).stat().st_size) != written[name] * load.rows:
                 raise ArtifactError(f"{name} wrote {size} bytes for {load.rows} rows, not {written[name]} each")
         return times, scores, written, sum(len(ids) for ids, _ in bench.rows)

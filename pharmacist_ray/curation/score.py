@@ -61,7 +61,8 @@ class ScoreReport:
     reasons: dict[str, int] = field(default_factory=dict)
     """Quarantined rows by reason: ``scorer_error``, ``crashed_scorer`` or ``out_of_memory``."""
     usage: dict[str, float] = field(default_factory=dict)
-    """``tokens_per_s`` of an actor, and ``peak_bytes`` of the largest; empty where nothing was left to score."""
+    """``tokens_per_s`` of an actor, ``padding``, its share of what went through the model, and ``peak_bytes`` of the largest; empty where
+    nothing was left to score."""
 
 
 def score(
@@ -114,7 +115,14 @@ def score(
             if name != "random" and (prepare := SCORERS[name].prepare):
                 with blaming(SCORERS.plugin(name)):
                     trusted.fitted(prepare)
-        arguments = _actors(model, selector, scoring, resources, fit, out) | {"trusted": trusted}
+        arguments = {
+            "spec": probe_spec(model, selector, scoring, resources, fit),
+            "scoring": scoring,
+            "selector": selector,
+            "out": str(out),
+            "threads": max(1, int(resources.cpus_per_worker)),
+            "trusted": trusted,
+        }
         how: dict[str, Any] = {"attempts": RETRIES, "resources": resources, "what": "scoring"}
         work: Callable[..., Iterator[dict[str, Any]]] = on_actors
         if resources.workers_per_actor > 1:
@@ -182,17 +190,20 @@ def check_scorers(scoring: ScoringConfig, selector: SelectorConfig) -> None:
         )
 
 
-def _actors(
-    model: ModelRef,
-    selector: SelectorConfig,
-    scoring: ScoringConfig,
-    resources: ResourcesConfig,
-    fit: StoragePath | None,
-    out: StoragePath,
-) -> dict[str, Any]:
-    """Return what a `ShardScorer` is made from."""
+def probe_spec(
+    model: ModelRef, selector: SelectorConfig, scoring: ScoringConfig, resources: ResourcesConfig, fit: StoragePath | None
+) -> ProbeSpec:
+    """Return what an actor loads.
+
+    Args:
+        model: The model to harden.
+        selector: The selector's section.
+        scoring: The scoring section.
+        resources: Whether there are GPUs.
+        fit: The selector's folder; None where no scorer needs one.
+    """
     parts = parts_of(scoring.scorers, selector)
-    spec = ProbeSpec(
+    return ProbeSpec(
         model=model,
         fit=str(fit) if fit else "",
         checkpoints=tuple(checkpoint_name(step) for step in selector.checkpoints if {*AT_CHECKPOINTS} & {*parts}),
@@ -206,13 +217,6 @@ def _actors(
         last_layers=scoring.last_layers,
         teacher=_teacher(model, scoring.refusal_teacher),
     )
-    return {
-        "spec": spec,
-        "scoring": scoring,
-        "selector": selector,
-        "out": str(out),
-        "threads": max(1, int(resources.cpus_per_worker)),
-    }
 
 
 def _teacher(model: ModelRef, folder: str | None) -> ModelRef | None:
@@ -299,8 +303,7 @@ class ShardScorer:
     def _columns(self, scorers: Sequence[str], rows: Sequence[Row]) -> dict[str, Sequence[float]]:
         probe = self.probe if self.needs_model and rows else None
         signals = Signals(rows, probe=probe, trusted=self.trusted, planted=self.scoring.planted, guard=self.scoring.guard)
-        if probe is not None:
-            self.usage.tokens += signals.tokens
+        before = (probe.budget.passed, probe.budget.padding) if probe else (0, 0)
         columns: dict[str, Sequence[float]] = {}
         for name in scorers:
             if name == "random":
@@ -318,6 +321,10 @@ class ShardScorer:
                 if parts
                 else {name: values.tolist()}
             )
+        if probe:
+            self.usage.tokens += signals.tokens
+            self.usage.passed += probe.budget.passed - before[0]
+            self.usage.padding += probe.budget.padding - before[1]
         return columns
 
 

@@ -246,10 +246,10 @@ def memory(shape: Shape, setup: Setup) -> list[Item]:
 def layer_bytes(shape: Shape, setup: Setup) -> float:
     """Return the bytes per token that autograd keeps of one decoder layer (ours; measured to be exact for Llama).
 
-    The two norms keep a float32 copy of their input and a scale; attention its queries, keys and values at full width (a padding
-    mask expands them), its output, a log-sum per head and its row of the mask; the gated MLP three intermediates. Frozen linear
-    modules keep nothing. Trained ones keep their input, which modules that read the same tensor share, except for float32 adapters
-    over a bfloat16 base: each casts its own copy.
+    The two norms keep a float32 copy of their input and a scale; attention its queries, keys and values, its output, and a log-sum per
+    head (no mask, which losses do without); the gated MLP three intermediates. Frozen linear modules keep nothing. Trained ones keep
+    their input, which modules that read the same tensor share, except for float32 adapters over a bfloat16 base: each casts its own
+    copy.
 
     Args:
         shape: The model.
@@ -257,7 +257,7 @@ def layer_bytes(shape: Shape, setup: Setup) -> float:
     """
     width = BYTES[setup.dtype]
     norms = 2 * (4 * shape.hidden + 4) + (0 if setup.lora else 2 * width * shape.hidden)
-    attention = 4 * shape.attention * width + 4 * shape.heads + setup.length * width
+    attention = 2 * (shape.attention + shape.keys) * width + 4 * shape.heads
     mlp = 3 * shape.intermediate * width
     if setup.lora:
         inputs = 4 * (shape.adapted_inputs if width < 4 else shape.adapted_distinct) + 4 * shape.rank * shape.adapted

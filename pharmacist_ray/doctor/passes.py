@@ -154,7 +154,7 @@ def forward_memory(shape: Shape, setup: Setup, tokens: Factors) -> list[Item]:
 def _forward_bytes(shape: Shape, setup: Setup) -> float:
     """Bytes per token of one layer's forward pass: three intermediates of its MLP, or its attention's inputs, and the residual."""
     width = BYTES[setup.dtype]
-    return width * (max(3 * shape.intermediate, 4 * shape.attention) + 2 * shape.hidden)
+    return width * (max(3 * shape.intermediate, 2 * (shape.attention + shape.keys)) + 2 * shape.hidden)
 
 
 def pass_setup(config: Config, tokens_per_batch: int, checkpointing: bool, group: int = 1) -> Setup:

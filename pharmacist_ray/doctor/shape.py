@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +89,7 @@ def shape_of(model: ModelConfig, first: int | None = None) -> Shape:
     )
     largest_layer = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     linears = [(name, _width(module)) for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with torch.device("meta"):
         with_lora = add_lora(base, model.lora, seed=0)
     adapted = [(name, _width(module.base_layer)) for name, module in with_lora.named_modules() if hasattr(module, "lora_A")]
     return Shape(

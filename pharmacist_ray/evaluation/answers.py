@@ -210,7 +210,8 @@ class Answerer:
                 answers = self._answers(one)
                 if self.writes:
                     write_parquet(self._judged(one, answers), storage_path(one.file))
-                    vllm.texts_file(one.file).unlink(missing_ok=True)
+                    if self.spec.settings.engine:
+                        vllm.texts_file(one.file).unlink(missing_ok=True)
         return {"units": len(group)} | self.usage.taken()
 
     def _loaded(self, ref: ModelRef) -> Any:

@@ -54,7 +54,8 @@ def texts_file(answers: str) -> StoragePath:
     Args:
         answers: Where the judged answers are to be.
     """
-    return storage_path(f"{answers}.texts.json")
+    file = storage_path(answers)
+    return file.with_name(f"{file.name}.texts.json")
 
 
 def ask(

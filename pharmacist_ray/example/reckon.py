@@ -7,7 +7,6 @@ run side by side.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,9 +40,7 @@ def pace_of(model: ModelRef, config: Config, device: str = "cpu") -> Pace:
         config: For the adapter.
         device: Where the run will be.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something by its old name
-        network = add_lora(model.load(device), config.model.lora, seed=0)
+    network = add_lora(model.load(device), config.model.lora, seed=0)
     ids = torch.randint(0, network.config.get_text_config().vocab_size, (_ROWS, _LENGTH), device=device)
 
     def tokens_a_second(train: bool) -> float:

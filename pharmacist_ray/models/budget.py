@@ -40,6 +40,10 @@ class TokenBudget:
     together: tuple[int, int] | None = None
     """Where the model is spread over workers, who have to pass through it at the same time: which of them this is, and how many there
     are. Each is given the same sequences and takes its share of them."""
+    passed: int = 0
+    """Tokens that have gone through a model by it, without padding."""
+    padding: int = 0
+    """Padding that went with them."""
 
     def run(self, lengths: Sequence[int], work: Callable[[list[int]], None], *, rows: int | None = None) -> None:
         """Call ``work`` with the places of sequences, batch by batch, longest first, until each has been in one that went well.
@@ -68,6 +72,7 @@ class TokenBudget:
                     if out_of_memory(error) and len(batch) == 1:
                         raise TooLongError(batch[0], lengths[batch[0]]) from error
                     raise
+                self._count(batch, lengths)
             return
         left = list(range(len(lengths)))
         while left:
@@ -77,8 +82,14 @@ class TokenBudget:
                 if not _fits(work, places):
                     self._shrink(places, lengths)
                     break
+                self._count(places, lengths)
                 done.update(places)
             left = [place for place in left if place not in done]
+
+    def _count(self, places: list[int], lengths: Sequence[int]) -> None:
+        own = [lengths[place] for place in places]
+        self.passed += sum(own)
+        self.padding += max(own, default=0) * len(own) - sum(own)
 
     def _shrink(self, places: list[int], lengths: Sequence[int]) -> None:
         gc.collect()

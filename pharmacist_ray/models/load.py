@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -311,6 +312,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _own_generator(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator inside the block (PEFT initialises there, whatever the device) and put it back afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.default_generator.manual_seed(seed)
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for something by its old name
         yield

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pharmacist_ray.data.render import IGNORE, Batch
 
@@ -14,8 +15,8 @@ from pharmacist_ray.data.render import IGNORE, Batch
 def per_sample_nll(model: Any, batch: Batch) -> torch.Tensor:
     """Return the mean negative log-likelihood of each sample's answer tokens, in nats.
 
-    The mean is per sample, so that a long answer weighs no more than a short one. Logits are computed only from the first answer
-    position of the batch on, and the cross-entropy in float32.
+    The mean is per sample, so that a long answer weighs no more than a short one. Logits are computed only where a token is supervised,
+    and the cross-entropy in float32.
 
     Args:
         model: A causal language model (Hugging Face, PEFT, or a DeepSpeed engine around one).
@@ -32,8 +33,8 @@ def token_nll(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the negative log-likelihood of each supervised token and where there is one.
 
     Returns:
-        ``nll`` (B, S) float32 and ``mask`` (B, S) float32 of ones and zeros, over the last S positions of the batch: those from
-        the first supervised one on.
+        ``nll`` (B, S) float32 and ``mask`` (B, S) float32 of ones and zeros: each sample's supervised tokens from the left, in their
+        order, S being the most that a sample has.
     """
     logits, labels = _answer_logits(model, batch)
     flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
@@ -66,14 +67,25 @@ def kl_divergence(before: torch.Tensor, now: torch.Tensor, mask: torch.Tensor) -
 
 
 def _answer_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits (B, S, V) and labels (B, S) of the positions from the first supervised one of the batch on."""
-    supervised = batch.labels[:, 1:] != IGNORE
-    first = int(supervised.any(dim=0).float().argmax())
-    positions = torch.arange(first, batch.labels.shape[1] - 1, device=batch.labels.device)
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=positions, use_cache=False
-    ).logits
-    return logits, batch.labels[:, 1:][:, first:]
+    """Return logits (B, S, V) and labels (B, S) of the positions that are supervised, each sample's from the left.
+
+    The output head, which takes a good part of the pass where the vocabulary is large, is given those positions alone. And no mask is: the
+    padding is on the right, where no token of an answer looks, and attention is fastest when it need only be causal.
+    """
+    labels = batch.labels[:, 1:]
+    supervised = labels != IGNORE
+    most = int(supervised.sum(dim=1).max())
+    places = supervised.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+    def only_these(_: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (given[0].gather(1, places.unsqueeze(-1).expand(-1, -1, given[0].shape[-1])),)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(only_these)
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, labels.gather(1, places)
 
 
 def surrogate(

@@ -187,9 +187,11 @@ def _usage(made: Mapping[str, Mapping[str, Any]]) -> Iterator[Block]:
     for stage, taken in found.items():
         paces = [one["tokens_per_s"] for one in taken if one.get("tokens_per_s")]
         pace = f"{sum(paces) / len(paces):,.0f}" if paces else "–"
-        rows.append((stage, pace, f"{max(one['peak_bytes'] for one in taken) / 2**30:.2f}"))
+        wastes = [one["padding"] for one in taken if one.get("padding") is not None]
+        waste = f"{sum(wastes) / len(wastes):.1%}" if wastes else "–"
+        rows.append((stage, pace, waste, f"{max(one['peak_bytes'] for one in taken) / 2**30:.2f}"))
     if rows:
-        header = ("stage", "tokens/s of a process", "peak GiB of the largest")
+        header = ("stage", "tokens/s of a process", "padding", "peak GiB of the largest")
         caption = "What the stages took (memory: of the GPU where one is used, else of the process)"
         yield Table(caption, header, rows, summary="Pace and memory of the stages")
 

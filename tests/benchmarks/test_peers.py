@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jobs.benchmark import main
-from pharmacist_ray.benchmarks.peer_methods import METHODS, PROJECTED, Load, make
+from pharmacist_ray.benchmarks.peer_methods import BLOCK, METHODS, PROJECTED, Load, _projected, make
 from pharmacist_ray.benchmarks.peers import EXACT, _check, measure
 from pharmacist_ray.errors import ArtifactError, ConfigError
 from pharmacist_ray.models.influence import loop_influence
@@ -43,17 +43,32 @@ def test_each_method_gives_a_score_a_row_of_the_same_direction(tmp_path: Path, w
     for name in EXACT:
         np.testing.assert_allclose(scores[name], everything.dots[:, 0], rtol=1e-3, atol=1e-4)
     agreement = {name: np.corrcoef(one, scores["loop"])[0, 1] for name, one in scores.items()}
-    assert min(agreement[name] for name in ("LESS", "DataFlex")) > 0.9
-    np.testing.assert_allclose(scores["LESS"], scores["DataFlex"], rtol=0.02, atol=0.02 * np.abs(scores["DataFlex"]).max())
+    assert min(agreement[name] for name in ("LESS", "LESS, sketched", "DataFlex")) > 0.9
+    sketched = scores["DataFlex"]
+    np.testing.assert_allclose(scores["LESS, sketched"], sketched, rtol=0.02, atol=0.02 * np.abs(sketched).max())
     assert agreement["bergson"] > (0.4 if weights == "lora" else 0.1)  # of sides of 32 and 64 it keeps 16
     assert agreement["last layers"] > 0.2
     assert np.ptp(scores["SEAL"]) > 0
-    written = {"LESS": tmp_path / "less.bin", "bergson": tmp_path / "collected.bin"}
+    written = {"LESS": tmp_path / "less.bin", "LESS, sketched": tmp_path / "sketched.bin", "bergson": tmp_path / "collected.bin"}
     assert {name: METHODS[name].bytes_per_row(bench) * 12 for name in written} == {
         n: f.stat().st_size for n, f in written.items()
     }
     assert all(torch.equal(one, before[name]) for name, one in bench.model.named_parameters())
     assert all(one.requires_grad for name, one in bench.model.named_parameters() if name in bench.direction)
+
+
+def test_a_projection_by_random_signs_keeps_lengths_and_angles() -> None:
+    vectors = torch.randn(3, 2 * BLOCK + 100, generator=torch.Generator().manual_seed(0))
+    found = _projected(vectors)
+    assert found.shape == (3, PROJECTED)
+    assert torch.equal(found, _projected(vectors))
+    torch.testing.assert_close(_projected(vectors[:1] + vectors[1:2]), found[:1] + found[1:2], rtol=1e-3, atol=1e-3)
+    products = vectors @ vectors.T
+    torch.testing.assert_close(found @ found.T, products, rtol=0, atol=4 * float(products.max()) / PROJECTED**0.5)
+    column = _projected(torch.eye(BLOCK + 1)[[0, BLOCK]]) * PROJECTED**0.5  # the signs themselves: of two blocks
+    torch.testing.assert_close(column.abs(), torch.ones_like(column))
+    assert abs(float(column[0].mean())) < 4 / PROJECTED**0.5
+    assert abs(float(column[0] @ column[1])) < 4 * PROJECTED**0.5
 
 
 def test_rows_are_as_long_as_texts_are_and_half_answer(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_it_measures_small_and_writes_what_it_found(tmp_path: Path, capsys: pyte
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_lost_shard_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lossy(arguments: dict[str, Any], units: list[dict[str, Any]], actors: int) -> Iterator[dict[str, Any]]:
+    def lossy(arguments: dict[str, Any], units: list[dict[str, Any]], *how: Any) -> Iterator[dict[str, Any]]:
         yield from map(ShardScorer(**arguments), units[1:])
 
     monkeypatch.setattr(scoring, "_scored", lossy)

@@ -145,7 +145,7 @@ def by_name(items: list[Item]) -> dict[str, float]:
 
 
 def test_eight_billion_by_hand(tmp_path: Path) -> None:
-    """Llama-3-8B in bfloat16 keeps 9.9 MB a token, so that a batch of 4096 without checkpointing takes an 80 GB GPU nearly whole."""
+    """Llama-3-8B in bfloat16 keeps 9.4 MB a token, so that a batch of 4096 without checkpointing takes an 80 GB GPU nearly whole."""
     LlamaConfig(
         hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
         vocab_size=128256, tie_word_embeddings=False,
@@ -159,7 +159,7 @@ def test_eight_billion_by_hand(tmp_path: Path) -> None:
     shape = shape_of(config.model)
     adapter = 4 * shape.adapter
     score = by_name(score_memory(shape, config))
-    assert score["activations"] / 4096 == pytest.approx(9.9e6, rel=0.02)
+    assert score["activations"] / 4096 == pytest.approx(9.4e6, rel=0.02)
     assert score["logits"] == 4096 * 128256 * 12
     assert (score["directions"], score["adapters of the selector"], score["adapter"]) == (2 * adapter, adapter, adapter)
     fit = by_name(fit_memory(shape, config))

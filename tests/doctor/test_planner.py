@@ -39,17 +39,17 @@ def test_a_plan_says_what_fits_why_how_long_and_what_breaks(
     for line in (
         "cluster  1 node of 8 A100-40, 39.4 GiB each as PyTorch sees them, 95% planned with\n",
         "model    8,030,261,248 parameters in 32 layers, 15.0 GiB in bfloat16; the adapter has 20,971,520\n",
-        "          selector.warmup               28.5 GiB  fits A100-40 (base weights 15.0 GiB, activations 9.4 GiB)\n",
+        "          selector.warmup               28.1 GiB  fits A100-40 (base weights 15.0 GiB, activations 9.0 GiB)\n",
         "          resources.workers                   8  of a training; they share its batches evenly (64 rows)\n",
         "          selector.warmup, alignment.train, selector.reference\n",
-        "            accumulation                      4  with 1 it would take 62.1 GiB\n",
+        "            accumulation                      4  with 1 it would take 60.4 GiB\n",
         "time     on 1x8xA100-40, ",
         "2,000,000 rows of 256 tokens, 1 × with gradients and 2 × without\n",
         "ingest and select take CPUs, whose number is not known: 1.1 and 0.0039 CPU hours\n",
         "network  groups of 8 GPUs exchange over NVLink, 210 GB/s each (its speed × 0.7)\n",
         "disk     every node reads the weights when a training or a stage starts: 15.0 GiB in 0.27 minutes at 1 GB/s (assumed)\n",
-        "          memory: selector.warmup is the tightest, 28.5 of 37.4 GiB\n",
-        "longer rows: at model.max_length=1024 selector.warmup would take 39.8 GiB; half of that still fits\n",
+        "          memory: selector.warmup is the tightest, 28.1 of 37.4 GiB\n",
+        "longer rows: at model.max_length=1024 selector.warmup would take 38.9 GiB; half of that still fits\n",
     ):
         assert line in out
     assert "between nodes" not in out

@@ -73,6 +73,11 @@ def test_it_answers_as_transformers_does_for_the_base_and_for_adapters_on_it(
     vllm.ask([question], engine=VllmConfig(kind="vllm"), max_new_tokens=2, resources=ResourcesConfig(), adapters=tmp_path)
 
 
+def test_texts_lie_beside_their_answers_in_a_bucket_too() -> None:
+    uri = "s3://bucket/answers/base/harmful-000000.parquet?region=us-east-1&scheme=http"
+    assert str(vllm.texts_file(uri)) == uri.replace(".parquet?", ".parquet.texts.json?")
+
+
 def test_which_engine_is_meant_is_told_by_its_kind() -> None:
     assert settings(engine={"kind": "vllm", "tensor_parallel": 4}).engine == VllmConfig(kind="vllm", tensor_parallel=4)
     endpoint = settings(engine={"url": "http://127.0.0.1:8000/v1", "model": "base"}).engine

@@ -34,6 +34,16 @@ def test_every_row_is_done_once_whatever_the_memory(room: int, tokens: float) ->
     assert sorted(place for places in memory.taken for place in places) == [*range(len(LENGTHS))]
 
 
+def test_what_went_through_and_its_padding_are_counted_once_each() -> None:
+    budget, memory = TokenBudget(64), Memory(20)
+    budget.run(LENGTHS, memory)  # a batch that does not fit has not gone through
+    assert budget.passed == sum(LENGTHS)
+    padded = sum(len(places) * max(LENGTHS[place] for place in places) for places in memory.taken)
+    assert 0 < budget.padding == padded - sum(LENGTHS)
+    budget.run(LENGTHS, memory)
+    assert (budget.passed, budget.padding) == (2 * sum(LENGTHS), 2 * (padded - sum(LENGTHS)))
+
+
 def test_a_batch_is_halved_until_it_fits_and_the_size_is_remembered() -> None:
     budget, memory = TokenBudget(64), Memory(20)
     budget.run(LENGTHS, memory)

@@ -20,18 +20,41 @@ def rows(batch: Batch, index: torch.Tensor) -> Batch:
 def test_a_value_by_hand() -> None:
     """A model over three tokens that gives the token p the probabilities (1/2, 1/4, 1/4), rotated by p."""
 
-    def model(input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **_: Any) -> SimpleNamespace:
-        table = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]).log()
-        return SimpleNamespace(logits=table[input_ids][:, logits_to_keep])
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Identity()
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+            table = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]).log()
+            return SimpleNamespace(logits=self.head(table[input_ids]))
 
     ids = torch.tensor([[0, 1, 1, 2, 2], [1, 0, 0, 0, 0]])
     labels = torch.tensor([[IGNORE, IGNORE, 1, 2, 2], [IGNORE, 0, 0, IGNORE, IGNORE]])
     batch = Batch(ids, torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), labels)
     half, quarter = math.log(2), math.log(4)
+    model = Model()
     nll, mask = token_nll(model, batch)
-    assert mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
-    torch.testing.assert_close(nll, torch.tensor([[0, half, quarter, half], [quarter, half, 0, 0]]))
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    torch.testing.assert_close(nll, torch.tensor([[half, quarter, half], [quarter, half, 0]]))
     torch.testing.assert_close(per_sample_nll(model, batch), torch.tensor([(2 * half + quarter) / 3, (quarter + half) / 2]))
+    assert not model.head._forward_pre_hooks
+
+
+def test_the_output_head_is_given_supervised_positions_alone(tiny: Any, batch_of: Any) -> None:
+    model, batch = tiny(), batch_of(4)
+    given: list[torch.Size] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: given.append(output.shape))
+    nll, mask = token_nll(model, batch)
+    assert given[0][:2] == nll.shape == (4, int((batch.labels != IGNORE).sum(1).max()))
+    whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].log_softmax(-1)
+    for row, labels in enumerate(batch.labels[:, 1:]):
+        where = labels != IGNORE
+        want = -whole[row, where].gather(1, labels[where, None])[:, 0]
+        torch.testing.assert_close(nll[row, mask[row].bool()], want)
 
 
 def test_one_sample_equals_the_models_own_loss(tiny: Any, batch_of: Any) -> None:
@@ -45,7 +68,7 @@ def test_one_sample_equals_the_models_own_loss(tiny: Any, batch_of: Any) -> None
 def test_padding_changes_nothing(tiny: Any, batch_of: Any) -> None:
     model, batch = tiny(), batch_of(4)
     wide = Batch(
-        nn.functional.pad(batch.input_ids, (0, 5), value=7),  # even a real token, as long as the mask hides it
+        nn.functional.pad(batch.input_ids, (0, 5), value=7),  # even a real token
         nn.functional.pad(batch.attention_mask, (0, 5), value=0),
         nn.functional.pad(batch.labels, (0, 5), value=IGNORE),
     )
@@ -70,10 +93,13 @@ def test_low_precision_models_give_float32_losses(tiny: Any, batch_of: Any) -> N
 
 
 def test_adapters_and_wrappers_give_the_same(tiny: Any, batch_of: Any) -> None:
-    class Engine(nn.Module):  # as DeepSpeed's: forwards all arguments to .module
+    class Engine(nn.Module):  # as DeepSpeed's: forwards all arguments to .module, and has what that has
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name) if name == "module" else getattr(self.module, name)
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.module(*args, **kwargs)

@@ -48,7 +48,7 @@ def test_every_part_of_a_run_is_there_in_order(whole):
     assert "versions Python 3.11.7, ray 2.60.0" in words(section(html, "ran"))
     assert "machine.gpus H1, H2" in words(section(html, "ran"))
     assert "f-selections/pharmacist" in section(html, "ran")
-    assert "fit – 0.50 align 2,500 3.00 attack 2,500 3.00" in words(section(html, "ran"))
+    assert "fit – – 0.50 align 2,500 – 3.00 attack 2,500 – 3.00" in words(section(html, "ran"))
     assert "candidates 67 60 2 5" in words(section(html, "data"))
     assert "candidates bad_json the line is not JSON, or not a JSON object 5" in words(section(html, "data"))
     assert "24 kept, 33 dropped" in section(html, "scores")

@@ -11,11 +11,11 @@ from pharmacist_ray.runtime.usage import Usage, peak_bytes, put_together
 
 def test_a_mean_pace_is_over_the_time_of_all_and_the_peak_is_the_largest():
     parts = [
-        {"tokens": 100, "seconds": 2.0, "peak_bytes": 7, "shard": "a"},
-        {"tokens": 500, "seconds": 1.0, "peak_bytes": 9},
+        {"tokens": 100, "seconds": 2.0, "peak_bytes": 7, "shard": "a", "passed": 300, "padding": 60},
+        {"tokens": 500, "seconds": 1.0, "peak_bytes": 9, "passed": 500, "padding": 140},
         {"tokens": 0, "seconds": 1.0, "peak_bytes": 3},
     ]
-    assert put_together(parts) == {"tokens_per_s": 150.0, "peak_bytes": 9}
+    assert put_together(parts) == {"tokens_per_s": 150.0, "padding": 0.2, "peak_bytes": 9}
     assert put_together(parts[2:]) == {"peak_bytes": 3}
     assert put_together([{"shard": "a"}]) == {}
 

@@ -217,7 +217,7 @@ class Signals:
     def base_loss(self) -> np.ndarray:
         """ℓ_i of the base model."""
         with self.probe.base() as model:
-            return self._losses(model, self.samples)
+            return self.losses(model, self.samples)
 
     @cached_property
     def unprompted_loss(self) -> np.ndarray:
@@ -225,11 +225,11 @@ class Signals:
         eos = self.probe.renderer.eos_id
         alone = [Rendered([eos, *sample.ids[sample.answer_start :]], 1) for sample in self.samples]
         with self.probe.base() as model:
-            return self._losses(model, alone)
+            return self.losses(model, alone)
 
     def reference_loss(self, reference: str) -> np.ndarray:
         """Return ℓ_i of one of `REFERENCES`, the base tuned on trusted sets."""
-        return self._losses(self.probe.set_adapter(reference), self.samples)
+        return self.losses(self.probe.set_adapter(reference), self.samples)
 
     def learnt(self, part: str) -> np.ndarray:
         """Return the logits that a part of the selector has learnt: ``logits`` (the iterative selector's) or ``seal``.
@@ -306,7 +306,7 @@ class Signals:
             body = whole.base_model if self.probe.group is None else partial(whole, logits_to_keep=1)
 
             def take(rows: list[int], batch: Batch) -> None:
-                output = body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+                output = body(input_ids=batch.input_ids, output_hidden_states=True)  # padded on the right: see `losses`
                 answer = batch.labels != IGNORE
                 last = torch.nn.functional.one_hot((answer.int().argmax(dim=1) - 1).clamp(min=0), answer.shape[1])
                 for layer, of_prompt in keys:
@@ -347,7 +347,9 @@ class Signals:
         made: Made = self.trusted.once(make, lambda: make(*map(signals, sets)))
         return made
 
-    def _losses(self, model: Any, samples: Sequence[Rendered]) -> np.ndarray:
+    def losses(self, model: Any, samples: Sequence[Rendered] | None = None) -> np.ndarray:
+        """Return a model's losses of the rows as they are, or as they are given here, (N,)."""
+        samples = self.samples if samples is None else samples
         losses = np.zeros(len(samples))
 
         def take(rows: list[int], batch: Batch) -> None:

@@ -1,0 +1,141 @@
+"""What influences over the last decoder layers' adapters alone agree with, and what they cost, for a run's own model and selector.
+
+`scoring.last_layers` ends the backward pass early. How far its scores are those of all layers depends on the model and on the data, so it
+is measured on both: the selector is fitted as the run does, and a sample of the candidates is scored over more and more layers, in turns
+with a pass that does nothing but compute losses.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from pharmacist_ray.config.load import load_config
+from pharmacist_ray.curation.score import probe_spec
+from pharmacist_ray.curation.scorers import parts_of
+from pharmacist_ray.curation.scorers.signals import Probe, Signals
+from pharmacist_ray.data.rows import sample_rows
+from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.models.sample_grads import last_layers
+from pharmacist_ray.pipeline.console import console, escaped, say
+from pharmacist_ray.pipeline.session import run_stages
+from pharmacist_ray.storage import write_text
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75)
+"""Of the layers, from the last, where no numbers are given."""
+TOP = 0.2
+"""Share of the rows whose overlap is counted (ours)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is measured."""
+
+    config: Path
+    """A run's configuration."""
+    layers: tuple[int, ...] = ()
+    """Numbers of last layers; none given: `SHARES` of all."""
+    rows: int = 256
+    """Candidates, drawn by chance."""
+    rounds: int = 3
+    seed: int = 0
+
+
+def layers(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure, write ``layers.json``, print it, and return it.
+
+    Args:
+        trial: What to measure.
+        out: Folder for the file.
+        overrides: Dotted keys of the configuration.
+
+    Raises:
+        ConfigError: There are not so many layers, or no influences are to be computed.
+        PharmacistError: What a stage raises.
+    """
+    always = ["scoring.last_layers=null", "scoring.proxy=null"]
+    config = load_config(trial.config, [*overrides, *always])
+    if "directions" not in parts_of(config.scoring.scorers, config.selector):
+        raise ConfigError(f"scoring.scorers in {trial.config} has no score that is an influence: add pharmacist")
+    run = run_stages(("ingest", "fit"), config)
+    config, device = run.config, "cuda" if run.config.resources.gpus_per_worker else "cpu"
+    probe = Probe(probe_spec(run.model, config.selector, config.scoring, config.resources, run.fitted.folder))
+    rows = sample_rows(run.ingested("candidates").folder / "rows", trial.rows, trial.seed)
+    most = int(probe.model.config.get_text_config().num_hidden_layers)
+    counts = sorted({*(trial.layers or (max(1, round(share * most)) for share in SHARES)), most})
+    if counts[0] < 1 or counts[-1] > most:
+        raise ConfigError(f"--layers {' '.join(map(str, trial.layers))}: the model has {most} layers")
+    whole = probe.directions
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    times: dict[int, list[float]] = {count: [] for count in (0, *counts)}
+    scores: dict[int, np.ndarray] = {}
+    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    for number in range(trial.rounds + 1):  # the first warms up
+        for count in (0, *counts):
+            kept = last_layers(probe.model, count) if count else set()
+            probe.directions = [{name: one for name, one in found.items() if name in kept} for found in whole]
+            signals = Signals(rows, probe=probe)
+            assert signals.samples
+            began = clock()
+            found = signals.influence(probe.spec.directions[0]) if count else _forwards(signals)
+            if number:
+                times[count].append(clock() - began)
+            scores[count] = found
+        say(f"  round {number} of {trial.rounds}")
+    measured = [_measured(count, most, scores, times) for count in counts]
+    record = {
+        "layers": measured,
+        "model": config.model.path.rstrip("/").rsplit("/", 1)[-1],
+        "direction": probe.spec.directions[0],
+        "rows": len(rows),
+        "rounds": trial.rounds,
+        "top": TOP,
+    }
+    write_text(json.dumps(record, indent=1), out / "layers.json")
+    show(record)
+    say(f"  written to {escaped(out / 'layers.json')}")
+    return record
+
+
+def _forwards(signals: Signals) -> np.ndarray:
+    """Return the losses at each checkpoint, one after the other: the floor of what an influence costs."""
+    for checkpoint in signals.probe.spec.checkpoints:
+        signals.probe.set_adapter(checkpoint)
+        found = signals.losses(signals.probe.model)
+    return found
+
+
+def _measured(count: int, most: int, scores: dict[int, np.ndarray], times: dict[int, list[float]]) -> dict[str, Any]:
+    mine, whole = scores[count], scores[most]
+    top = max(1, round(TOP * len(whole)))
+    both = {*np.argsort(-mine, kind="stable")[:top].tolist()} & {*np.argsort(-whole, kind="stable")[:top].tolist()}
+    return {
+        "layers": count,
+        "of": most,
+        "ratio": statistics.median(one / floor for one, floor in zip(times[count], times[0], strict=True)),
+        "pearson": float(np.corrcoef(mine, whole)[0, 1]),
+        "spearman": float(spearmanr(mine, whole).statistic),
+        "overlap": len(both) / top,
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print a line for each number of layers."""
+    title = f"last layers of {record['model']}, score {record['direction']}, {record['rows']} rows, {record['rounds']} rounds"
+    table = Table(title=escaped(title), title_justify="left")
+    for heading in ("layers", "over a forward", "correlation", "of ranks", f"top {record['top']:.0%} in common"):
+        table.add_column(heading, justify="right")
+    for row in record["layers"]:
+        values = (f"{row[name]:.3f}" for name in ("pearson", "spearman"))
+        table.add_row(f"{row['layers']} of {row['of']}", f"{row['ratio']:.2f}", *values, f"{row['overlap']:.0%}")
+    console.print(table)
