@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from pharmacist_ray.config.resources import ResourcesConfig
 from pharmacist_ray.config.schema import Config
-
-KEY = "workers_per_actor"
-"""Of the resources: the workers that stand in the place of an actor."""
-
-
-def can_share() -> bool:
-    """Whether this version scores and answers by such groups, and takes the selector's directions where its warm-up is sharded."""
-    return KEY in ResourcesConfig.model_fields
 
 
 def may_share(config: Config) -> bool:
     """Whether a configuration's model may be spread over a group: not in few bits, nor where whole weights are moved."""
-    return can_share() and not config.model.quantization and config.scoring.method != "difference"
+    return not config.model.quantization and config.scoring.method != "difference"
 
 
 def group_of(config: Config) -> int:
     """Return how many GPUs hold the model together while it scores and answers."""
-    return max(1, int(getattr(config.resources, KEY, 1)))
+    return config.resources.workers_per_actor
 
 
 def fitting_group(config: Config) -> int:
     """Return how many GPUs hold the model together while directions are taken: those of a warm-up at ZeRO 3."""
-    return max(1, config.resources.workers) if can_share() and config.selector.warmup.zero_stage == 3 else 1
+    return max(1, config.resources.workers) if config.selector.warmup.zero_stage == 3 else 1
 
 
 def in_groups(gpus: int) -> dict[str, object]:
     """Return the keys, by dotted names, that have groups of so many GPUs score and answer."""
-    return {f"resources.{KEY}": gpus} if KEY in ResourcesConfig.model_fields else {}
+    return {"resources.workers_per_actor": gpus}

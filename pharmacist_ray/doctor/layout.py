@@ -105,7 +105,7 @@ def _at_precision(config: Config, shape: Shape, work: Work, pool: Pool) -> Layou
         config = with_values(config, trained)
     scored, answered = _actors(config, shape, work, pool)
     if scored is None:
-        how = "take larger GPUs, or more of them" if groups.can_share() else "take larger GPUs"
+        how = "take larger GPUs, or more of them" if groups.may_share(config) else "take larger GPUs"
         problems.append(f"score: no GPU of {pool.name} holds what it takes, {_least(config, shape, 'score')}; {how}")
     if answered is None:
         problems.append(

@@ -23,6 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FOLDER = Path(__file__).parents[2] / "cluster"
+ALONE = ("scoring.method=difference", "resources.workers_per_actor=1")
+"""Overrides by which no group can score: the method moves whole weights."""
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +45,3 @@ def llama(shapes: dict[str, Path]) -> Callable[..., Config]:
         return load_config(FOLDER / f"llama-3-{size}.yaml", [f"model.path={shapes[size]}", *overrides])
 
     return of
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of GPUs may hold a model together while they score, whether this version has keys for it or not."""
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: True)

@@ -19,6 +19,7 @@ from pharmacist_ray.doctor.passes import answer_memory, fit_memory, score_memory
 from pharmacist_ray.doctor.shape import shape_of
 from pharmacist_ray.doctor.workload import work_of
 from pharmacist_ray.pipeline.run import Run
+from tests.doctor.conftest import ALONE
 
 
 def laid_out(config: Config, cluster: str | Cluster, rows: float = 1e6) -> Layout:
@@ -90,7 +91,7 @@ def test_no_way_to_train_that_fits_is_much_quicker(llama: Callable[..., Config])
     assert training_seconds(shape, chosen.config, aligned, pool) <= NEARLY**2 * quickest  # a section's choice, and the workers'
 
 
-def test_groups_score_what_no_gpu_holds(llama: Callable[..., Config], shared: None) -> None:
+def test_groups_score_what_no_gpu_holds(llama: Callable[..., Config]) -> None:
     config = llama("70b")
     layout = laid_out(config, "2x8xH100")
     assert layout.problems == []
@@ -104,42 +105,35 @@ def test_groups_score_what_no_gpu_holds(llama: Callable[..., Config], shared: No
     assert laid_out(llama("8b"), "2x8xH100").group == 1
 
 
-def test_without_groups_few_bits_are_the_last_resort(llama: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: False)
-    layout = laid_out(llama("70b"), "8xA100-80")
+def test_without_groups_few_bits_are_the_last_resort(llama: Callable[..., Config]) -> None:
+    layout = laid_out(llama("70b", *ALONE), "8xA100-80")
     assert layout.problems == []
     assert layout.values["model.quantization"] == "8bit"
     assert all(train.zero_stage < 3 for train in layout.config.trainings().values())  # which cannot shard these
-    assert laid_out(llama("70b", "model.max_length=2048"), "8xA100-80").values["model.quantization"] == "4bit"
+    assert laid_out(llama("70b", *ALONE, "model.max_length=2048"), "8xA100-80").values["model.quantization"] == "4bit"
 
 
-def test_what_fits_nowhere_is_said(llama: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: False)
-    problems = laid_out(llama("70b"), "4xL4").problems
+def test_what_fits_nowhere_is_said(llama: Callable[..., Config]) -> None:
+    problems = laid_out(llama("70b", *ALONE), "4xL4").problems
     assert [problem.partition(":")[0] for problem in problems] == ["fit", "score"]
     assert problems[1].startswith("score: no GPU of 1x4xL4 holds what it takes, 136 GiB with a single row; take larger GPUs")
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: True)
     uneven = llama("70b", "alignment.train.batch_size=10", "resources.workers=2", "selector.warmup.batch_size=16")
     (problem, *_) = laid_out(uneven, (Nodes(2, 8, "A100-40", memory=64e9),)).problems
     assert "with 2 workers, and more cannot share these batches evenly (selector.warmup.batch_size=16, alignment" in problem
     assert problem.endswith("make them multiples of 16")
 
 
-def test_answers_that_no_gpu_holds_are_a_groups_or_an_endpoints(
-    llama: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_that_no_gpu_holds_are_a_groups_or_an_endpoints(llama: Callable[..., Config]) -> None:
     source = {"path": "/x.jsonl"}
     values = llama("70b").model_dump(mode="json")
     values["resources"].pop("workers_per_actor", None)  # few bits cannot be spread
     values["evaluation"] = {"harmful_prompts": source, "benign_prompts": source, "task": {"source": source}}
     config = parse_config(values, where="x")
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: True)
     layout = laid_out(config, "2x8xH100")
     assert layout.problems == []
     shape, room = shape_of(config.model), FILLED * layout.pool.smallest.memory
     assert total(answer_memory(shape, layout.config, layout.group)) <= room < total(answer_memory(shape, layout.config, 1))
     assert layout.values["evaluation.batch_size"] <= 512 // layout.group
-    monkeypatch.setattr("pharmacist_ray.doctor.groups.can_share", lambda: False)
     *_, problem = laid_out(
         parse_config(values | {"model": values["model"] | {"quantization": "8bit"}}, where="x"), "2xA100-40"
     ).problems
