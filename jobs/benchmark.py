@@ -20,18 +20,9 @@ from pharmacist_ray.errors import ConfigError
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and measure."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["gpu"]:
-        gpu(given[1:])
-    elif given[:1] == ["planted"]:
-        planted(given[1:])
-    elif given[:1] == ["peers"]:
-        peers(given[1:])
-    elif given[:1] == ["cascade"]:
-        cascade(given[1:])
-    elif given[:1] == ["scoring"]:
-        scoring(given[1:])
-    elif given[:1] == ["layers"]:
-        layers(given[1:])
+    others = {one.__name__: one for one in (gpu, planted, peers, cascade, scoring, layers)}
+    if given and given[0] in others:
+        others[given[0]](given[1:])
     else:
         objectives(given)
 

@@ -27,6 +27,7 @@ from pharmacist_ray.curation.scorers.signals import Probe, Signals
 from pharmacist_ray.data.rows import sample_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.sample_grads import last_layers
+from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.session import run_stages
 from pharmacist_ray.storage import write_text
@@ -71,7 +72,7 @@ def layers(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> dict[str, 
     config, device = run.config, "cuda" if run.config.resources.gpus_per_worker else "cpu"
     probe = Probe(probe_spec(run.model, config.selector, config.scoring, config.resources, run.fitted.folder))
     rows = sample_rows(run.ingested("candidates").folder / "rows", trial.rows, trial.seed)
-    most = int(probe.model.config.get_text_config().num_hidden_layers)
+    most = len(decoder_layers(probe.model))
     counts = sorted({*(trial.layers or (max(1, round(share * most)) for share in SHARES)), most})
     if counts[0] < 1 or counts[-1] > most:
         raise ConfigError(f"--layers {' '.join(map(str, trial.layers))}: the model has {most} layers")

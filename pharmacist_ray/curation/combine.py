@@ -155,7 +155,7 @@ def rank_among(known: NDArray[np.float64], values: NDArray[np.float64]) -> NDArr
         known: Sorted values without NaN.
         values: The values to rank, (n,).
     """
-    order = np.argsort(values)  # in their order, values are looked up next to each other: three times as fast among a million
+    order = np.argsort(values)  # in their order, values are looked up next to each other, and what is read stays in the cache
     found = np.empty(len(values))
     found[order] = sum(np.searchsorted(known, values[order], side) for side in ("left", "right")) / (2 * max(1, len(known)))
     return np.where(np.isnan(values), np.nan, found)

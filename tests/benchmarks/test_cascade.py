@@ -5,36 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from scipy.stats import spearmanr
 
 from jobs.benchmark import main
-from pharmacist_ray.data.schema import Row
-
-TRAIN: dict[str, Any] = {"steps": 2, "batch_size": 4, "lr": 1e-2}
 
 
 @pytest.fixture
-def config(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) -> Path:
-    for seed, (name, count) in enumerate({"candidates": 100, "validation": 6, "harmful": 6}.items()):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(row.raw for row in rows_of(count, seed=seed)) + "\n")
-    values = {
-        "run_dir": str(tmp_path / "elsewhere"),
-        "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
-        "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("candidates", "validation", "harmful")}
-        | {"shards": 2},
-        "resources": {"workers": 0, "actors": 0},
-        "selector": {"warmup": TRAIN, "checkpoints": [2], "reference": None},
-        "scoring": {"scorers": ["pharmacist", "low_loss", "random"]},
-        "selection": {"scorer": "low_loss", "ratio": 0.3},
-        "comparison": {"selections": ["low_loss", "random"]},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "run.yaml"
+def config(small_run: Callable[..., Path]) -> Path:
+    return small_run(
+        100,
+        scoring={"scorers": ["pharmacist", "low_loss", "random"]},
+        selection={"scorer": "low_loss", "ratio": 0.3},
+        comparison={"selections": ["low_loss", "random"]},
+    )
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -1,35 +1,19 @@
-"""Scores over the last layers against those over all, small: all layers are all layers, and fewer cost less."""
+"""Scores over the last layers against those over all, small: all layers are all layers, and the file says what the table does."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from jobs.benchmark import main
-from pharmacist_ray.data.schema import Row
-
-TRAIN: dict[str, Any] = {"steps": 2, "batch_size": 4, "lr": 1e-2}
 
 
 @pytest.fixture
-def config(model_folder: Path, rows_of: Callable[..., list[Row]], tmp_path: Path) -> Path:
-    for seed, (name, count) in enumerate({"candidates": 40, "validation": 6, "harmful": 6}.items()):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(row.raw for row in rows_of(count, seed=seed)) + "\n")
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"path": str(model_folder), "template": "plain", "max_length": 32, "lora": {"r": 2}},
-        "data": {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("candidates", "validation", "harmful")},
-        "resources": {"workers": 0, "actors": 0},
-        "selector": {"warmup": TRAIN, "checkpoints": [1, 2], "reference": None},
-        "scoring": {"scorers": ["pharmacist"], "last_layers": 1},
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path / "run.yaml"
+def config(small_run: Callable[..., Path]) -> Path:
+    return small_run(40, selector={"checkpoints": [1, 2]}, scoring={"scorers": ["pharmacist"], "last_layers": 1})
 
 
 def test_it_measures_small_and_writes_what_it_found(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
