@@ -1,8 +1,14 @@
 """Align the model on every arm of the comparison; the curated subsets are there."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from jobs.entry import job
 from pharmacist_ray.pipeline.console import escaped, say
-from pharmacist_ray.pipeline.run import Run
+
+if TYPE_CHECKING:
+    from pharmacist_ray.pipeline.run import Run
 
 
 def say_models(run: Run) -> None:

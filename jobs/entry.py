@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from pharmacist_ray.cli.process import plain_failures
 from pharmacist_ray.cli.submit import check_paths
 from pharmacist_ray.config import Config, load_config
-from pharmacist_ray.pipeline.run import Run
-from pharmacist_ray.pipeline.session import run_stages
+
+if TYPE_CHECKING:
+    from pharmacist_ray.pipeline.run import Run
 
 
 def job(
@@ -20,6 +22,8 @@ def job(
     work: Callable[[Config], object] | None = None,
 ) -> None:
     """Run stages one after the other; a user's error is one line and its exit code.
+
+    Where all that they make is there already, it is said at once, without torch and Ray.
 
     Args:
         description: For ``--help``.
@@ -39,6 +43,12 @@ def job(
         if work is not None:
             work(config)
             return
+        from pharmacist_ray.pipeline.standing import stands
+
+        if stands(stages, config):
+            return
+        from pharmacist_ray.pipeline.session import run_stages
+
         run = run_stages(stages, config)
         if result is not None:
             result(run)

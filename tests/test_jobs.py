@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import entry
 from pharmacist_ray.config import Config
 from pharmacist_ray.errors import TrainingError
+from pharmacist_ray.pipeline import session
 from pharmacist_ray.pipeline.run import Run
 from pharmacist_ray.pipeline.stages import STAGES
 
@@ -34,7 +34,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
         calls.extend((stage, config) for stage in stages)
         return Run(config)
 
-    monkeypatch.setattr(entry, "run_stages", run_stages)
+    monkeypatch.setattr(session, "run_stages", run_stages)
     return calls
 
 
@@ -89,7 +89,7 @@ def test_a_stage_that_fails_ends_the_job_with_its_code(file, monkeypatch, capsys
     def fail(stages: Sequence[str], config: Config) -> None:
         raise TrainingError("the loss is nan\nat step 3")
 
-    monkeypatch.setattr(entry, "run_stages", fail)
+    monkeypatch.setattr(session, "run_stages", fail)
     with pytest.raises(SystemExit) as ended:
         job(monkeypatch, "curate", "--config", file)
     assert ended.value.code == 7

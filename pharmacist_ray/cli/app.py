@@ -81,7 +81,7 @@ def _stage(name: str, config: Path, overrides: list[str] | None, strict: bool = 
     if not strict and name != "report":
         from pharmacist_ray.pipeline.standing import stands
 
-        if stands(name, loaded):
+        if stands((name,), loaded):
             return
     from pharmacist_ray.runtime.imports import importing
 

@@ -78,12 +78,12 @@ def run_stages(names: Sequence[str], config: Config, *, strict: bool = False, he
                 STAGES[name](run)
             if headings:
                 say(f"  [dim]{time.perf_counter() - started:.1f} s[/]")
-    if len(given) == 1 and given != ("report",):
-        _leave_standing(given[0], config, run, names)
+    if given != ("report",):
+        _leave_standing(given, config, run, names)
     return run
 
 
-def _leave_standing(command: str, config: Config, run: Run, stages: Sequence[str]) -> None:
+def _leave_standing(command: Sequence[str], config: Config, run: Run, stages: Sequence[str]) -> None:
     """Write down what a command left, unless it hangs on more than files: on a hub's newest commit, or on plug-ins' code."""
     own = run.config
     after = [part for name in own.defences for part in name.split("/") if part != UNREPAIRED]

@@ -24,11 +24,13 @@ SHOWN = 5
 """Folders of a stage that are named at most (ours)."""
 
 
-def leave_standing(command: str, config: Config, made: Sequence[tuple[str, Sequence[Artifact]]], files: dict[str, Any]) -> None:
+def leave_standing(
+    command: Sequence[str], config: Config, made: Sequence[tuple[str, Sequence[Artifact]]], files: dict[str, Any]
+) -> None:
     """Write down what a command made, or found.
 
     Args:
-        command: Its name.
+        command: The stages that it was asked for.
         config: The located configuration.
         made: Stage → its artifacts, in order; all ready.
         files: Path → identity of every file that was looked at.
@@ -45,14 +47,15 @@ def leave_standing(command: str, config: Config, made: Sequence[tuple[str, Seque
         write_text(text, place)
 
 
-def stands(command: str, config: Config) -> bool:
+def stands(command: Sequence[str], config: Config) -> bool:
     """Return whether all that a command would make is there already; if so, say it, and print the comparison if there is one.
 
     Args:
-        command: ``run``, or a stage.
+        command: The stages that it is asked for, in order; or ``run``.
         config: The configuration.
     """
-    config = located(config)
+    config, last = located(config), command[-1]
+    compares = last in ("run", "report")
     try:
         record = json_of(_place(config, command))
         same = record["settings"] == _settings(config) and all(
@@ -60,7 +63,7 @@ def stands(command: str, config: Config) -> bool:
         )
         if not same or not all(_ready(*one) for artifacts in record["stages"].values() for one in artifacts):
             return False
-        if command == "run" and not (config.run_dir / "report" / "report.html").exists():
+        if compares and not (config.run_dir / "report" / "report.html").exists():
             return False
         write_text(dump_config(config), config.run_dir / "config.yaml")
     except (
@@ -73,8 +76,8 @@ def stands(command: str, config: Config) -> bool:
         return False
     say(f"[dim]run directory: {escaped(config.run_dir)}[/]")
     say(f"[bold]{', '.join(record['stages'])}[/]: there already")
-    if command != "run":
-        for folder, *_ in record["stages"][command][:SHOWN]:
+    if not compares:
+        for folder, *_ in record["stages"][last][:SHOWN]:
             say(f"  {escaped(folder)}")
         return True
     report = config.run_dir / "report"
@@ -84,8 +87,8 @@ def stands(command: str, config: Config) -> bool:
     return True
 
 
-def _place(config: Config, command: str) -> StoragePath:
-    return config.run_dir / "standing" / f"{command}.json"
+def _place(config: Config, command: Sequence[str]) -> StoragePath:
+    return config.run_dir / "standing" / f"{'-'.join(command)}.json"
 
 
 def _settings(config: Config) -> str:

@@ -15,7 +15,7 @@ import yaml
 from pharmacist_ray.config import load_config
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.pipeline import standing
-from pharmacist_ray.pipeline.session import run_stage
+from pharmacist_ray.pipeline.session import run_stage, run_stages
 from pharmacist_ray.pipeline.standing import stands
 from tests.search.test_search import write_config
 
@@ -61,20 +61,42 @@ def test_a_command_with_nothing_to_do_loads_neither_torch_nor_ray_and_prints_the
     assert lines[-1] == "[]"
 
 
+def test_a_job_of_several_stages_with_nothing_to_do_says_so_as_soon(file: Path) -> None:
+    stages = ("ingest", "fit", "score", "select")
+    run_stages(stages, load_config(file))
+    program = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print([name for name in ('torch', 'ray', 'transformers', 'matplotlib') if name in sys.modules]))\n"
+        "runpy.run_module('jobs.curate', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config", file], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"run directory: {file.parent / 'run'}",
+        "ingest, fit, score, select: there already",
+        f"  {file.parent / 'run' / 'selections' / 'random_0'}",
+        f"  {file.parent / 'run' / 'selections' / 'all'}",
+        "[]",
+    ]
+    assert not stands(("ingest", "fit"), load_config(file))  # nobody has asked for these
+
+
 def test_it_stands_until_something_changes_and_again_when_that_is_back(file: Path, said: Callable[[], str]) -> None:
     config = load_config(file)
-    assert stands("run", config)
+    assert stands(("run",), config)
     rows = file.parent / "alignment.jsonl"
     before = rows.read_text()
     rows.write_text(before.replace("w", "v", 1))
-    assert not stands("run", config)
+    assert not stands(("run",), config)
     rows.write_text(before)
     said()
-    assert stands("run", config)
+    assert stands(("run",), config)
     assert "there already" in said()
     for changed in (["selection.ratio=0.25"], ["evaluation.bootstrap_draws=60"], ["comparison.seeds=[4]"]):
-        assert not stands("run", load_config(file, changed))
-    assert not stands("score", config)  # nobody has asked for that by itself
+        assert not stands(("run",), load_config(file, changed))
+    assert not stands(("score",), config)  # nobody has asked for that by itself
 
 
 @pytest.mark.parametrize("gone", ["scores/manifest.json", "evaluation/manifest.json", "report/report.html", "standing/run.json"])
@@ -83,10 +105,10 @@ def test_what_is_gone_is_noticed(file: Path, gone: str) -> None:
     text = place.read_text()
     place.unlink()
     try:
-        assert not stands("run", load_config(file))
+        assert not stands(("run",), load_config(file))
     finally:
         place.write_text(text)
-    assert stands("run", load_config(file))
+    assert stands(("run",), load_config(file))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": 1}', '{"settings": "x", "files": [], "stages": 2}'])
@@ -95,17 +117,17 @@ def test_a_broken_record_is_none(file: Path, text: str) -> None:
     before = place.read_text()
     place.write_text(text)
     try:
-        assert not stands("run", load_config(file))
+        assert not stands(("run",), load_config(file))
     finally:
         place.write_text(before)
 
 
 def test_another_version_and_another_revision_look_for_themselves(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(standing, "__version__", "9.9.9")
-    assert not stands("run", load_config(file))
+    assert not stands(("run",), load_config(file))
     monkeypatch.undo()
     monkeypatch.setitem(standing.REASONS, "score", ["rows are scored better"])
-    assert not stands("run", load_config(file))
+    assert not stands(("run",), load_config(file))
 
 
 def test_a_run_with_other_settings_in_between_is_noticed_and_the_configuration_that_stands_is_written_down(
@@ -115,13 +137,13 @@ def test_a_run_with_other_settings_in_between_is_noticed_and_the_configuration_t
     before = written.read_text()
     run_stage("select", load_config(file, ["selection.ratio=0.25"]))
     assert "ratio: 0.25" in written.read_text()
-    assert stands("select", load_config(file, ["selection.ratio=0.25"]))
+    assert stands(("select",), load_config(file, ["selection.ratio=0.25"]))
     assert f"  {file.parent / 'run' / 'selections'}" in said()
     run_stage("run", load_config(file))
-    assert not stands("select", load_config(file, ["selection.ratio=0.25"]))  # its place has been taken
+    assert not stands(("select",), load_config(file, ["selection.ratio=0.25"]))  # its place has been taken
     run_stage("ingest", load_config(file, ["evaluation.bootstrap_draws=60"]))
     assert "bootstrap_draws: 60" in written.read_text()
-    assert stands("run", load_config(file))
+    assert stands(("run",), load_config(file))
     assert written.read_text() == before
 
 
