@@ -1,7 +1,7 @@
-"""Ingestion: whatever the user has becomes sharded Parquet files of canonical rows, on Ray Data; little of it, here and now.
+"""Ingestion: whatever the user has becomes sharded Parquet files of canonical rows, by tasks of Ray; little of it, here and now.
 
     chunks ─ count ─┐
-    chunks ─────────┴─ parse ─ shuffle by shard ─ deduplicate, write one file per shard
+    chunks ─────────┴─ parse ─ partition by shard ─ deduplicate, write one file per shard
 
 Every row ends up in one of three places: ``rows/``, the count of duplicates, or ``quarantine/``. The rows are counted by a
 pass of its own before they are parsed, and the sums have to agree. The shard of a row is a function of its id, the one of several
@@ -14,7 +14,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -23,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-from ray.data.context import ShuffleStrategy
 
+from pharmacist_ray.curation.partition import buckets_of, read_bucket, write_pieces
 from pharmacist_ray.data.layouts import BadRow, check_columns, to_row
 from pharmacist_ray.data.public_sets import stage_public_set
 from pharmacist_ray.data.quarantine import QUARANTINE_SCHEMA, TEXT_CHARS, printable_start
@@ -33,7 +31,7 @@ from pharmacist_ray.data.readers import Chunk, count_chunk, numbered, plan, publ
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, shard_of
 from pharmacist_ray.errors import DataError, ModelError
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.runtime.actors import plain_errors
+from pharmacist_ray.runtime.tasks import in_tasks
 from pharmacist_ray.storage import RemotePath, StoragePath, remove_tree, write_parquet, write_text
 
 if TYPE_CHECKING:
@@ -50,8 +48,14 @@ FINE_ROWS, FINE_SHARDS = 1024, 1024
 
 MIN_SHARDS = 8
 
-SMALL_BYTES = 8 << 20
-"""A source of at most so many bytes is ingested in this process (ours: seconds, in which workers would just have started)."""
+LOT_BYTES = 256 << 20
+"""Input bytes that one task parses at most, unless a chunk has more (ours)."""
+
+LOTS = 64
+"""Fewest lots, if there are as many chunks (ours: an equal share for each CPU of a large node)."""
+
+SMALL_BYTES = 32 << 20
+"""A source of at most so many bytes is ingested in this process (ours: ten seconds, in which workers would just have started)."""
 
 _BLOCK_BYTES = 2 << 20  # of raw text parsed at a time: as Python objects it takes twenty times as much
 # On the way: a row, or a broken one with its reason, its text in `raw` and an id made of its place.
@@ -104,7 +108,6 @@ def ingest(
     shards: int | None = None,
     model: ModelRef | None = None,
     strict: bool = False,
-    num_cpus: float = 0.5,
     require_response: bool = True,
     progress: Callable[[str], None] | None = None,
     chunk_bytes: int = 32 << 20,
@@ -120,10 +123,9 @@ def ingest(
         shards: Number of files; by default `shards_of`.
         model: If given, rows that cannot be rendered for it, as those whose prompt leaves no room for an answer, are quarantined.
         strict: Whether quarantined rows are an error. They are written nevertheless.
-        num_cpus: Ray's CPUs per task.
         require_response: False for evaluation prompts, which may come without an answer.
         progress: Called with a line of text now and then.
-        chunk_bytes: Input bytes per task; does not change the output.
+        chunk_bytes: Input bytes that are read in one go; does not change the output.
         connect: Called before Ray is needed, for a source of more than `SMALL_BYTES`; by default it has to be initialised.
 
     Raises:
@@ -146,33 +148,28 @@ def ingest(
         )  # what is compressed may be of any size
         if connect and not small:
             connect()
-        with plain_errors():
-            chunks, rows_in = _count(chunks, None if small else _tasks(chunks, chunk_bytes), num_cpus) if chunks else (chunks, 0)
-            if not rows_in:
-                raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
-            shards = shards or shards_of(rows_in, size)
-            say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
-            how = {
-                "shards": shards,
-                "model": model,
-                "layout": source.layout,
-                "columns": dict(source.columns),
-                "category_column": source.category_column,
-                "require_response": require_response,
-            }
-            for folder in (rows, quarantine):
-                folder.mkdir(parents=True, exist_ok=True)
-            stats = _written_here(chunks, out, how) if small else _written_by_tasks(chunks, out, how, chunk_bytes, num_cpus)
-            totals: Counter[str] = Counter()
-            written: set[tuple[str, int]] = set()
-            said = time.monotonic()
-            for one in stats:
-                counts = orjson.loads(one["counts"])
-                totals.update(counts)
-                written |= {(kind, one["shard"]) for kind in ("rows", "quarantined") if counts.get(kind)}
-                if time.monotonic() - said > 5:
-                    said = time.monotonic()
-                    say(f"ingest: {totals['rows'] + totals['duplicates'] + totals['quarantined']} of {rows_in} rows written")
+        chunks, rows_in = _count(chunks, here=small)
+        if not rows_in:
+            raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
+        shards = shards or shards_of(rows_in, size)
+        say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
+        how = {
+            "shards": shards,
+            "model": model,
+            "layout": source.layout,
+            "columns": dict(source.columns),
+            "category_column": source.category_column,
+            "require_response": require_response,
+        }
+        for folder in (rows, quarantine):
+            folder.mkdir(parents=True, exist_ok=True)
+        totals: Counter[str] = Counter()
+        written: set[tuple[str, int]] = set()
+        tell = _now_and_then(say)
+        for shard, counts in _written_here(chunks, out, how) if small else _written_by_tasks(chunks, out, staging, how, tell):
+            totals.update(counts)
+            written |= {(kind, shard) for kind in ("rows", "quarantined") if counts[kind]}
+            tell(f"ingest: {totals['rows'] + totals['duplicates'] + totals['quarantined']} of {rows_in} rows written")
     finally:
         remove_tree(staging)
 
@@ -228,71 +225,68 @@ def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]
     return [replace(chunk, name=names.get(chunk.path, chunk.name)) for chunk in plan(paths, chunk_bytes=chunk_bytes)]
 
 
-@contextmanager
-def _sorted_shuffle() -> Iterator[None]:
-    """Shuffle the data sets made in the block through the object store, which spills to disk.
+def _now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what says a line if it said none for five seconds."""
+    said = time.monotonic()
 
-    Ray Data's default, a hash shuffle, holds whole partitions in the memory of its actors, which then grow with the data.
-    """
-    context = ray.data.DataContext.get_current()
-    before = context.shuffle_strategy
-    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    try:
-        yield
-    finally:
-        context.shuffle_strategy = before
+    def tell(line: str) -> None:
+        nonlocal said
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            say(line)
+
+    return tell
 
 
-def _tasks(chunks: list[Chunk], chunk_bytes: int) -> ray.data.Dataset:
-    """Return the chunks' numbers as a data set with a block, and so a task, for each, unless there are very many small files."""
-    blocks = max(64, 2 * sum(chunk.size for chunk in chunks) // chunk_bytes)
-    return ray.data.from_items([{"id": index} for index in range(len(chunks))], override_num_blocks=min(len(chunks), blocks))
+def _count(chunks: list[Chunk], here: bool) -> tuple[list[Chunk], int]:
+    """Return the chunks with their line numbers, and how many rows they have together; counted in this process or by tasks."""
+    fewest = len(chunks) + 1 if here else 1
+    counts = list(in_tasks(count_chunk, chunks, count=len(chunks), fewest=fewest, what="ingestion"))
+    return numbered(chunks, [lines for lines, _ in counts]), sum(rows for _, rows in counts)
 
 
-def _count(chunks: list[Chunk], tasks: ray.data.Dataset | None, num_cpus: float) -> tuple[list[Chunk], int]:
-    """Return the chunks with their line numbers, and how many rows they have together; without tasks they are counted here."""
-    if tasks is None:
-        counts = [count_chunk(chunk) for chunk in chunks]
-        return numbered(chunks, [lines for lines, _ in counts]), sum(rows for _, rows in counts)
-    lines, rows = [0] * len(chunks), 0
-    count = partial(_count_batch, shared=ray.put(chunks))
-    for one in tasks.map_batches(count, batch_size=None, num_cpus=num_cpus).iter_rows():
-        lines[one["id"]] = one["lines"]
-        rows += one["rows"]
-    return numbered(chunks, lines), rows
-
-
-def _count_batch(batch: dict[str, Any], shared: ray.ObjectRef[list[Chunk]]) -> dict[str, list[int]]:
-    chunks = ray.get(shared)
-    counts = [count_chunk(chunks[index]) for index in batch["id"]]
-    return {"id": list(batch["id"]), "lines": [lines for lines, _ in counts], "rows": [rows for _, rows in counts]}
+def _written_here(chunks: Sequence[Chunk], out: StoragePath, how: Mapping[str, Any]) -> Iterator[tuple[int, Counter[str]]]:
+    """Yield what `_write_shard` returns of every shard, written by this process; ``how`` goes to `_parsed`."""
+    table = pa.concat_tables(_parsed(chunks, **how))
+    for shard in pc.unique(table["shard"]):
+        yield _write_shard(table.filter(pc.equal(table["shard"], shard)), out)
 
 
 def _written_by_tasks(
-    chunks: list[Chunk], out: StoragePath, how: Mapping[str, Any], chunk_bytes: int, num_cpus: float
-) -> Iterator[dict[str, Any]]:
-    """Yield what `_write_shard` returns of every shard, written by tasks of Ray Data; ``how`` goes to `_parsed`."""
-    with _sorted_shuffle():
-        stats = (
-            _tasks(chunks, chunk_bytes)
-            .map_batches(partial(_parse, shared=ray.put(chunks), how=how), batch_size=None, num_cpus=num_cpus)
-            .groupby("shard", num_partitions=min(how["shards"], 1000))
-            .map_groups(partial(_write_shard, out=out), batch_format="pyarrow", num_cpus=num_cpus)
-        )
-    yield from stats.iter_rows()
+    chunks: Sequence[Chunk], out: StoragePath, staging: StoragePath, how: Mapping[str, Any], tell: Callable[[str], None]
+) -> Iterator[tuple[int, Counter[str]]]:
+    """Yield the same of shards that tasks of Ray write."""
+    lots, pieces, buckets = _lots(chunks), list[StoragePath](), buckets_of(how["shards"])
+    parse = partial(_write_lot, buckets=buckets, folder=staging, how=how)
+    for done, names in enumerate(in_tasks(parse, enumerate(lots), count=len(lots), fewest=1, what="ingestion"), 1):
+        pieces += [staging / name for name in names]
+        tell(f"ingest: {done} of {len(lots)} parts of the input read")
+    write = partial(_write_bucket, pieces=pieces, out=out)
+    for found in in_tasks(write, range(buckets), count=buckets, fewest=1, what="ingestion"):
+        yield from found
 
 
-def _written_here(chunks: Sequence[Chunk], out: StoragePath, how: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the same of shards that this process writes."""
-    table = pa.concat_tables(_parsed(chunks, **how))
-    for shard in pc.unique(table["shard"]):
-        made = _write_shard(table.filter(pc.equal(table["shard"], shard)), out)
-        yield {name: values[0] for name, values in made.items()}
+def _lots(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Return the chunks in lots of neighbours, each one task's work."""
+    most = min(LOT_BYTES, sum(chunk.size for chunk in chunks) // LOTS)
+    lots: list[list[Chunk]] = []
+    size = 0
+    for chunk in chunks:
+        if not lots or size + chunk.size > most:
+            lots.append([])
+            size = 0
+        lots[-1].append(chunk)
+        size += chunk.size
+    return lots
 
 
-def _parse(batch: dict[str, Any], *, shared: ray.ObjectRef[list[Chunk]], how: Mapping[str, Any]) -> Iterator[pa.Table]:
-    chunks = ray.get(shared)
-    yield from _parsed([chunks[index] for index in batch["id"]], **how)
+def _write_lot(lot: tuple[int, Sequence[Chunk]], *, buckets: int, folder: StoragePath, how: Mapping[str, Any]) -> list[str]:
+    number, chunks = lot
+    return write_pieces(_parsed(chunks, **how), how["shards"], buckets, folder, f"{number:06d}")
+
+
+def _write_bucket(bucket: int, *, pieces: Sequence[StoragePath], out: StoragePath) -> list[tuple[int, Counter[str]]]:
+    return [_write_shard(table, out) for table in read_bucket(bucket, pieces=pieces)]
 
 
 def _parsed(chunks: Sequence[Chunk], *, shards: int, model: ModelRef | None, **how: Any) -> Iterator[pa.Table]:
@@ -307,7 +301,7 @@ def _parsed(chunks: Sequence[Chunk], *, shards: int, model: ModelRef | None, **h
             if size > _BLOCK_BYTES:
                 yield _table(chunk, pending, shards, model)
                 pending, size = [], 0
-        yield _table(chunk, pending, shards, model)  # also an empty one: Ray cannot join blocks of which one has no columns
+        yield _table(chunk, pending, shards, model)  # also an empty one: there has to be one
 
 
 def _row(chunk: Chunk, line: int, item: _Item, how: dict[str, Any]) -> Row | BadRow:
@@ -363,8 +357,8 @@ def _room(model: ModelRef) -> Room:
     return Room(Renderer(tokenizer, model.template, model.max_length, system=model.system, arguments=arguments))
 
 
-def _write_shard(table: pa.Table, out: StoragePath) -> dict[str, list[Any]]:
-    """Write the two files of one shard and return what became of its rows.
+def _write_shard(table: pa.Table, out: StoragePath) -> tuple[int, Counter[str]]:
+    """Write the two files of one shard and return its number and what became of its rows.
 
     The bytes depend on the rows alone, not on the blocks they came in: a task that Ray runs again writes the same file.
     """
@@ -384,7 +378,7 @@ def _write_shard(table: pa.Table, out: StoragePath) -> dict[str, list[Any]]:
         counts.update(quarantined=len(broken))
         columns = broken.select(["source", "line", "reason", "detail", "raw"]).rename_columns(QUARANTINE_SCHEMA.names)
         write_parquet(columns.cast(QUARANTINE_SCHEMA).combine_chunks(), out / "quarantine" / _part(shard))
-    return {"shard": [shard], "counts": [orjson.dumps(counts).decode()]}
+    return shard, counts
 
 
 def _part(shard: int) -> str:

@@ -15,8 +15,8 @@ from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.doctor.workload import Work
 from pharmacist_ray.pipeline.run import Run
 
-SHUFFLED = 1e8
-"""Candidates of which ingestion's shuffle has more pieces than one driver should keep track of (ours, see docs/growth.md)."""
+SIGNED = 1e8
+"""Candidates whose signatures, 22 GB, one driver should not have to write and read (ours, see docs/growth.md)."""
 LONG_H = 24.0
 """Hours of a stage after which an interruption is to be expected (ours)."""
 
@@ -125,7 +125,5 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
             )
     if {*LEARNT} & {*run.parts} and work.rows > MAX_LEARNT:
         yield f"fit: a logit for each of {work.rows:,.0f} candidates, and at most {MAX_LEARNT:,} are learnt; take the one_shot scorers"
-    if work.rows > SHUFFLED:
-        yield f"ingest: {work.rows:,.0f} rows are shuffled with one driver keeping track; ingest in parts of {SHUFFLED:.0e} or fewer"
-    if config.selection.near_duplicates and work.rows > SHUFFLED:
+    if config.selection.near_duplicates and work.rows > SIGNED:
         yield "select: the signatures of near-duplicates, 224 bytes a row, go through the driver's disk"

@@ -63,7 +63,7 @@ class Part:
 def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callable[[str, list[Part]], None]) -> torch.Tensor:
     """Run one forward and backward, hand over what the named parameters' gradients are made of, and return the losses.
 
-    The backward pass ends at the first decoder layer that has one of the parameters: what lies below is not in the graph.
+    The graph begins at the first of the parameters' modules: what lies below it is not differentiated, nor what lies beside it.
 
     Args:
         model: A causal language model whose parameters are all frozen.
@@ -80,7 +80,7 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
     pending: Counter[str] = Counter()
     parts: defaultdict[str, list[Part]] = defaultdict(list)
     forward = True
-    start = torch.zeros((), device=batch.input_ids.device, requires_grad=True)  # gradients flow back to here, and no further
+    start = torch.zeros((), requires_grad=True)  # of every tap: what has one behind it is in the graph
 
     def watch(module: nn.Module, watched: dict[str, str]) -> Callable[..., torch.Tensor]:
         def receive(x: torch.Tensor, grad: torch.Tensor) -> None:
@@ -97,12 +97,12 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
                 raise ModelError(f"{where}: its module's input {tuple(x.shape)} is not (samples, tokens, …); use 'difference'")
             if forward:  # and not when checkpointing repeats it
                 pending.update(watched.keys())
-            tapped: torch.Tensor = _Tap.apply(output, x.detach(), receive)  # type: ignore[no-untyped-call]
+            tapped: torch.Tensor = _Tap.apply(output, start, x.detach(), receive)  # type: ignore[no-untyped-call]
             return tapped
 
         return hook
 
-    handles = [_begin_at(model, names, start)]
+    handles = []
     try:
         for module, watched in _sites(model, names).items():
             handles.append(module.register_forward_hook(watch(module, watched), with_kwargs=True))
@@ -134,43 +134,24 @@ def last_layers(model: nn.Module, count: int) -> set[str]:
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in mine}
 
 
-def _begin_at(model: Any, names: Collection[str], start: torch.Tensor) -> Any:
-    """Add ``start`` where gradients have to flow back to: before the first layer with one of the parameters, or at the embedding.
-
-    A parameter outside the layers may lie before them, as an embedding of positions does: then it is the embedding.
-    """
-    known = dict(model.named_parameters(remove_duplicate=False))
-    wanted = {id(known[name]) for name in names}
-    try:
-        layers = decoder_layers(model)
-    except ModelError:
-        layers = []
-    owned = [wanted & {id(parameter) for parameter in layer.parameters()} for layer in layers]
-    first = next((place for place, mine in enumerate(owned) if mine), 0)
-    if not first or wanted - set().union(*owned):
-        return model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + start)
-
-    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (args[0] + start, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"] + start}
-
-    return layers[first].register_forward_pre_hook(begin, with_kwargs=True)
-
-
 class _Tap(torch.autograd.Function):
-    """The identity on a module's output; its backward hands the module's input and the output's gradient to ``receive``."""
+    """The identity on a module's output; its backward hands the module's input and the output's gradient to ``receive``.
+
+    As a function of ``start`` it is a constant, whose gradient nobody reads; asking for it makes the backward pass come by.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, receive: Callable[..., None]) -> torch.Tensor:
+    def forward(
+        ctx: Any, output: torch.Tensor, start: torch.Tensor, x: torch.Tensor, receive: Callable[..., None]
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.receive = receive
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         ctx.receive(*ctx.saved_tensors, grad)
-        return grad, None, None
+        return grad, torch.zeros(()), None, None
 
 
 def _sites(model: Any, names: Collection[str]) -> dict[nn.Module, dict[str, str]]:

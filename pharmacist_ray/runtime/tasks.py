@@ -20,6 +20,9 @@ MANY = 1024
 AHEAD = 2
 """Tasks that are under way for each CPU of the cluster: one works, one waits (ours)."""
 
+RETRIES = 10
+"""Times that a task is done anew after its worker's death (ours: it is seconds of work, and ten machines in a row are hardly lost)."""
+
 TURNS = 4
 """Times that there are as many tasks as are under way: items are done several by one task where there are more (ours)."""
 
@@ -63,6 +66,6 @@ def in_tasks(
             ray.wait(list(under_way), num_returns=len(under_way))
 
 
-@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]  # Ray has no types
+@ray.remote(num_cpus=1, max_retries=RETRIES)  # type: ignore[untyped-decorator]  # Ray has no types
 def _done(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     return list(map(function, items))

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,29 @@ def write_parquet(table: pa.Table, path: StoragePath) -> None:
     """Write a table so that no reader ever sees half of it."""
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def write_batches(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: StoragePath) -> None:
+    """Write record batches as an Arrow file, compressed, of which `read_batch` reads them one by one."""
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with (
+        replacing(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema, options=options) as file,
+    ):
+        for batch in batches:
+            file.write_batch(batch)
+
+
+def read_batch(file: StoragePath, number: int) -> pa.RecordBatch:
+    """Return a record batch of an Arrow file by its number, and read no other."""
+
+    def read() -> pa.RecordBatch:
+        source = file.filesystem.open_input_file(file.inner) if isinstance(file, RemotePath) else pa.OSFile(str(file))
+        with source, pa.ipc.open_file(source) as opened:
+            return opened.get_batch(number)
+
+    return patient(file, read) if isinstance(file, RemotePath) else read()
 
 
 def write_text(text: str, path: StoragePath) -> None:

@@ -14,6 +14,7 @@ import zstandard
 from transformers import PreTrainedTokenizerFast
 
 from pharmacist_ray.curation import ingest as module
+from pharmacist_ray.curation import partition
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
 from pharmacist_ray.data.schema import ROW_SCHEMA, row_id, shard_of
 from pharmacist_ray.errors import ConfigError, DataError, ModelError
@@ -128,15 +129,17 @@ def test_the_output_depends_on_neither_workers_nor_chunks_nor_an_earlier_run(tmp
     ingest(Source([path]), out, shards=19)  # its files 8 to 18 must not stay
     (out / "rows" / ".part-00000.parquet.killed.tmp").write_bytes(b"half")
     first: dict[str, str] = {}
-    for num_cpus, chunk_bytes, small_bytes in (
-        (0.5, 32 << 20, 0),
-        (2, 1000, 0),
-        (2, 1000, 10**6),
-        (0.25, 3333, 0),
-        (0.5, 32 << 20, 10**6),
+    for chunk_bytes, small_bytes, buckets in (
+        (32 << 20, 0, 4096),
+        (1000, 0, 4096),
+        (1000, 10**6, 4096),
+        (1000, 0, 1),
+        (3333, 0, 3),
+        (32 << 20, 10**6, 4096),
     ):
         monkeypatch.setattr(module, "SMALL_BYTES", small_bytes)
-        ingest(Source([path]), out, num_cpus=num_cpus, chunk_bytes=chunk_bytes)
+        monkeypatch.setattr(partition, "MAX_BUCKETS", buckets)
+        ingest(Source([path]), out, chunk_bytes=chunk_bytes)
         first = first or digests(out)
         assert digests(out) == first
     assert [name for name in first if name.startswith("rows/")] == [f"rows/part-{i:05d}.parquet" for i in range(8)]
@@ -265,7 +268,7 @@ def test_errors_of_the_source_come_out_as_they_are(tmp_path):
 def test_a_lost_row_is_noticed(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", records(10))
     honest = module._count
-    monkeypatch.setattr(module, "_count", lambda *args: (honest(*args)[0], 11))
+    monkeypatch.setattr(module, "_count", lambda *args, **kwargs: (honest(*args, **kwargs)[0], 11))
     with pytest.raises(RuntimeError, match="rows were lost or doubled"):
         ingest(Source([path]), tmp_path / "out")
     assert not (tmp_path / "out" / "report.json").exists()
@@ -291,8 +294,8 @@ def test_the_number_of_shards_follows_from_the_input_alone(tmp_path, monkeypatch
     monkeypatch.setattr(module, "SHARD_BYTES", 1000)
     path = jsonl(tmp_path / "a.jsonl", records(200))
     expected = -(-Path(path).stat().st_size // 1000)
-    for chunk_bytes, num_cpus in ((32 << 20, 0.5), (3000, 1)):
-        assert ingest(Source([path]), tmp_path / "out", chunk_bytes=chunk_bytes, num_cpus=num_cpus).shards == expected
+    for chunk_bytes in (32 << 20, 3000):
+        assert ingest(Source([path]), tmp_path / "out", chunk_bytes=chunk_bytes).shards == expected
     assert len(list((tmp_path / "out" / "rows").iterdir())) == expected
 
 

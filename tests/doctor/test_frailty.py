@@ -56,7 +56,6 @@ def test_what_is_near_its_end_is_told(llama: Callable[..., Config]) -> None:
     )
     assert re.search(r"score takes 10\d\.\d days: ", found)  # 14,400 GPU hours of an H100
     assert "nodes will be lost on the way; what is finished is kept, and the same command goes on" in found
-    assert "ingest: 1,000,000,000 rows are shuffled with one driver keeping track; ingest in parts of 1e+08 or fewer" in found
     assert "select: the signatures of near-duplicates, 224 bytes a row, go through the driver's disk" in found
     learnt = llama("8b", "scoring.scorers=[pharmacist_iterative]", "selection.scorer=pharmacist_iterative",
                    "comparison.selections=[pharmacist_iterative]", "selector.inner_lr=1e-3")  # fmt: skip

@@ -152,7 +152,8 @@ def test_of_the_last_layers_alone_nothing_below_is_in_the_graph(
     assert not any("layers.0." in name for name in directions)
     want = loop_influence(model, batch, directions)
     first, last = decoder_layers(model)[0], decoder_layers(model)[-1]
-    seen: dict[str, list[bool]] = {"first": [], "last": []}
+    places = {"first": first.mlp, "below": last.input_layernorm, "last": last.mlp}
+    seen: dict[str, list[bool]] = {name: [] for name in places}
 
     def look(name: str) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
@@ -160,7 +161,7 @@ def test_of_the_last_layers_alone_nothing_below_is_in_the_graph(
 
         return hook
 
-    handles = [one.input_layernorm.register_forward_hook(look(name)) for name, one in (("first", first), ("last", last))]
+    handles = [module.register_forward_hook(look(name)) for name, module in places.items()]
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -168,9 +169,9 @@ def test_of_the_last_layers_alone_nothing_below_is_in_the_graph(
     for handle in handles:
         handle.remove()
     if checkpointing:  # transformers then has the embedding's output require a gradient; below nothing is computed again
-        assert (len(seen["first"]), len(seen["last"])) == (1, 2)
+        assert (len(seen["first"]), len(seen["below"])) == (1, 2)
     else:
-        assert seen == {"first": [False], "last": [True]}
+        assert seen == {"first": [False], "below": [False], "last": [True]}
     assert relative(got.dots, want.dots) < 1e-5
     if method == "hooks":
         assert relative(got.grad_norms, want.grad_norms) < 1e-5
