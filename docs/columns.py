@@ -127,6 +127,7 @@ COLUMNS: dict[str, dict[str, Callable[[Row], str]]] = {
         "stage": lambda row: row["stage"],
         "s": lambda row: f"{row['seconds']:.0f}",
         "CPU s": lambda row: f"{row['cpu_seconds']:.0f}",
+        "rows/s": lambda row: f"{row['rows'] / row['seconds']:,.0f}",
         "driver MiB": lambda row: f"{row['driver_mib']:.0f}",
         "largest worker MiB": lambda row: f"{row['worker_mib']:.0f}",
         "all workers MiB": lambda row: f"{row['workers_mib']:.0f}",

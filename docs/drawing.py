@@ -168,6 +168,59 @@ def _by_strength(rows: dict[str, Row], strengths: Sequence[str]) -> tuple[Figure
     return figure, "; ".join(said) + "."
 
 
+def peers(result: dict[str, Any]) -> dict[str, tuple[str, Figure, str]]:
+    """Return what each method costs over a forward pass, a mark a load."""
+    cost: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        load = f"{row['shape']}, {row['weights']}, {row['length']} tokens"
+        cost.setdefault(row["method"], {})[load] = row["ratio"]
+    ranked = sorted(
+        (method for method in cost if method != "forward"), key=lambda method: max(cost[method].values()), reverse=True
+    )
+    figure = Figure(figsize=(9.6, 0.27 * len(ranked) + 1.3), layout="constrained")
+    axes = figure.subplots()
+    for number, load in enumerate(dict.fromkeys(load for method in ranked for load in cost[method])):
+        there = [(cost[method][load], place) for place, method in enumerate(ranked) if load in cost[method]]
+        axes.plot(*zip(*there, strict=True), MARKERS[number], label=load, color=f"C{number}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(ranked)), ranked)
+    axes.set_title("cost of a score for every row, over a forward pass", loc="left", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="upper right")
+    said = (
+        f"{method}: " + ", ".join(f"{ratio:.2f} at {load}" for load, ratio in cost[method].items()) for method in reversed(ranked)
+    )
+    return {"": ("What a score for every row costs", figure, "; ".join(said) + ".")}
+
+
+def growth(result: dict[str, Any]) -> dict[str, tuple[str, Figure, str]]:
+    """Return the CPU seconds of each stage and the memory of its largest process, over the number of rows."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    stages = list(dict.fromkeys(row["stage"] for row in result["rows"]))
+    spent, held = figure.subplots(1, 2)
+    for number, stage in enumerate(stages):
+        rows = [row for row in result["rows"] if row["stage"] == stage]
+        how = {"marker": MARKERS[number], "linestyle": LINES[number % len(LINES)], "label": stage}
+        places = [row["rows"] for row in rows]
+        spent.plot(places, [row["cpu_seconds"] for row in rows], **how)
+        held.plot(places, [max(row["driver_mib"], row["worker_mib"]) for row in rows], **how)
+    for axes, title in ((spent, "CPU seconds"), (held, "private memory of the largest process, MiB")):
+        axes.set_xscale("log")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("rows")
+        axes.grid(axis="y", alpha=0.3)
+    spent.set_yscale("log")
+    held.set_ylim(bottom=0)
+    spent.legend(frameon=False)
+    said = (
+        f"{row['stage']} of {row['rows']:,} rows: {row['cpu_seconds']:.0f} CPU s, driver {row['driver_mib']:.0f} MiB, "
+        f"largest worker {row['worker_mib']:.0f} MiB"
+        for row in result["rows"]
+    )
+    return {"": ("How curation grows with the rows", figure, "; ".join(said) + ".")}
+
+
 def _line(axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], number: int, label: str) -> None:
     middle, low, high = zip(*values, strict=True)
     axes.errorbar(
@@ -202,5 +255,5 @@ def interval(value: Sequence[float | None]) -> str:
     return "–" if value[0] is None else f"{number(value[0])} [{number(value[1])}, {number(value[2])}]"
 
 
-PICTURES = {"comparison": comparison, "evidence": evidence}
+PICTURES = {"comparison": comparison, "evidence": evidence, "peers": peers, "growth": growth}
 """Kind of a result → what makes its pictures: ending of the file's name → title, figure, and the same in words."""

@@ -6,7 +6,8 @@ any of the four in 99 of 100 cases for J = 0.9, in 23 for J = 0.5 and in 3 for J
 a row that is not among the best of each of its groups is left out. No two rows are compared with each other, and the result is a
 function of texts, scores and ids.
 
-Signatures go to a temporary folder, 224 bytes a row, in parts that fit into memory. In memory are a few shards or parts, and a bit a row.
+Signatures are found once: they are kept beside the rows, for other selections. On the way to their groups they go to a temporary folder,
+224 bytes a row, in parts that fit into memory. In memory are a few shards or parts, and a bit a row.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import hashlib
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pharmacist_ray.curation.scored import Ranking, Scored, Shard, read_scored
+from pharmacist_ray.curation.scored import Ranking, Shard, read_scored
 from pharmacist_ray.runtime.tasks import in_tasks
-from pharmacist_ray.storage import disk_full_errors, opened_parquet, row_count
+from pharmacist_ray.storage import StoragePath, disk_full_errors, opened_parquet, read_table, row_count, write_parquet
 
 BANDS = 4
 """Signatures of a row (ours)."""
@@ -36,6 +38,9 @@ ROWS = 4
 
 SHINGLE = 3
 """Words of a run; a shorter text is one run (ours)."""
+
+KEPT = "signatures"
+"""Folder of the signatures, beside that of the rows."""
 
 PART = 1 << 20
 """Signatures of a part, more or less: 60 MB."""
@@ -92,22 +97,43 @@ _FACTORS = np.array([_hash(f"factor {number}") | 1 for number in range(BANDS * R
 _TERMS = np.array([_hash(f"term {number}") for number in range(BANDS * ROWS)], np.uint64)
 
 
-def _texts(shard: Shard, rows: Scored) -> list[str]:
-    """Return prompt and answer of a shard's scored rows, in their order."""
-    texts = []
-    with opened_parquet(shard.rows) as file:
-        for batch in file.iter_batches(_BATCH, columns=["id", "prompt", "input", "response"]):
-            chosen = batch.filter(pc.is_in(batch["id"], value_set=rows.ids))
-            parts = (chosen[name].to_pylist() for name in ("prompt", "input", "response"))
-            texts += ["\n".join(three) for three in zip(*parts, strict=True)]
-    return texts
+def signatures_of(rows: StoragePath) -> tuple[pa.Array, NDArray[np.uint64]]:
+    """Return the ids of a shard's rows and their signatures, (n, bands): those that are kept beside the rows, or new ones, which then are.
+
+    Ids are made of the texts, so signatures of the same ids are the same; those of others, from an earlier ingestion, are not taken.
+
+    Args:
+        rows: The shard's file.
+    """
+    ids = read_table(rows, columns=["id"])["id"].combine_chunks()
+    mark = (
+        hashlib.blake2b("\n".join([f"{BANDS} {ROWS} {SHINGLE}", *ids.to_pylist()]).encode(), digest_size=16).hexdigest().encode()
+    )
+    kept = rows.parent.with_name(KEPT) / rows.name
+    if kept.exists():
+        table = read_table(kept)
+        if (table.schema.metadata or {}).get(b"of") == mark:
+            return ids, np.column_stack([column.to_numpy() for column in table.columns])
+    found = signatures(list(_texts(rows)))
+    columns = {f"band_{band}": found[:, band] for band in range(BANDS)}
+    write_parquet(pa.table(columns).replace_schema_metadata({"of": mark}), kept)
+    return ids, found
+
+
+def _texts(rows: StoragePath) -> Iterator[str]:
+    """Yield prompt and answer of each of a shard's rows."""
+    with opened_parquet(rows) as file:
+        for batch in file.iter_batches(_BATCH, columns=["prompt", "input", "response"]):
+            yield from map("\n".join, zip(*(batch[name].to_pylist() for name in ("prompt", "input", "response")), strict=True))
 
 
 def _signed(numbered: tuple[int, Shard], *, ranking: Ranking) -> NDArray[np.void]:
     """Return a record for each signature of each of a shard's scored rows."""
     number, shard = numbered
     rows = read_scored(shard, ranking)[1]
-    found = signatures(_texts(shard, rows))
+    ids, found = signatures_of(shard.rows)
+    if len(rows.ids) < len(ids):
+        found = found[pc.index_in(rows.ids, value_set=ids).to_numpy()]
     records = np.empty(found.size, _RECORD)
     records["group"] = found.ravel()
     records["key"] = np.repeat(rows.keys, BANDS)

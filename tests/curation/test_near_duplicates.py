@@ -100,6 +100,29 @@ def test_shards_and_parts_change_nothing(tmp_path, monkeypatch):
     assert len(found[0]) == 7
 
 
+def test_signatures_are_found_once_and_those_of_other_rows_are_not_taken(tmp_path, monkeypatch):
+    candidates, scores, rows, _ = pool(tmp_path)
+    rule = Rule("s", count=5, near_duplicates=2)
+    first = kept(candidates, scores, rule)
+    files = sorted((candidates / "signatures").iterdir())
+    assert [file.name for file in files] == [file.name for file in sorted((candidates / "rows").iterdir())]
+    made = [file.stat().st_mtime_ns for file in files]
+    with monkeypatch.context() as patched:
+        patched.setattr(near_duplicates, "signatures", lambda texts: pytest.fail("found again"))
+        assert kept(candidates, scores, rule) == first
+    assert [file.stat().st_mtime_ns for file in files] == made
+
+    other, _, others, _ = pool(tmp_path / "other")
+    assert {row.id for row in rows} == {row.id for row in others}
+    moved = pq.read_table(files[0]).schema.metadata[b"of"], pq.read_table(files[1]).schema.metadata[b"of"]
+    assert moved[0] != moved[1]
+    (other / "signatures").mkdir()
+    for file, instead in zip(files, reversed(files), strict=True):  # what an ingestion of other data would have left
+        (other / "signatures" / file.name).write_bytes(instead.read_bytes())
+    assert kept(other, scores, rule) == first
+    assert pq.read_table(other / "signatures" / files[0].name).equals(pq.read_table(files[0]), check_metadata=True)
+
+
 def test_the_report_counts_what_is_left_out(tmp_path):
     candidates, scores, _, _ = pool(tmp_path)
     report = write_selection(candidates, scores, Rule("s", count=5, near_duplicates=2), tmp_path / "out", provenance={})
