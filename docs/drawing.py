@@ -210,7 +210,9 @@ def growth(result: dict[str, Any]) -> dict[str, tuple[str, Figure, str]]:
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_xlabel("rows")
         axes.grid(axis="y", alpha=0.3)
-    spent.set_yscale("log")
+    spent.set_yscale("log", base=2)  # of which more than one label is in sight
+    spent.yaxis.set_major_formatter("{x:g}")
+    held.margins(y=0.1)
     held.set_ylim(bottom=0)
     spent.legend(frameon=False)
     said = (
