@@ -11,7 +11,6 @@ equal rows that stays is the first in the input, and files are sorted by id: nei
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -109,7 +108,7 @@ def ingest(
     model: ModelRef | None = None,
     strict: bool = False,
     require_response: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     chunk_bytes: int = 32 << 20,
     connect: Callable[[], object] | None = None,
 ) -> IngestReport:
@@ -124,7 +123,7 @@ def ingest(
         model: If given, rows that cannot be rendered for it, as those whose prompt leaves no room for an answer, are quarantined.
         strict: Whether quarantined rows are an error. They are written nevertheless.
         require_response: False for evaluation prompts, which may come without an answer.
-        progress: Called with a line of text now and then.
+        progress: Called with (tasks done, tasks in all), where there are any.
         chunk_bytes: Input bytes that are read in one go; does not change the output.
         connect: Called before Ray is needed, for a source of more than `SMALL_BYTES`; by default it has to be initialised.
 
@@ -134,8 +133,6 @@ def ingest(
         RuntimeError: A row was lost or doubled, which is a bug, or the input changed meanwhile.
     """
     check_columns(source.layout, source.columns)
-    say = progress or (lambda line: None)
-    began = time.monotonic()
     out = out.absolute()
     staging, rows, quarantine, report_file = out / "staging", out / "rows", out / "quarantine", out / "report.json"
     report_file.unlink(missing_ok=True)  # it is written last: a folder with a report is complete
@@ -152,7 +149,6 @@ def ingest(
         if not rows_in:
             raise DataError(f"no rows in {', '.join(map(public_name, source.path))}")
         shards = shards or shards_of(rows_in, size)
-        say(f"ingest: {rows_in} rows in {chunks[-1].file + 1} files, {len(chunks)} chunks → {shards} shards")
         how = {
             "shards": shards,
             "model": model,
@@ -165,11 +161,9 @@ def ingest(
             folder.mkdir(parents=True, exist_ok=True)
         totals: Counter[str] = Counter()
         written: set[tuple[str, int]] = set()
-        tell = _now_and_then(say)
-        for shard, counts in _written_here(chunks, out, how) if small else _written_by_tasks(chunks, out, staging, how, tell):
+        for shard, counts in _written_here(chunks, out, how) if small else _written_by_tasks(chunks, out, staging, how, progress):
             totals.update(counts)
             written |= {(kind, shard) for kind in ("rows", "quarantined") if counts[kind]}
-            tell(f"ingest: {totals['rows'] + totals['duplicates'] + totals['quarantined']} of {rows_in} rows written")
     finally:
         remove_tree(staging)
 
@@ -185,10 +179,6 @@ def ingest(
     write_text(orjson.dumps(asdict(report), option=orjson.OPT_INDENT_2).decode(), report_file)
 
     broken = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-    say(
-        f"ingest: {rows_in} rows in = {report.rows_out} out + {report.duplicates} duplicates + {report.quarantined} quarantined"
-        f"{f' ({broken})' if broken else ''}, {time.monotonic() - began:.1f} s"
-    )
     if report.quarantined and (strict or not report.rows_out):
         found = "no usable row" if not report.rows_out else f"{report.quarantined} broken rows and --strict"
         raise DataError(
@@ -225,19 +215,6 @@ def _plan(source: Source, staging: StoragePath, chunk_bytes: int) -> list[Chunk]
     return [replace(chunk, name=names.get(chunk.path, chunk.name)) for chunk in plan(paths, chunk_bytes=chunk_bytes)]
 
 
-def _now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return what says a line if it said none for five seconds."""
-    said = time.monotonic()
-
-    def tell(line: str) -> None:
-        nonlocal said
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            say(line)
-
-    return tell
-
-
 def _count(chunks: list[Chunk], here: bool) -> tuple[list[Chunk], int]:
     """Return the chunks with their line numbers, and how many rows they have together; counted in this process or by tasks."""
     fewest = len(chunks) + 1 if here else 1
@@ -253,16 +230,22 @@ def _written_here(chunks: Sequence[Chunk], out: StoragePath, how: Mapping[str, A
 
 
 def _written_by_tasks(
-    chunks: Sequence[Chunk], out: StoragePath, staging: StoragePath, how: Mapping[str, Any], tell: Callable[[str], None]
+    chunks: Sequence[Chunk],
+    out: StoragePath,
+    staging: StoragePath,
+    how: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[int, Counter[str]]]:
     """Yield the same of shards that tasks of Ray write."""
     lots, pieces, buckets = _lots(chunks), list[StoragePath](), buckets_of(how["shards"])
+    tell = progress or (lambda done, total: None)
     parse = partial(_write_lot, buckets=buckets, folder=staging, how=how)
     for done, names in enumerate(in_tasks(parse, enumerate(lots), count=len(lots), fewest=1, what="ingestion"), 1):
         pieces += [staging / name for name in names]
-        tell(f"ingest: {done} of {len(lots)} parts of the input read")
+        tell(done, len(lots) + buckets)
     write = partial(_write_bucket, pieces=pieces, out=out)
-    for found in in_tasks(write, range(buckets), count=buckets, fewest=1, what="ingestion"):
+    for done, found in enumerate(in_tasks(write, range(buckets), count=buckets, fewest=1, what="ingestion"), len(lots) + 1):
+        tell(done, len(lots) + buckets)
         yield from found
 
 

@@ -113,15 +113,17 @@ def run_ingest(run: Run, *, strict: bool = False, connect: Callable[[], object] 
         with lock_missing_artifacts(run, artifact) as missing:
             if missing:
                 named = source.name if isinstance(source, NamedConfig) else None
-                made = ingest(
-                    Source(source.path, source.layout, source.columns, source.category_column, source.split, named),
-                    artifact.begin(),
-                    shards=run.config.data.shards if name == "candidates" else 1,
-                    model=run.model,
-                    strict=strict,
-                    require_response=has_answer,
-                    connect=connect,
-                )
+                with bar(f"ingest {name} (tasks)") as show:
+                    made = ingest(
+                        Source(source.path, source.layout, source.columns, source.category_column, source.split, named),
+                        artifact.begin(),
+                        shards=run.config.data.shards if name == "candidates" else 1,
+                        model=run.model,
+                        strict=strict,
+                        require_response=has_answer,
+                        progress=show,
+                        connect=connect,
+                    )
                 artifact.finish(asdict(made))
         report = IngestReport(**artifact.manifest()["summary"])
         if strict and report.quarantined:
