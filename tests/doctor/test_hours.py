@@ -95,7 +95,7 @@ def test_hours_of_a_run_by_hand(llama: Callable[..., Config]) -> None:
     assert found["fit"] == pytest.approx(2 * load + 170 * step + directions)
     assert "ingest" not in found
     known = Pool(tuple(replace(one, cpus=32.0) for one in where.nodes))
-    assert stage_seconds(shape, config, work, known)["ingest"] == pytest.approx(2e6 * 2e-3 / 64)
+    assert stage_seconds(shape, config, work, known)["ingest"] == pytest.approx(2e6 * 2e-4 / 64)
     assert load_seconds(shape, config) == load
     iterative = llama("8b", "scoring.scorers=[pharmacist_iterative,seal]", "selection.scorer=seal", "comparison.selections=[seal]",
                       "selector.inner_lr=1e-3")  # fmt: skip

@@ -43,7 +43,7 @@ def test_a_plan_says_what_fits_why_how_long_and_what_breaks(
         "            accumulation                      4  with 1 it would take 60.4 GiB\n",
         "time     on 1x8xA100-40, ",
         "2,000,000 rows of 256 tokens, 1 × with gradients and 2 × without\n",
-        "ingest and select take CPUs, whose number is not known: 1.1 and 0.0039 CPU hours\n",
+        "ingest and select take CPUs, whose number is not known: 0.11 and 0.0039 CPU hours\n",
         "network  groups of 8 GPUs exchange over NVLink, 210 GB/s each (its speed × 0.7)\n",
         "disk     every node reads the weights when a training or a stage starts: 15.0 GiB in 0.27 minutes at 1 GB/s (assumed)\n",
         "          memory: selector.warmup is the tightest, 28.1 of 37.4 GiB\n",
