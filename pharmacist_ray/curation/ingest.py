@@ -125,7 +125,7 @@ def ingest(
         require_response: False for evaluation prompts, which may come without an answer.
         progress: Called with (tasks done, tasks in all), where there are any.
         chunk_bytes: Input bytes that are read in one go; does not change the output.
-        connect: Called before Ray is needed, for a source of more than `SMALL_BYTES`; by default it has to be initialised.
+        connect: Called before Ray is needed, for a source of more than `SMALL_BYTES`; where it is not connected, all is done here.
 
     Raises:
         DataError: The source cannot be read, has no rows or no usable rows, or ``strict`` and some are broken.

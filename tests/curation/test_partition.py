@@ -68,7 +68,7 @@ def test_the_same_rows_make_the_same_files_and_a_bucket_reads_its_own_part_alone
     whole = 0
     for bucket in range(64):
         try:
-            whole += all(one["id"].validate(full=True) is None for one in read_bucket(bucket, pieces=[file]))
+            whole += read_bucket(bucket, pieces=[file]) == read_bucket(bucket, pieces=[tmp_path / "b" / file.name])
         except (pa.ArrowException, OSError):
             continue
     assert 55 < whole < 64  # what is broken is in a few buckets only
