@@ -26,10 +26,12 @@ from pharmacist_ray.curation.scorers import parts_of
 from pharmacist_ray.curation.scorers.signals import Probe, Signals
 from pharmacist_ray.data.rows import sample_rows
 from pharmacist_ray.errors import ConfigError
+from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.sample_grads import last_layers
 from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.session import run_stages
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.storage import write_text
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.75)
@@ -80,7 +82,7 @@ def layers(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> dict[str, 
     clock = time.perf_counter if device == "cuda" else time.process_time
     times: dict[int, list[float]] = {count: [] for count in (0, *counts)}
     scores: dict[int, np.ndarray] = {}
-    torch.set_num_threads(max(1, int(config.resources.cpus_per_worker)))
+    use_cores(max(1, int(config.resources.cpus_per_worker)))
     for number in range(trial.rounds + 1):  # the first warms up
         for count in (0, *counts):
             kept = last_layers(probe.model, count) if count else set()
@@ -109,11 +111,18 @@ def layers(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def _forwards(signals: Signals) -> np.ndarray:
-    """Return the losses at each checkpoint, one after the other: the floor of what an influence costs."""
+    """Return the losses at each checkpoint, one after the other, by the model as PEFT has it: the floor of what an influence costs."""
+    losses, samples, collate = np.zeros(len(signals.rows)), signals.samples, signals.probe.renderer.collate
     for checkpoint in signals.probe.spec.checkpoints:
-        signals.probe.set_adapter(checkpoint)
-        found = signals.losses(signals.probe.model)
-    return found
+        model = signals.probe.set_adapter(checkpoint)
+
+        def take(places: list[int], model: Any = model) -> None:
+            batch = collate([samples[place] for place in places]).to(signals.probe.spec.device)
+            losses[places] = per_sample_nll(model, batch).cpu().numpy()
+
+        with torch.no_grad():
+            signals.in_batches([len(sample.ids) for sample in samples], take)
+    return losses
 
 
 def _measured(count: int, most: int, scores: dict[int, np.ndarray], times: dict[int, list[float]]) -> dict[str, Any]:

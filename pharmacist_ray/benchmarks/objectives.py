@@ -26,6 +26,7 @@ from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import console, say
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.runtime.ranks import current_ranks
 from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.tiny import tiny_llama, word_tokenizer
@@ -139,7 +140,7 @@ def show(costs: Sequence[Cost], load: Load, out: Path | None = None) -> None:
 
 
 def _take_turns(names: list[str], load: Load, parameters: Mapping[str, Any]) -> tuple[dict[str, list[float]], dict[str, float]]:
-    torch.set_num_threads(1)
+    use_cores(1)
     clock = time.perf_counter if load.device == "cuda" else time.process_time
     engine, batches, harmful = _setup(load)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -158,7 +159,7 @@ def _take_turns(names: list[str], load: Load, parameters: Mapping[str, Any]) -> 
 
 
 def _peak(name: str, load: Load, parameters: Mapping[str, Any]) -> float:
-    torch.set_num_threads(1)
+    use_cores(1)
     engine, batches, harmful = _setup(load)
     state: dict[str, torch.Tensor] = {}
     for number in range(2):

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pharmacist_ray.config.schema import LoraConfig
 from pharmacist_ray.data.render import IGNORE, Batch
+from pharmacist_ray.models.folded import folded
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.losses import per_sample_nll
@@ -134,6 +135,11 @@ def _forward(bench: Bench) -> Scores:
     return found
 
 
+def _folded(bench: Bench) -> Scores:
+    with folded(bench.model):
+        return _forward(bench)
+
+
 def _by(method: str, share: int = 1) -> Callable[[Bench], Scores]:
     """Return our scoring by a method of `influence`, of one in ``share`` layers from the last."""
 
@@ -143,8 +149,9 @@ def _by(method: str, share: int = 1) -> Callable[[Bench], Scores]:
             names = last_layers(bench.model, max(1, bench.model.config.num_hidden_layers // share))
             directions = {name: one for name, one in directions.items() if name in names}
         found = np.zeros(len(bench.rows))
-        for places, batch in bench.batches():
-            found[places] = influence(bench.model, batch, directions, method=method).dots[:, 0].double().cpu().numpy()
+        with folded(bench.model):
+            for places, batch in bench.batches():
+                found[places] = influence(bench.model, batch, directions, method=method).dots[:, 0].double().cpu().numpy()
         return found
 
     return run
@@ -258,13 +265,12 @@ def _default(bench: Bench) -> Scores:
     """Return the first-order influence, and compute beside it what else the default scorers and the baselines by loss take."""
     found, losses = np.zeros(len(bench.rows)), np.zeros((2, len(bench.rows)))
     two = {name: torch.cat([one, one]) for name, one in bench.direction.items()}  # with the simulated attack, and without
-    for places, batch in bench.batches():
-        found[places] = influence(bench.model, batch, two, norms=True).dots[:, 0].double().cpu().numpy()
-    with torch.no_grad():
-        for number, adapter in enumerate((False, True)):  # the base, and the reference: another adapter in the same slot
-            for places, batch in bench.batches():
-                with nullcontext() if adapter or not hasattr(bench.model, "disable_adapter") else bench.model.disable_adapter():
-                    losses[number, places] = per_sample_nll(bench.model, batch).double().cpu().numpy()
+    with folded(bench.model):
+        for places, batch in bench.batches():
+            found[places] = influence(bench.model, batch, two, norms=True).dots[:, 0].double().cpu().numpy()
+    with bench.model.disable_adapter() if hasattr(bench.model, "disable_adapter") else nullcontext():
+        losses[0] = _forward(bench)
+    losses[1] = _folded(bench)  # the reference: another adapter in the same slot
     return found
 
 
@@ -296,6 +302,7 @@ def _seal(bench: Bench) -> Scores:
 
 METHODS: dict[str, Method] = {
     "forward": Method(_forward, "the loss of every row, and nothing else: the floor"),
+    "forward, folded": Method(_folded, "the same with the adapter folded into the weights, as ours has it"),
     "hooks": Method(_by("hooks"), "ours: per-sample gradients of one matrix at a time, by hooks"),
     "ghost": Method(_by("ghost"), "ours: products without per-sample gradients"),
     "last layers": Method(_by("hooks", LAST), f"ours by hooks, the last layers alone, one in {LAST}"),

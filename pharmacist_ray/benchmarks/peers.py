@@ -25,6 +25,7 @@ from rich.table import Table
 from pharmacist_ray.benchmarks.peer_methods import METHODS, SHAPES, Load, Scores, make
 from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.pipeline.console import console, escaped, say
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.runtime.usage import peak_bytes
 from pharmacist_ray.storage import write_text
 
@@ -120,7 +121,7 @@ def show(found: Sequence[dict[str, Any]], out: Path | None = None) -> None:
 
 
 def _take_turns(names: list[str], load: Load) -> tuple[dict[str, list[float]], dict[str, Scores], dict[str, int], int]:
-    torch.set_num_threads(1)
+    use_cores(1)
     clock = time.perf_counter if load.device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in names}
     scores: dict[str, Scores] = {}
@@ -142,7 +143,7 @@ def _take_turns(names: list[str], load: Load) -> tuple[dict[str, list[float]], d
 
 
 def _peak(name: str, load: Load) -> int:
-    torch.set_num_threads(1)
+    use_cores(1)
     with tempfile.TemporaryDirectory() as folder:
         METHODS[name].run(make(load, Path(folder)))
     return peak_bytes()

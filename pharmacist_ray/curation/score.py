@@ -21,7 +21,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from pharmacist_ray.config.schema import ResourcesConfig, ScoringConfig, SelectorConfig
 from pharmacist_ray.curation.calibrate import calibration_columns
@@ -37,6 +36,7 @@ from pharmacist_ray.errors import ArtifactError, ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.plugins import blaming
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.runtime.imports import importing
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
@@ -252,7 +252,7 @@ class ShardScorer:
             trusted: The trusted rows, for scorers that read them as text.
             group: This worker's place in the group that holds the model together and scores the same shards; None: it is alone.
         """
-        torch.set_num_threads(threads)
+        use_cores(threads)
         self.group = group
         self.scoring = scoring
         self.selector = selector

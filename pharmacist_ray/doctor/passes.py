@@ -64,6 +64,8 @@ def score_memory(shape: Shape, config: Config, group: int | None = None) -> list
         Item("adapters of the selector", ((adapters, "adapters"), *_adapter(shape))),
         Item("directions", (*directions, *_adapter(shape))),
     ]
+    if adapters and setup.dtype == "float32" and not setup.quantization and setup.zero != 3:  # see `models.folded`
+        items.append(Item("weights with an adapter folded in", ((shape.adapted_weights, "weights"), (4, "B"))))
     if points and scoring.method != "difference":
         working = influence_memory(shape, setup, scoring.method)
     else:

@@ -46,6 +46,8 @@ class Shape:
     attention's output is counted with them, because attention keeps it anyway)."""
     adapter: int
     """The LoRA adapter."""
+    adapted_weights: int
+    """Weights beside which it lies."""
     adapted: float
     """Adapted modules of a decoder layer, on average."""
     adapted_inputs: float
@@ -91,7 +93,8 @@ def shape_of(model: ModelConfig, first: int | None = None) -> Shape:
     linears = [(name, _width(module)) for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)]
     with torch.device("meta"):
         with_lora = add_lora(base, model.lora, seed=0)
-    adapted = [(name, _width(module.base_layer)) for name, module in with_lora.named_modules() if hasattr(module, "lora_A")]
+    bases = {name: module.base_layer for name, module in with_lora.named_modules() if hasattr(module, "lora_A")}
+    adapted = [(name, _width(module)) for name, module in bases.items()]
     return Shape(
         parameters=sum(sizes),
         linear=linear,
@@ -108,6 +111,7 @@ def shape_of(model: ModelConfig, first: int | None = None) -> Shape:
         vocabulary=head.shape[0],
         inputs=_distinct(linears),
         adapter=sum(parameter.numel() for parameter in with_lora.parameters() if parameter.requires_grad),
+        adapted_weights=sum(module.weight.numel() for module in bases.values()),
         adapted=len(adapted) / len(layers),
         adapted_inputs=sum(width for _, width in adapted) / len(layers),
         adapted_distinct=_distinct(adapted) / len(layers),

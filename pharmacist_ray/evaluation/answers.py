@@ -32,6 +32,7 @@ from pharmacist_ray.models.budget import TokenBudget
 from pharmacist_ray.models.generate import generate, without_thoughts
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.runtime.usage import Usage, put_together
 from pharmacist_ray.storage import StoragePath, json_of, local_copy, storage_path, write_parquet
@@ -180,7 +181,7 @@ class Answerer:
             group: This worker's place among those who hold the model together and answer the same units; None: it is alone. The first one
                 judges.
         """
-        torch.set_num_threads(spec.threads)
+        use_cores(spec.threads)
         self.spec = spec
         self.groups = groups
         self.model: tuple[ModelRef, Any, Renderer, torch.Tensor | None] | None = None

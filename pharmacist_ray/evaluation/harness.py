@@ -12,13 +12,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from pharmacist_ray.config.evaluation import HarnessConfig
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import ConfigError, DataError
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.runtime.actors import on_actors
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.storage import StoragePath, local_copy, storage_path, write_text
 
 RETRIES = 3
@@ -90,7 +89,7 @@ class Measurer:
             device: Where models go.
             threads: CPU threads of a model.
         """
-        torch.set_num_threads(threads)
+        use_cores(threads)
         self.settings, self.models, self.device = settings, models, device
         self.tasks = _manager(settings)  # which reads thousands of small files
 

@@ -21,6 +21,7 @@ from pharmacist_ray.models.load import load_tokenizer
 from pharmacist_ray.models.ref import ModelRef
 from pharmacist_ray.pipeline.console import escaped, say
 from pharmacist_ray.pipeline.run import Run
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.storage import write_text
 from pharmacist_ray.testbed.plant import read_pairs, write_jsonl
 
@@ -124,7 +125,7 @@ def _say_time(config: Config, sets: dict[str, list[Sample]]) -> None:
     device = "cuda" if config.resources.gpus_per_worker else "cpu"
     ref = ModelRef(config.model.path, max_length=config.model.max_length)
     if device == "cpu":
-        torch.set_num_threads(int(config.resources.cpus_per_worker))
+        use_cores(int(config.resources.cpus_per_worker))
     pace, variants = pace_of(ref, config, device), len(Run(config).variants)
     counts = {name: len(rows) for name, rows in sets.items()}
     stages = reckon(config, counts, lengths_of(ref, sets), variants, pace)

@@ -17,8 +17,12 @@ from torch import nn
 
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ModelError
+from pharmacist_ray.models.folded import at_factor, factors_of
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.taps import decoder_layers
+
+Owner = tuple[nn.Module, str]
+"""A module, and what it calls a parameter of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class Part:
         if self.attribute == "bias":
             return g.flatten(1, -2).sum(1)
         if isinstance(self.module, nn.Linear):
-            return torch.einsum("bto,bti->boi", g.flatten(1, -2), x.float().flatten(1, -2))
+            return torch.bmm(g.flatten(1, -2).transpose(1, 2), x.float().flatten(1, -2))
         if isinstance(self.module, nn.Embedding):
             g = _unpadded(self.module, x, g)
             vocabulary = self.module.num_embeddings
@@ -66,7 +70,7 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
     The graph begins at the first of the parameters' modules: what lies below it is not differentiated, nor what lies beside it.
 
     Args:
-        model: A causal language model whose parameters are all frozen.
+        model: A causal language model whose parameters are all frozen; its adapter may be `folded` in.
         batch: Right-padded batch.
         names: The parameters to observe; linear, embedding and norm weights and biases.
         use: Called once per parameter, during the backward pass, with its parts: one, or as many as a tied weight has uses.
@@ -82,17 +86,17 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
     forward = True
     start = torch.zeros((), requires_grad=True)  # of every tap: what has one behind it is in the graph
 
-    def watch(module: nn.Module, watched: dict[str, str]) -> Callable[..., torch.Tensor]:
+    def watch(site: nn.Module, watched: dict[str, Owner]) -> Callable[..., torch.Tensor]:
         def receive(x: torch.Tensor, grad: torch.Tensor) -> None:
-            for name, attribute in watched.items():
-                parts[name].append(Part(module, attribute, x, grad))
+            for name, (module, attribute) in watched.items():
+                parts[name].append(Part(module, attribute, *((x, grad) if module is site else at_factor(site, module, x, grad))))
                 pending[name] -= 1
                 if not pending[name]:
                     use(name, parts.pop(name))
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
-            if len(x) != len(batch) or x.dim() < 2 + (not isinstance(module, nn.Embedding)):
+            if len(x) != len(batch) or x.dim() < 2 + (not isinstance(site, nn.Embedding)):
                 where = next(iter(watched))
                 raise ModelError(f"{where}: its module's input {tuple(x.shape)} is not (samples, tokens, …); use 'difference'")
             if forward:  # and not when checkpointing repeats it
@@ -104,8 +108,8 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
 
     handles = []
     try:
-        for module, watched in _sites(model, names).items():
-            handles.append(module.register_forward_hook(watch(module, watched), with_kwargs=True))
+        for site, watched in _sites(model, names).items():
+            handles.append(site.register_forward_hook(watch(site, watched), with_kwargs=True))
         with torch.enable_grad():
             losses = per_sample_nll(model, batch)
             forward = False
@@ -154,18 +158,22 @@ class _Tap(torch.autograd.Function):
         return grad, torch.zeros(()), None, None
 
 
-def _sites(model: Any, names: Collection[str]) -> dict[nn.Module, dict[str, str]]:
-    """Return, for every module that owns a named parameter, {name: what the module calls it}; tied weights have two."""
+def _sites(model: Any, names: Collection[str]) -> dict[nn.Module, dict[str, Owner]]:
+    """Return the modules to tap, each with {name: whose parameter it is}: their owners, or of factors that are folded in the layer.
+
+    A tied weight has two.
+    """
     known = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(known[name]): name for name in names}
-    sites: dict[nn.Module, dict[str, str]] = {}
+    layers = {factor: layer for layer in model.modules() for factor in factors_of(layer)}
+    sites: defaultdict[nn.Module, dict[str, Owner]] = defaultdict(dict)
     for module in model.modules():
         owned = {wanted[id(param)]: key for key, param in module.named_parameters(recurse=False) if id(param) in wanted}
         if owned and not (_covered(module) and set(owned.values()) <= {"weight", "bias"}):
             kind = type(module).__name__
             raise ModelError(f"no per-sample gradient for {next(iter(owned))} (a parameter of {kind}); use method 'difference'")
         if owned:
-            sites[module] = owned
+            sites[layers.get(module, module)] |= {name: (module, key) for name, key in owned.items()}
     return sites
 
 

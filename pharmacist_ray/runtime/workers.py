@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-import torch
 from ray import cloudpickle
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
@@ -18,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from pharmacist_ray.config.schema import ResourcesConfig
 from pharmacist_ray.errors import PharmacistError, ResourceError, TrainingError
 from pharmacist_ray.runtime.actors import check_room, per_worker
+from pharmacist_ray.runtime.cores import use_cores
 from pharmacist_ray.runtime.group_store import GroupStore
 from pharmacist_ray.runtime.network import GroupConfig
 from pharmacist_ray.runtime.ranks import Ranks, current_ranks, stay_on_cpu
@@ -59,7 +59,7 @@ def run_on_workers(work: Work, payload: Any, *, name: str, storage: StoragePath,
     threads = max(1, int(resources.cpus_per_worker))
     if not resources.workers:
         stay_on_cpu()
-        torch.set_num_threads(threads)
+        use_cores(threads)
         with disk_full_errors(storage):
             return work(payload, current_ranks())
     needed = per_worker(resources)
@@ -134,7 +134,7 @@ def _on_worker(config: dict[str, Any]) -> tuple[Any, PharmacistError | None]:
     if config["on_cpu"]:
         stay_on_cpu()  # before DeepSpeed is imported with what is unpickled
     work, payload, threads, store = pickle.loads(config["pickled"])  # noqa: S301 - our own
-    torch.set_num_threads(threads)
+    use_cores(threads)
     gc.freeze()  # the libraries are here to stay: DeepSpeed and we collect after every model, which would walk through them each time
     ranks = replace(current_ranks(), set_status=store.set_status)
     error = store.error()  # of a group before this one

@@ -21,6 +21,7 @@ from pharmacist_ray.doctor.estimate import RESERVE, Item, total
 from pharmacist_ray.doctor.passes import answer_memory, fit_memory, pass_memory, score_memory
 from pharmacist_ray.doctor.passes import pass_setup as setup_of_pass
 from pharmacist_ray.doctor.shape import Shape, shape_of
+from pharmacist_ray.models.folded import folded
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.load import add_lora
 from pharmacist_ray.models.losses import per_sample_nll
@@ -113,7 +114,7 @@ def test_the_peak_of_directions_and_of_scoring_is_what_is_said(dtype: str, check
     directions = {name: torch.stack([v, v]) for name, v in zip(point.parameters, plain, strict=True)}
     batch = collate(samples)
     alive = Alive(model)
-    with alive:
+    with alive, folded(model):
         influence(model, batch, directions)
     held = size(model.parameters()) + size(point.parameters.values()) + size(directions.values())
     assert total(score_memory(shape, config)) == pytest.approx(held + alive.peak, rel=0.15)

@@ -10,6 +10,7 @@ from torch import nn
 
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ConfigError, ModelError
+from pharmacist_ray.models.folded import folded
 from pharmacist_ray.models.influence import METHODS, influence, loop_influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.sample_grads import last_layers
@@ -315,3 +316,29 @@ def test_wrong_methods_are_refused(tiny: Any, batch_of: Any) -> None:
         influence(model, batch_of(2), directions_for(model), method="hook")
     with pytest.raises(ConfigError, match="'ghost' forms no per-sample gradient"):
         influence(model, batch_of(2), directions_for(model), method="ghost", norms=True)
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_folded_adapter_has_the_same_influences(tiny: Any, batch_of: Any, method: str, checkpointing: bool) -> None:
+    model = lora(tiny(), use_rslora=True)
+    batch, directions = batch_of(5), directions_for(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = loop_influence(model, batch, directions)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with folded(model):
+        got = influence(model, batch, directions, method=method, norms=method == "hooks")
+        loss = per_sample_nll(model, batch)
+    assert not calls, "a layer was not folded"
+    assert relative(got.dots, want.dots) < 1e-5
+    torch.testing.assert_close(loss, want.losses, rtol=1e-5, atol=0)
+    if got.grad_norms is not None:
+        assert relative(got.grad_norms, want.grad_norms) < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    per_sample_nll(model, batch)
+    assert calls, "a layer stayed folded"

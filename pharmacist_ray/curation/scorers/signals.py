@@ -24,6 +24,7 @@ from pharmacist_ray.data.render import IGNORE, Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
+from pharmacist_ray.models.folded import folded
 from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import enable_checkpointing
@@ -276,7 +277,8 @@ class Signals:
                 dots[rows] += values[: len(rows)]
                 norms[rows] += length[: len(rows)] / len(spec.checkpoints)
 
-            self._in_batches(self.samples, add)
+            with folded(model) if spec.method != "difference" else nullcontext():  # which moves the factors themselves
+                self._in_batches(self.samples, add)
         return self.probe.of_all(dots), self.probe.of_all(norms)
 
     def states(self, layer: int | None = None, *, of_prompt: bool = False) -> np.ndarray:
@@ -355,7 +357,7 @@ class Signals:
         def take(rows: list[int], batch: Batch) -> None:
             losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()[: len(rows)]
 
-        with torch.no_grad():
+        with torch.no_grad(), folded(model):
             self._in_batches(samples, take)
         return self.probe.of_all(losses)
 
