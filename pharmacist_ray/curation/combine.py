@@ -16,13 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pharmacist_ray.data.schema import uniform
 from pharmacist_ray.runtime.tasks import in_tasks
 
 SAMPLE = 1 << 20
 """Rows among which ranks are taken: 8 MB a score (ours)."""
-
-_SEED = 2_654_435_761
 
 Read = Callable[[Any], pa.Table]
 """Reads the id and the score columns of a part, such as a shard's file."""
@@ -143,7 +140,10 @@ def _among_first(
     table = read(part)
     values = np.stack([_floats(table, name) for name in names])
     known = ~np.isnan(values.sum(axis=0))
-    order = np.array([uniform(id, _SEED) for id in table.column("id").filter(pa.array(known)).to_pylist()], np.float64)
+    digits = "".join(
+        id[16:] for id in table.column("id").filter(pa.array(known)).to_pylist()
+    )  # the half that says nothing of the shard
+    order = np.frombuffer(bytes.fromhex(digits), ">u8") / 2.0**64
     early = order <= last
     return order[early], values[:, known][:, early]
 
@@ -156,8 +156,13 @@ def rank_among(known: NDArray[np.float64], values: NDArray[np.float64]) -> NDArr
         values: The values to rank, (n,).
     """
     order = np.argsort(values)  # in their order, values are looked up next to each other, and what is read stays in the cache
+    ordered = values[order]
+    below = np.searchsorted(known, ordered)
+    upto = below.copy()
+    there = np.flatnonzero(known[np.minimum(below, len(known) - 1)] == ordered) if len(known) else below[:0]
+    upto[there] = np.searchsorted(known, ordered[there], "right")
     found = np.empty(len(values))
-    found[order] = sum(np.searchsorted(known, values[order], side) for side in ("left", "right")) / (2 * max(1, len(known)))
+    found[order] = (below + upto) / (2 * max(1, len(known)))
     return np.where(np.isnan(values), np.nan, found)
 
 

@@ -17,7 +17,7 @@ from pharmacist_ray.curation.combine import SAMPLE, BestRank, RankSum, best_rank
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.data.schema import uniform
 from pharmacist_ray.errors import ArtifactError, unknown_name
-from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, row_count
+from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, row_count, write_parquet
 
 Blend = RankSum | BestRank | Calibrated
 
@@ -46,14 +46,22 @@ class Ranking:
     """How several score columns make one; None where a column is the score."""
     partial: bool = False
     """Whether a cascade made the scores: most rows without one were never seen by the model."""
+    kept: StoragePath | None = None
+    """A folder for what the blend makes of each file, which is then made once for all passes; None: it is made in each."""
 
     def scores(self, file: StoragePath) -> pa.Table:
         """Return the ids of a score file and the scores as float64: NaN and null are not scored."""
         if self.blend is None:
             table = read_table(file, columns=["id", self.scorer])
             return pa.table({"id": table["id"], "score": table[self.scorer].cast(pa.float64())})
+        kept = self.kept / file.name if self.kept is not None else None
+        if kept is not None and kept.exists():
+            return read_table(kept)
         table = read_table(file, columns=["id", *self.blend.columns])
-        return pa.table({"id": table["id"], "score": pa.array(self.blend.of(table))})
+        made = pa.table({"id": table["id"], "score": pa.array(self.blend.of(table))})
+        if kept is not None:
+            write_parquet(made, kept)
+        return made
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +25,8 @@ from pharmacist_ray.curation.near_duplicates import within_quota
 from pharmacist_ray.curation.scored import Ranking, Scored, Shard, find_shards, read_scored
 from pharmacist_ray.curation.topk import NONE, Answer, Query, answer, kth_keys, threshold_key
 from pharmacist_ray.errors import ConfigError, DataError
-from pharmacist_ray.runtime.tasks import in_tasks
-from pharmacist_ray.storage import StoragePath, disk_full_errors
+from pharmacist_ray.runtime.tasks import MANY, in_tasks
+from pharmacist_ray.storage import StoragePath, disk_full_errors, remove_tree
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ class _Cuts:
         return np.asarray((rows.keys <= np.bytes_(self.fill)) | (rows.keys <= own))
 
 
-def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iterator[pa.Table]:
+def select_ids(
+    scores: StoragePath, candidates: StoragePath, rule: Rule, *, scratch: StoragePath | None = None
+) -> Iterator[pa.Table]:
     """Yield the kept rows as one table (id, score) per shard, sorted by id.
 
     Args:
@@ -137,16 +140,17 @@ def select_ids(scores: StoragePath, candidates: StoragePath, rule: Rule) -> Iter
             scored and never kept.
         candidates: Folder with the candidates, one ``rows/part-*.parquet`` per shard, sorted by id.
         rule: What to keep.
+        scratch: A folder that is not there, for what several scores make of a row; see `write_selection`. None: it is made in each pass.
 
     Raises:
         ConfigError: Unknown scorer.
         DataError: The rule keeps nothing, asks for more rows than were scored, or names a category that no row has.
         ArtifactError: A folder or shard is missing, or the scores are those of other candidates.
     """
-    shards, ranking = _open(scores, candidates, rule)
-    cuts = _find_cuts(shards, ranking, rule, _take_census(shards, ranking, rule))
-    for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards, count=len(shards)):
-        yield table.select(["id", "score"])
+    with _opened(scores, candidates, rule, scratch=scratch) as (shards, ranking):
+        cuts = _find_cuts(shards, ranking, rule, _take_census(shards, ranking, rule))
+        for _, table in in_tasks(partial(_kept, ranking=ranking, cuts=cuts), shards, count=len(shards)):
+            yield table.select(["id", "score"])
 
 
 def write_selection(
@@ -161,7 +165,8 @@ def write_selection(
 ) -> SelectionReport:
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
-    The folder appears complete or not at all, and replaces an earlier selection of the same name.
+    The folder appears complete or not at all, and replaces an earlier selection of the same name. Of a million rows and more what several
+    scores make of each is kept beside it until then, 40 bytes a row.
 
     Args:
         candidates: See `select_ids`.
@@ -179,9 +184,6 @@ def write_selection(
         ResourceError: The disk is full.
         ArtifactError: Inputs are missing or do not belong together, or ``out`` is something else than a selection.
     """
-    shards, ranking = _open(scores, candidates, rule, planted)
-    census = _take_census(shards, ranking, rule)
-    keep = partial(_kept, ranking=ranking, cuts=_find_cuts(shards, ranking, rule, census))
     reports: list[SelectionReport] = []
 
     def facts(parts: Sequence[Part]) -> dict[str, Any]:
@@ -198,20 +200,37 @@ def write_selection(
             found["calibration"] = ranking.blend.facts(kept / (census.candidates if ranking.partial else census.scored))
         return found
 
-    with disk_full_errors(out), taking_its_place(out) as folder:
-        write_curated(folder, shards, keep, facts=facts, provenance=provenance, jsonl=jsonl)
+    with disk_full_errors(out), _opened(scores, candidates, rule, planted, out.with_name(f".{out.name}.scores")) as opened:
+        shards, ranking = opened
+        census = _take_census(shards, ranking, rule)
+        keep = partial(_kept, ranking=ranking, cuts=_find_cuts(shards, ranking, rule, census))
+        with taking_its_place(out) as folder:
+            write_curated(folder, shards, keep, facts=facts, provenance=provenance, jsonl=jsonl)
     return reports[0]
 
 
-def _open(
-    scores: StoragePath, candidates: StoragePath, rule: Rule, planted: PlantedScores | None = None
-) -> tuple[list[Shard], Ranking]:
+@contextmanager
+def _opened(
+    scores: StoragePath,
+    candidates: StoragePath,
+    rule: Rule,
+    planted: PlantedScores | None = None,
+    scratch: StoragePath | None = None,
+) -> Iterator[tuple[list[Shard], Ranking]]:
     shards, ranking = find_shards(
         scores, candidates, rule.scorer, descending=rule.descending, weights=rule.weights, planted=planted, turns=rule.turns
     )
-    if rule.near_duplicates is not None:
-        shards = within_quota(shards, ranking, rule.near_duplicates)
-    return shards, ranking
+    if scratch is not None and ranking.blend is not None and len(shards) >= MANY:
+        remove_tree(scratch)  # of a process that was killed
+        scratch.mkdir(parents=True)
+        ranking = replace(ranking, kept=scratch)
+    try:
+        if rule.near_duplicates is not None:
+            shards = within_quota(shards, ranking, rule.near_duplicates)
+        yield shards, ranking
+    finally:
+        if ranking.kept is not None:
+            remove_tree(ranking.kept)
 
 
 def _left_out(shards: list[Shard]) -> int:

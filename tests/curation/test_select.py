@@ -375,7 +375,10 @@ def test_tasks_of_ray_leave_the_same_bytes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     monkeypatch.setattr(curated, "_FILE_BYTES", 1500)
     monkeypatch.setattr("pharmacist_ray.runtime.tasks.in_tasks.__kwdefaults__", {"fewest": 2, "what": "selection"})
+    monkeypatch.setattr("pharmacist_ray.curation.select.MANY", 2)  # so that sums of ranks are kept between passes
+    before = set(tmp_path.iterdir())
     assert made(tmp_path / "tasks") == here
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "tasks"}
     assert sum(str(file).startswith("data/") for file in here) > 2
     assert not any(str(file).startswith("lines") for file in here)
 
