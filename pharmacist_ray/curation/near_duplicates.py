@@ -6,8 +6,9 @@ any of the four in 99 of 100 cases for J = 0.9, in 23 for J = 0.5 and in 3 for J
 a row that is not among the best of each of its groups is left out. No two rows are compared with each other, and the result is a
 function of texts, scores and ids.
 
-Signatures are found once: they are kept beside the rows, for other selections. On the way to their groups they go to a temporary folder,
-224 bytes a row, in parts that fit into memory. In memory are a few shards or parts, and a bit a row.
+Signatures are found once: they are kept beside the rows, for other selections. On the way to their groups they go through files, 240 bytes
+a row, as rows do on the way to their shards (see `partition`), in parts that fit into memory. In memory are a few shards or parts, and a
+bit a row.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +29,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pharmacist_ray.curation.partition import PIECE_BYTES, buckets_of, read_bucket, write_pieces
 from pharmacist_ray.curation.scored import Ranking, Shard, read_scored
 from pharmacist_ray.runtime.tasks import in_tasks
-from pharmacist_ray.storage import StoragePath, disk_full_errors, opened_parquet, read_table, row_count, write_parquet
+from pharmacist_ray.storage import (
+    StoragePath,
+    disk_full_errors,
+    opened_parquet,
+    read_table,
+    remove_tree,
+    row_count,
+    write_parquet,
+)
 
 BANDS = 4
 """Signatures of a row (ours)."""
@@ -47,33 +59,42 @@ PART = 1 << 20
 
 _WORDS = re.compile(r"\w+")
 _BATCH = 1024  # rows
-_FEW = 8  # parts from which on it is worth the start of workers
-_RECORD = np.dtype([("group", "<u8"), ("key", "S40"), ("shard", "<u4"), ("row", "<u4")])
+_KEY = 40  # bytes, as `topk` has them
+_RECORD_BYTES = 4 + 8 + _KEY + 4 + 4
 
 
-def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int) -> list[Shard]:
+def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int, scratch: StoragePath | None = None) -> list[Shard]:
     """Return the shards with the rows marked that are left out.
 
     Args:
         shards: All shards.
         ranking: Says which rows of a group are the best; ties are broken by id.
         most: At most so many rows of a group stay.
+        scratch: A folder for files on the way, where Ray's tasks reach it; it is removed. None: this process does it all.
 
     Raises:
         ResourceError: The disk is full.
     """
     left_out: list[NDArray[np.uint8]] = []  # a bit a row
-    with tempfile.TemporaryDirectory() as place, disk_full_errors(Path(place)):
-        parts = max(1, math.ceil(sum(row_count(shard.rows) for shard in shards) * BANDS / PART))
-        for records in in_tasks(partial(_signed, ranking=ranking), enumerate(shards), count=len(shards)):
-            left_out.append(np.zeros(-(-len(records) // BANDS // 8), np.uint8))
-            _spill(records, Path(place), parts)
-        files = sorted(Path(place).iterdir())
-        parts_of = (np.fromfile(file, _RECORD) for file in files)
-        for beyond in in_tasks(partial(_beyond, most=most), parts_of, count=len(files), fewest=_FEW):
-            for number in np.unique(beyond["shard"]):
-                row = beyond["row"][beyond["shard"] == number]
-                np.bitwise_or.at(left_out[number], row >> 3, (128 >> (row & 7)).astype(np.uint8))
+    rows = sum(row_count(shard.rows) for shard in shards)
+    parts = max(1, math.ceil(rows * BANDS / PART))
+    lots = np.array_split(np.arange(len(shards)), min(len(shards), max(1, rows * BANDS * _RECORD_BYTES // PIECE_BYTES)))
+    with tempfile.TemporaryDirectory() if scratch is None else nullcontext(scratch) as place:
+        folder = Path(place) if isinstance(place, str) else place
+        tasks = partial(in_tasks, fewest=sys.maxsize if scratch is None else 1, what="the search for near-duplicates")
+        pieces: list[StoragePath] = []
+        with disk_full_errors(folder):
+            write = partial(_write_lot, shards=list(shards), ranking=ranking, parts=parts, folder=folder)
+            for names, counts in tasks(write, lots, count=len(lots)):
+                pieces += [folder / name for name in names]
+                left_out += [np.zeros(-(-count // 8), np.uint8) for count in counts]
+            buckets = range(buckets_of(parts))
+            for beyond in tasks(partial(_beyond_in, pieces=pieces, most=most), buckets, count=len(buckets)):
+                for number in np.unique(beyond[0]):
+                    row = beyond[1][beyond[0] == number]
+                    np.bitwise_or.at(left_out[number], row >> 3, (128 >> (row & 7)).astype(np.uint8))
+    if scratch is not None:
+        remove_tree(scratch)
     return [replace(shard, left_out=bits) for shard, bits in zip(shards, left_out, strict=True)]
 
 
@@ -127,33 +148,51 @@ def _texts(rows: StoragePath) -> Iterator[str]:
             yield from map("\n".join, zip(*(batch[name].to_pylist() for name in ("prompt", "input", "response")), strict=True))
 
 
-def _signed(numbered: tuple[int, Shard], *, ranking: Ranking) -> NDArray[np.void]:
-    """Return a record for each signature of each of a shard's scored rows."""
-    number, shard = numbered
+def _write_lot(
+    lot: NDArray[np.int64], *, shards: Sequence[Shard], ranking: Ranking, parts: int, folder: StoragePath
+) -> tuple[list[str], list[int]]:
+    """Write the records of some shards' scored rows as pieces; return their names, and the number of rows of each shard."""
+    counts: list[int] = []
+
+    def signed() -> Iterator[pa.Table]:
+        for number in lot:
+            table = _signed(int(number), shards[number], ranking, parts)
+            counts.append(len(table) // BANDS)
+            yield table
+
+    return write_pieces(signed(), parts, buckets_of(parts), folder, f"{lot[0]:06d}"), counts
+
+
+def _signed(number: int, shard: Shard, ranking: Ranking, parts: int) -> pa.Table:
+    """Return a record for each signature of each of a shard's scored rows; what `partition` calls a shard is the part that it goes to."""
     rows = read_scored(shard, ranking)[1]
     ids, found = signatures_of(shard.rows)
     if len(rows.ids) < len(ids):
         found = found[pc.index_in(rows.ids, value_set=ids).to_numpy()]
-    records = np.empty(found.size, _RECORD)
-    records["group"] = found.ravel()
-    records["key"] = np.repeat(rows.keys, BANDS)
-    records["shard"] = number
-    records["row"] = np.repeat(np.arange(len(found)), BANDS)
-    return records
+    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_KEY), found.size, [None, pa.py_buffer(np.repeat(rows.keys, BANDS))])
+    return pa.table(
+        {
+            "shard": pa.array((found.ravel() % np.uint64(parts)).astype(np.int32)),
+            "group": pa.array(found.ravel()),
+            "key": keys,
+            "of": pa.array(np.full(found.size, number, np.int32)),
+            "row": pa.array(np.repeat(np.arange(len(found), dtype=np.int32), BANDS)),
+        }
+    )
 
 
-def _spill(records: NDArray[np.void], place: Path, parts: int) -> None:
-    """Write signatures to the parts that they belong to."""
-    part = records["group"] % np.uint64(parts)
-    for number in np.unique(part):
-        with (place / f"{int(number):06d}").open("ab") as file:
-            records[part == number].tofile(file)
+def _beyond_in(bucket: int, *, pieces: Sequence[StoragePath], most: int) -> NDArray[np.int32]:
+    """Return shards and rows, (2, n) with repeats, of all of a bucket that are not among the best of their group."""
+    found = [_beyond(table, most) for table in read_bucket(bucket, pieces=pieces)]
+    return np.concatenate(found, axis=1) if found else np.empty((2, 0), np.int32)
 
 
-def _beyond(records: NDArray[np.void], *, most: int) -> NDArray[np.void]:
-    """Return the shard and row, with repeats, of all that are not among the best of their group."""
-    _, which, counts = np.unique(records["group"], return_inverse=True, return_counts=True)
-    records, which = records[counts[which] > most], which[counts[which] > most]
-    order = np.lexsort((records["key"], which))
+def _beyond(table: pa.Table, most: int) -> NDArray[np.int32]:
+    _, which, counts = np.unique(table["group"].to_numpy(), return_inverse=True, return_counts=True)
+    many = np.flatnonzero(counts[which] > most)
+    table, which = table.take(pa.array(many)).combine_chunks(), which[many]
+    keys = table["key"].combine_chunks()
+    order = np.lexsort((np.frombuffer(keys.buffers()[1], f"S{_KEY}")[keys.offset :][: len(keys)], which))
     first = np.searchsorted(which[order], which[order], "left")
-    return np.asarray(records[["shard", "row"]][order[np.arange(len(order)) - first >= most]])
+    beyond = order[np.arange(len(order)) - first >= most]
+    return np.stack([table[name].to_numpy()[beyond] for name in ("of", "row")])

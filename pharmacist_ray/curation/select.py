@@ -140,7 +140,8 @@ def select_ids(
             scored and never kept.
         candidates: Folder with the candidates, one ``rows/part-*.parquet`` per shard, sorted by id.
         rule: What to keep.
-        scratch: A folder that is not there, for what several scores make of a row; see `write_selection`. None: it is made in each pass.
+        scratch: A folder that is not there, for files that are needed no longer afterwards; see `write_selection`. None: what several
+            scores make of a row is made in each pass, and near-duplicates are looked for by this process.
 
     Raises:
         ConfigError: Unknown scorer.
@@ -166,7 +167,7 @@ def write_selection(
     """Write the kept rows as a folder that ``datasets.load_dataset`` reads; `write_curated` tells its layout.
 
     The folder appears complete or not at all, and replaces an earlier selection of the same name. Of a million rows and more what several
-    scores make of each is kept beside it until then, 40 bytes a row.
+    scores make of each is kept beside it until then, 40 bytes a row, and signatures of near-duplicates, 240.
 
     Args:
         candidates: See `select_ids`.
@@ -200,7 +201,7 @@ def write_selection(
             found["calibration"] = ranking.blend.facts(kept / (census.candidates if ranking.partial else census.scored))
         return found
 
-    with disk_full_errors(out), _opened(scores, candidates, rule, planted, out.with_name(f".{out.name}.scores")) as opened:
+    with disk_full_errors(out), _opened(scores, candidates, rule, planted, out.with_name(f".{out.name}.scratch")) as opened:
         shards, ranking = opened
         census = _take_census(shards, ranking, rule)
         keep = partial(_kept, ranking=ranking, cuts=_find_cuts(shards, ranking, rule, census))
@@ -220,17 +221,19 @@ def _opened(
     shards, ranking = find_shards(
         scores, candidates, rule.scorer, descending=rule.descending, weights=rule.weights, planted=planted, turns=rule.turns
     )
-    if scratch is not None and ranking.blend is not None and len(shards) >= MANY:
+    if len(shards) < MANY:
+        scratch = None
+    if scratch is not None:
         remove_tree(scratch)  # of a process that was killed
-        scratch.mkdir(parents=True)
-        ranking = replace(ranking, kept=scratch)
+        if ranking.blend is not None:
+            ranking = replace(ranking, kept=scratch / "scores")
     try:
         if rule.near_duplicates is not None:
-            shards = within_quota(shards, ranking, rule.near_duplicates)
+            shards = within_quota(shards, ranking, rule.near_duplicates, scratch and scratch / "near-duplicates")
         yield shards, ranking
     finally:
-        if ranking.kept is not None:
-            remove_tree(ranking.kept)
+        if scratch is not None:
+            remove_tree(scratch)
 
 
 def _left_out(shards: list[Shard]) -> int:

@@ -15,8 +15,6 @@ from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.doctor.workload import Work
 from pharmacist_ray.pipeline.run import Run
 
-SIGNED = 1e8
-"""Candidates whose signatures, 22 GB, one driver should not have to write and read (ours, see docs/growth.md)."""
 LONG_H = 24.0
 """Hours of a stage after which an interruption is to be expected (ours)."""
 
@@ -125,5 +123,3 @@ def frailties(run: Run, layout: Layout, shape: Shape, work: Work, room: float) -
             )
     if {*LEARNT} & {*run.parts} and work.rows > MAX_LEARNT:
         yield f"fit: a logit for each of {work.rows:,.0f} candidates, and at most {MAX_LEARNT:,} are learnt; take the one_shot scorers"
-    if config.selection.near_duplicates and work.rows > SIGNED:
-        yield "select: the signatures of near-duplicates, 224 bytes a row, go through the driver's disk"

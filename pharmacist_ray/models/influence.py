@@ -8,8 +8,8 @@ Three ways to the same number:
                  For full weights, whose per-sample gradients would fill the memory.
     difference   (l_i(θ + εv̂) − l_i(θ − εv̂)) / 2ε · ‖v‖ from two forwards per direction. Least memory, works for any parameter.
 
-The first two never build a weight's gradient: every parameter is frozen, and autograd runs back to a scalar zero that is added to
-the embedding's output; see `sample_grads`.
+The first two never build a weight's gradient: every parameter is frozen, and autograd runs back to the first module that has one of
+them and no further; see `sample_grads`. Over many batches at the same weights they are cheaper with the adapter `folded` in.
 """
 
 from __future__ import annotations

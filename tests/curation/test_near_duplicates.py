@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ from pharmacist_ray.curation.near_duplicates import BANDS, ROWS, signatures
 from pharmacist_ray.curation.select import Rule, select_ids, write_selection
 from pharmacist_ray.data.schema import Row, row_id
 from pharmacist_ray.errors import ConfigError, DataError
+from pharmacist_ray.storage import storage_path
 from tests.curation.test_select import write_inputs
 
 
@@ -98,6 +100,26 @@ def test_shards_and_parts_change_nothing(tmp_path, monkeypatch):
         found.append(kept(candidates, scores, rule))
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == 7
+
+
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_by_way_of_files_in_pieces_the_same_are_kept_and_no_file_is_left(tmp_path, monkeypatch, s3, place):
+    candidates, scores, _, _ = pool(tmp_path)
+    for file in scores.iterdir():  # a second score, so that a sum of ranks is kept there too
+        table = pq.read_table(file)
+        pq.write_table(table.append_column("t", pc.negate(pc.power(table["s"], 2))), file)
+    rule = Rule("sum", ratio=0.3, near_duplicates=2, weights={"s": 2.0, "t": 1.0})
+    want = kept(candidates, scores, rule)
+    assert len(want) == 7
+    monkeypatch.setattr("pharmacist_ray.curation.select.MANY", 1)
+    monkeypatch.setattr(near_duplicates, "PART", 16)
+    monkeypatch.setattr(near_duplicates, "PIECE_BYTES", 500)
+    scratch = storage_path(tmp_path / "scratch") if place == "folder" else storage_path(s3.uri("near/scratch"))
+    tables = select_ids(scores, candidates, rule, scratch=scratch)
+    first = next(tables)
+    assert [entry.name for entry in scratch.iterdir()] == ["scores"]
+    assert {id for one in (first, *tables) for id in one["id"].to_pylist()} == want
+    assert not scratch.exists()
 
 
 def test_signatures_are_found_once_and_those_of_other_rows_are_not_taken(tmp_path, monkeypatch):

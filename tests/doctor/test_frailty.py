@@ -48,15 +48,14 @@ def test_every_stage_of_the_run_is_told_and_no_other(llama: Callable[..., Config
 
 def test_what_is_near_its_end_is_told(llama: Callable[..., Config]) -> None:
     assert [line.partition(":")[0] for line in lines(llama("8b"), "8xH100")] == ["memory", "longer rows"]
-    found = "\n".join(lines(llama("8b", "resources.workers=1", "alignment.train.batch_size=9", "alignment.train.accumulation=1",
-                                  "selection.near_duplicates=2"), "16xL40S", 1e9))  # fmt: skip
+    found = "\n".join(lines(llama("8b", "resources.workers=1", "alignment.train.batch_size=9", "alignment.train.accumulation=1"),
+                           "16xL40S", 1e9))  # fmt: skip
     assert (
         "training: 12 of 16 GPUs wait, for batches of 9, 64 rows are shared evenly by 1 at most, and 4 models are trained"
         in found
     )
     assert re.search(r"score takes 10\d\.\d days: ", found)  # 14,400 GPU hours of an H100
     assert "nodes will be lost on the way; what is finished is kept, and the same command goes on" in found
-    assert "select: the signatures of near-duplicates, 224 bytes a row, go through the driver's disk" in found
     learnt = llama("8b", "scoring.scorers=[pharmacist_iterative]", "selection.scorer=pharmacist_iterative",
                    "comparison.selections=[pharmacist_iterative]", "selector.inner_lr=1e-3")  # fmt: skip
     assert any(
