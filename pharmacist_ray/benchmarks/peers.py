@@ -31,6 +31,8 @@ from pharmacist_ray.storage import write_text
 
 EXACT = ("hooks", "ghost", "loop", "default scorers")
 """Methods whose scores have to be those of the loop."""
+FLOORS = ("forward", "forward, folded")
+"""Passes that compute losses, and no score."""
 AGREEMENT = 0.999
 """Least correlation of an exact method with the loop (ours)."""
 
@@ -81,7 +83,7 @@ def measure(loads: Sequence[Load], methods: Sequence[str] = tuple(METHODS)) -> l
         for name in names:
             seconds = statistics.median(times[name])
             ratio = statistics.median(mine / floor for mine, floor in zip(times[name], times["forward"], strict=True))
-            agreement = None if name == "forward" else float(np.corrcoef(scores[name], scores["loop"])[0, 1])
+            agreement = None if name in FLOORS else float(np.corrcoef(scores[name], scores["loop"])[0, 1])
             cost = Cost(
                 name, seconds, ratio, load.rows / seconds, tokens / seconds, peaks[name] / 2**20, written[name], agreement
             )
