@@ -190,6 +190,8 @@ def _beyond_in(bucket: int, *, pieces: Sequence[StoragePath], most: int) -> NDAr
 def _beyond(table: pa.Table, most: int) -> NDArray[np.int32]:
     _, which, counts = np.unique(table["group"].to_numpy(), return_inverse=True, return_counts=True)
     many = np.flatnonzero(counts[which] > most)
+    if not len(many):
+        return np.empty((2, 0), np.int32)
     table, which = table.take(pa.array(many)).combine_chunks(), which[many]
     keys = table["key"].combine_chunks()
     order = np.lexsort((np.frombuffer(keys.buffers()[1], f"S{_KEY}")[keys.offset :][: len(keys)], which))
