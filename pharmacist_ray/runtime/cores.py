@@ -10,7 +10,7 @@ KEPT = 1 << 30
 """Bytes of freed memory that a process keeps (ours)."""
 MAPPED = 64 << 20
 """Bytes of a tensor that is given back all the same (ours): a heap that is used again has holes, a few times its largest tensor."""
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # as malloc.h numbers them
 
 
 def use_cores(threads: int) -> None:
@@ -27,4 +27,5 @@ def use_cores(threads: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, KEPT)
+        mallopt(_TOP_PAD, KEPT)  # or, above the threshold, all of it would be given back
         mallopt(_MMAP_THRESHOLD, MAPPED)
