@@ -21,8 +21,8 @@ def folded(model: Any) -> Iterator[None]:
 
     It holds a second copy of the folded weights meanwhile; they are the very same ones afterwards. Left as they are: layers whose weights
     or factors are not float32 (half a weight's digits would swallow a small change), in few bits, spread over workers or tied to others,
-    those whose adapter is off or is one of several, and whatever is not plain LoRA on a linear layer. An adapter that is switched off must
-    not be so inside the block.
+    those whose adapter is off or is one of several, and whatever is not plain LoRA on a linear layer. Do not switch the adapter
+    off inside the block.
 
     Args:
         model: A causal language model, bare or inside PEFT, whose dropout is off.
@@ -44,7 +44,7 @@ def folded(model: Any) -> Iterator[None]:
             layer.merged_adapters.clear()
 
 
-def factors_of(layer: Any) -> tuple[nn.Module, ...]:
+def folded_factors(layer: Any) -> tuple[nn.Module, ...]:
     """Return the modules that hold A and B of a layer whose adapter is folded in, and nothing of any other."""
     return tuple(factors[name] for name in getattr(layer, "merged_adapters", ()) for factors in (layer.lora_A, layer.lora_B))
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ModelError
-from pharmacist_ray.models.folded import at_factor, factors_of
+from pharmacist_ray.models.folded import at_factor, folded_factors
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.taps import decoder_layers
 
@@ -165,7 +165,7 @@ def _sites(model: Any, names: Collection[str]) -> dict[nn.Module, dict[str, Owne
     """
     known = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(known[name]): name for name in names}
-    layers = {factor: layer for layer in model.modules() for factor in factors_of(layer)}
+    layers = {factor: layer for layer in model.modules() for factor in folded_factors(layer)}
     sites: defaultdict[nn.Module, dict[str, Owner]] = defaultdict(dict)
     for module in model.modules():
         owned = {wanted[id(param)]: key for key, param in module.named_parameters(recurse=False) if id(param) in wanted}
