@@ -74,4 +74,5 @@ def _foldable(layer: Any) -> bool:
     if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
         return False
     weights = [layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight]
-    return all(one.dtype == torch.float32 and type(one.data) is torch.Tensor and one.numel() for one in weights)
+    # Under ZeRO 3 the last pass may have left a layer gathered, and the next one lets it go.
+    return all(one.dtype == torch.float32 and type(one.data) is torch.Tensor and not hasattr(one, "ds_id") for one in weights)

@@ -277,7 +277,8 @@ class Signals:
                 dots[rows] += values[: len(rows)]
                 norms[rows] += length[: len(rows)] / len(spec.checkpoints)
 
-            with folded(model) if spec.method != "difference" else nullcontext():  # which moves the factors themselves
+            alone = self.probe.group is None and spec.method != "difference"  # which moves the factors themselves
+            with folded(model) if alone else nullcontext():
                 self._in_batches(self.samples, add)
         return self.probe.of_all(dots), self.probe.of_all(norms)
 
@@ -357,7 +358,7 @@ class Signals:
         def take(rows: list[int], batch: Batch) -> None:
             losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()[: len(rows)]
 
-        with torch.no_grad(), folded(model):
+        with torch.no_grad(), folded(model) if self.probe.group is None else nullcontext():
             self._in_batches(samples, take)
         return self.probe.of_all(losses)
 
