@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from pharmacist_ray.curation.partition import PIECE_BYTES, buckets_of, read_bucket, write_pieces
 from pharmacist_ray.curation.scored import Ranking, Shard, read_scored
+from pharmacist_ray.curation.topk import KEY_BYTES
 from pharmacist_ray.runtime.tasks import in_tasks
 from pharmacist_ray.storage import (
     StoragePath,
@@ -59,8 +60,7 @@ PART = 1 << 20
 
 _WORDS = re.compile(r"\w+")
 _BATCH = 1024  # rows
-_KEY = 40  # bytes, as `topk` has them
-_RECORD_BYTES = 4 + 8 + _KEY + 4 + 4
+_RECORD_BYTES = 4 + 8 + KEY_BYTES + 4 + 4
 
 
 def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int, scratch: StoragePath | None = None) -> list[Shard]:
@@ -169,7 +169,9 @@ def _signed(number: int, shard: Shard, ranking: Ranking, parts: int) -> pa.Table
     ids, found = signatures_of(shard.rows)
     if len(rows.ids) < len(ids):
         found = found[pc.index_in(rows.ids, value_set=ids).to_numpy()]
-    keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_KEY), found.size, [None, pa.py_buffer(np.repeat(rows.keys, BANDS))])
+    keys = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(KEY_BYTES), found.size, [None, pa.py_buffer(np.repeat(rows.keys, BANDS))]
+    )
     return pa.table(
         {
             "shard": pa.array((found.ravel() % np.uint64(parts)).astype(np.int32)),
@@ -194,7 +196,7 @@ def _beyond(table: pa.Table, most: int) -> NDArray[np.int32]:
         return np.empty((2, 0), np.int32)
     table, which = table.take(pa.array(many)).combine_chunks(), which[many]
     keys = table["key"].combine_chunks()
-    order = np.lexsort((np.frombuffer(keys.buffers()[1], f"S{_KEY}")[keys.offset :][: len(keys)], which))
+    order = np.lexsort((np.frombuffer(keys.buffers()[1], f"S{KEY_BYTES}")[keys.offset :][: len(keys)], which))
     first = np.searchsorted(which[order], which[order], "left")
     beyond = order[np.arange(len(order)) - first >= most]
     return np.stack([table[name].to_numpy()[beyond] for name in ("of", "row")])

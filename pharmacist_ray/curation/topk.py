@@ -20,8 +20,8 @@ from pharmacist_ray.storage import StoragePath
 Keys = NDArray[np.bytes_]
 """Keys of n rows, (n,), or fixed-width ids."""
 _ID = 32  # characters of an id
-_KEY = 8 + _ID
-NONE = b"\x00" * _KEY
+KEY_BYTES = 8 + _ID
+NONE = b"\x00" * KEY_BYTES
 """A cut before every key."""
 DIRECT = 1 << 20
 """At most so many keys are compared directly: 40 MB."""
@@ -65,7 +65,7 @@ def answer(query: Query, codes: NDArray[np.int64], keys: Keys) -> Answer:
     for group, prefix in query.prefixes.items():
         first, last = np.searchsorted(ordered, (group, group + 1))
         mine = keys[order[first:last]]
-        letters = mine.view(np.uint8).reshape(-1, _KEY)
+        letters = mine.view(np.uint8).reshape(-1, KEY_BYTES)
         inside = np.all(letters[:, : len(prefix)] == np.frombuffer(prefix, dtype=np.uint8), axis=1)
         if group in query.few:
             pools[group] = mine[inside]
@@ -98,10 +98,10 @@ def keys_of(scores: NDArray[np.float64], ids: Keys, descending: bool) -> Keys:
     """
     bits = (scores + 0.0).view(np.uint64)  # + 0.0 makes −0 and 0 the same score
     order = np.where(bits >> np.uint64(63), ~bits, bits | np.uint64(1 << 63))  # unsigned order is the order of the doubles
-    key = np.empty((len(scores), _KEY), dtype=np.uint8)
+    key = np.empty((len(scores), KEY_BYTES), dtype=np.uint8)
     key[:, :8] = (~order if descending else order).astype(">u8").view(np.uint8).reshape(-1, 8)
     key[:, 8:] = ids.view(np.uint8).reshape(-1, _ID)
-    return key.view(f"S{_KEY}").ravel()
+    return key.view(f"S{KEY_BYTES}").ravel()
 
 
 def threshold_key(threshold: float, descending: bool) -> bytes:

@@ -277,8 +277,7 @@ class Signals:
                 dots[rows] += values[: len(rows)]
                 norms[rows] += length[: len(rows)] / len(spec.checkpoints)
 
-            alone = self.probe.group is None and spec.method != "difference"  # which moves the factors themselves
-            with folded(model) if alone else nullcontext():
+            with folded(model) if spec.method != "difference" else nullcontext():  # which moves the factors themselves
                 self._in_batches(self.samples, add)
         return self.probe.of_all(dots), self.probe.of_all(norms)
 
@@ -358,7 +357,7 @@ class Signals:
         def take(rows: list[int], batch: Batch) -> None:
             losses[rows] = per_sample_nll(model, batch).double().cpu().numpy()[: len(rows)]
 
-        with torch.no_grad(), folded(model) if self.probe.group is None else nullcontext():
+        with torch.no_grad(), folded(model):
             self._in_batches(samples, take)
         return self.probe.of_all(losses)
 
