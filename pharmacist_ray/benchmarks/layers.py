@@ -1,8 +1,8 @@
 """What influences over the last decoder layers' adapters alone agree with, and what they cost, for a run's own model and selector.
 
 `scoring.last_layers` ends the backward pass early. How far its scores are those of all layers depends on the model and on the data, so it
-is measured on both: the selector is fitted as the run does, and a sample of the candidates is scored over more and more layers, in turns
-with a pass that does nothing but compute losses.
+is measured on both: the selector is fitted as the run does, and candidates that had no part in weighing the layers are scored over more and
+more of them, in turns with a pass that does nothing but compute losses.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from pharmacist_ray.config.load import load_config
+from pharmacist_ray.curation.last_layers import weighed
 from pharmacist_ray.curation.score import probe_spec
 from pharmacist_ray.curation.scorers import parts_of
 from pharmacist_ray.curation.scorers.signals import Probe, Signals
-from pharmacist_ray.data.rows import sample_rows
+from pharmacist_ray.data.rows import iterate_rows, sample_rows
 from pharmacist_ray.errors import ConfigError
 from pharmacist_ray.models.losses import per_sample_nll
-from pharmacist_ray.models.sample_grads import last_layers
 from pharmacist_ray.models.taps import decoder_layers
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.pipeline.session import run_stages
@@ -66,27 +66,31 @@ def layers(trial: Trial, out: Path, overrides: Sequence[str] = ()) -> dict[str, 
         ConfigError: There are not so many layers, or no influences are to be computed.
         PharmacistError: What a stage raises.
     """
-    always = ["scoring.last_layers=null", "scoring.proxy=null"]
+    always = ["scoring.last_layers=1", "scoring.proxy=null"]  # whose weights are those of any number
     config = load_config(trial.config, [*overrides, *always])
     if "directions" not in parts_of(config.scoring.scorers, config.selector):
         raise ConfigError(f"scoring.scorers in {trial.config} has no score that is an influence: add pharmacist")
     run = run_stages(("ingest", "fit"), config)
     config, device = run.config, "cuda" if run.config.resources.gpus_per_worker else "cpu"
-    probe = Probe(probe_spec(run.model, config.selector, config.scoring, config.resources, run.fitted.folder))
-    rows = sample_rows(run.ingested("candidates").folder / "rows", trial.rows, trial.seed)
+    whole = config.scoring.model_copy(update={"last_layers": None})
+    probe = Probe(probe_spec(run.model, config.selector, whole, config.resources, run.fitted.folder))
+    weighed_by = {row.id for row in iterate_rows(run.fitted.folder / "rows" / "last_layers.parquet")}
+    drawn = sample_rows(run.ingested("candidates").folder / "rows", trial.rows + len(weighed_by), trial.seed)
+    rows = [row for row in drawn if row.id not in weighed_by][: trial.rows]
     most = len(decoder_layers(probe.model))
     counts = sorted({*(trial.layers or (max(1, round(share * most)) for share in SHARES)), most})
     if counts[0] < 1 or counts[-1] > most:
         raise ConfigError(f"--layers {' '.join(map(str, trial.layers))}: the model has {most} layers")
-    whole = probe.directions
+    weights = probe.fit / "last_layers" / "directions.safetensors"
+    every = probe.directions
+    over = {count: [weighed(weights, place, count, one) for place, one in enumerate(every)] for count in counts}
     clock = time.perf_counter if device == "cuda" else time.process_time
     times: dict[int, list[float]] = {count: [] for count in (0, *counts)}
     scores: dict[int, np.ndarray] = {}
     use_cores(max(1, int(config.resources.cpus_per_worker)))
     for number in range(trial.rounds + 1):  # the first warms up
         for count in (0, *counts):
-            kept = last_layers(probe.model, count) if count else set()
-            probe.directions = [{name: one for name, one in found.items() if name in kept} for found in whole]
+            probe.directions = over.get(count, every)
             signals = Signals(rows, probe=probe)
             assert signals.samples
             began = clock()

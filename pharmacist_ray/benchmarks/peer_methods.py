@@ -146,7 +146,7 @@ def _by(method: str, share: int = 1) -> Callable[[Bench], Scores]:
     def run(bench: Bench) -> Scores:
         directions = bench.direction
         if share > 1:
-            names = last_layers(bench.model, max(1, bench.model.config.num_hidden_layers // share))
+            names = last_layers(bench.model, max(1, bench.model.config.num_hidden_layers // share), directions)
             directions = {name: one for name, one in directions.items() if name in names}
         found = np.zeros(len(bench.rows))
         with folded(bench.model):

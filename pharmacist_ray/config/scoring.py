@@ -89,7 +89,8 @@ class ScoringConfig(Section):
     method: Literal["hooks", "ghost", "difference"] = "hooks"
     """How influences are computed: per-sample gradients by hooks (exact), ghost products (exact), or a central difference."""
     last_layers: Count | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Take influences over the adapters of so many last decoder layers alone: the backward pass ends there. None: all layers."""
+    """Take influences over the adapters of so many last decoder layers alone, weighed so that they come close to those of all: the backward
+    pass ends there, in the first of them after its attention. None: all layers."""
     tokens_per_batch: Count = 4096
     """Padded tokens per batch; rows are bucketed by length. Halved where memory runs out, down to a single row."""
     checkpointing: bool = Field(default=False, exclude_if=lambda value: not value)

@@ -1,9 +1,9 @@
 """Fit the selector: warm-up, checkpoints, directions, learnt logits and reference models, on Ray Train workers.
 
 Output folder: ``warmup/step-000020/`` (adapters θ_k), ``directions/step-000020.safetensors`` (v by parameter name, one row per
-direction), ``groups.json`` (ids of the validation rows by group) and ``groups/step-000020.safetensors``, ``reference/adapter``,
-``tov/adapter``, ``logits.parquet``, ``seal.parquet``, and ``selector.json`` last. Only the parts that scorers ask for are made (`PARTS`),
-and whatever is there already is not computed again.
+direction), ``groups.json`` (ids of the validation rows by group) and ``groups/step-000020.safetensors``, ``last_layers/`` (how both are
+weighed over the last layers alone), ``reference/adapter``, ``tov/adapter``, ``logits.parquet``, ``seal.parquet``, and ``selector.json``
+last. Only the parts that scorers ask for are made (`PARTS`), and whatever is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 
 from pharmacist_ray.config.schema import LoraConfig, ResourcesConfig, SelectorConfig, TrainConfig
 from pharmacist_ray.curation.groups import group_rows
+from pharmacist_ray.curation.last_layers import SAMPLE, agreements, find_weights
 from pharmacist_ray.curation.seal import BilevelSelector
 from pharmacist_ray.curation.selector import (
     AT_CHECKPOINTS,
     DIRECTIONS,
     LEARNT,
+    OF_LAST_LAYERS,
     PARTS,
     IterativeSelector,
     Point,
@@ -67,6 +69,7 @@ class FitJob:
     candidates: str
     validation: str
     harmful: str
+    sample: str
     parts: tuple[str, ...]
 
 
@@ -112,6 +115,11 @@ def fit(
             raise DataError(f"data.{name} has no rows left after ingestion; the selector cannot do without")
         write_rows(rows, out / "rows" / f"{name}.parquet")
         counts[name] = len(rows)
+    if {*OF_LAST_LAYERS} & {*parts}:
+        most = min(SAMPLE, math.ceil(count_rows(sets["candidates"]) / 2))
+        write_rows(
+            sample_rows(sets["candidates"], most, seed + 1), out / "rows" / "last_layers.parquet"
+        )  # others than the warm-up's
     common = {"model": model, "lora": lora, "seed": seed}
     tasks = [
         TrainTask(
@@ -129,6 +137,7 @@ def fit(
         candidates=str(sets["candidates"]),
         validation=str(out / "rows" / "validation.parquet"),
         harmful=str(out / "rows" / "harmful.parquet"),
+        sample=str(out / "rows" / "last_layers.parquet"),
         parts=tuple(sorted(parts)),
         selector=selector,
         **common,  # type: ignore[arg-type]
@@ -147,6 +156,7 @@ def fit(
         "warmup_rows": counts.get("warmup", 0),
         "usage": {"peak_bytes": peak},
         "parts": [part for part in PARTS if all((out / file).exists() for file in part_files(selector, part))],
+        "last_layers": agreements(out),
     }
     write_text(json.dumps(summary, indent=1), out / "selector.json")
     return summary
@@ -210,6 +220,9 @@ def _work(payload: tuple[Sequence[TrainTask], FitJob | None], ranks: Ranks) -> i
             opened = _Opened(job, ranks)
             for step in job.selector.checkpoints if {*AT_CHECKPOINTS} & {*job.parts} else ():
                 _directions(job, step, opened)
+            for part in OF_LAST_LAYERS:
+                if part in job.parts:
+                    _weigh_last_layers(job, part, opened)
             for part in LEARNT:
                 if part in job.parts and not (storage_path(job.out) / f"{part}.parquet").exists():
                     _learn(job, part, opened)
@@ -230,6 +243,10 @@ class _Opened:
     @cached_property
     def validation(self) -> list[Rendered]:
         return self._rendered(self.job.validation)
+
+    @cached_property
+    def sample(self) -> list[Rendered]:
+        return self._rendered(self.job.sample)
 
     @cached_property
     def harmful(self) -> list[Rendered]:
@@ -315,6 +332,22 @@ def _groups(job: FitJob, point: Point, validation: Sequence[Rendered]) -> list[l
         return groups
     places = {row.id: place for place, row in enumerate(rows)}
     return [[places[id] for id in group] for group in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _weigh_last_layers(job: FitJob, part: str, opened: _Opened) -> None:
+    """Find out how directions are weighed over the last layers alone; see `curation.last_layers`."""
+    out, ranks, selector = storage_path(job.out), opened.ranks, job.selector
+    file = out / f"{part}.safetensors"
+    missing = not file.exists()
+    ranks.barrier()
+    if not missing:
+        return
+    files = {step: out / OF_LAST_LAYERS[part] / f"{checkpoint_name(step)}.safetensors" for step in selector.checkpoints}
+    points = ((opened.at(step), load_file(local_copy(file), device=str(ranks.device))) for step, file in files.items())
+    weights = find_weights(points, opened.sample, selector.cosine)
+    if ranks.first:
+        _save(weights, file)
+    ranks.barrier()
 
 
 def _learn(job: FitJob, part: str, opened: _Opened) -> None:

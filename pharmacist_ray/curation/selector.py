@@ -26,7 +26,7 @@ from pharmacist_ray.data.batches import BatchOrder
 from pharmacist_ray.data.render import Batch, Rendered
 from pharmacist_ray.errors import ResourceError
 from pharmacist_ray.models.budget import TokenBudget, TooLongError
-from pharmacist_ray.models.influence import Directions, influence
+from pharmacist_ray.models.influence import Directions, influence, influence_terms
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import stand_still
 from pharmacist_ray.models.perturb import global_norm, perturbed
@@ -40,12 +40,15 @@ TINY = 1e-30
 DIRECTIONS = ("pharmacist", "no_attack")
 """What the rows of a direction tensor are: v at the configured α, and at α = 0 (LESS-style influence)."""
 
-PARTS = ("directions", "groups", "logits", "reference", "tov", "seal")
-"""What a scorer can ask for: directions with their checkpoints, those of groups of trusted rows, learnt logits, the loss gap's
-reference, Train-on-Validation's, and SEAL's logits."""
-
 AT_CHECKPOINTS = ("directions", "groups")
-"""Those that are directions, one file a checkpoint."""
+"""Parts of a selector that are directions, one file a checkpoint."""
+
+OF_LAST_LAYERS = {f"last_layers/{part}": part for part in AT_CHECKPOINTS}
+"""Parts that say how those are weighed over the last layers alone (`curation.last_layers`)."""
+
+PARTS = (*AT_CHECKPOINTS, *OF_LAST_LAYERS, "logits", "reference", "tov", "seal")
+"""What a scorer can ask for: directions with their checkpoints, those of groups of trusted rows, both over the last layers alone, learnt
+logits, the loss gap's reference, Train-on-Validation's, and SEAL's logits."""
 
 LEARNT = ("logits", "seal")
 """Those that hold a logit for each candidate."""
@@ -63,6 +66,8 @@ def part_files(selector: SelectorConfig, part: str) -> list[str]:
     """Return the files of one of `PARTS`, without which it is not complete."""
     if part in AT_CHECKPOINTS:
         return [f"{part}/{checkpoint_name(step)}.safetensors" for step in selector.checkpoints]
+    if part in OF_LAST_LAYERS:
+        return [f"{part}.safetensors"]
     return [f"{part}.parquet"] if part in LEARNT else [f"{part}/adapter/adapter_model.safetensors"]
 
 
@@ -143,15 +148,37 @@ class Point:
 
     def along(self, samples: Sequence[Rendered], directions: Directions, cosine: bool = False) -> torch.Tensor:
         """Return ⟨∇ℓ_i(θ₀), v_k⟩ for each sample and direction (N, K); see `influences`."""
-        share = len(samples) // self.ranks.workers
-        mine = samples if self.budget.together else samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
-        count = len(next(iter(directions.values())))
-        values = torch.zeros(len(mine), count, device=self.ranks.device)
 
-        def take(batch: Batch, chunk: list[int]) -> None:
+        def along(batch: Batch) -> torch.Tensor:
             found = influence(self.model, batch, directions, norms=cosine)
             norms = 1.0 if found.grad_norms is None else found.grad_norms.clamp_min(TINY)[:, None]
-            values[chunk] = (found.dots / norms)[: len(chunk)]
+            return found.dots / norms
+
+        return self._of_each(samples, along, len(next(iter(directions.values()))))
+
+    def terms(self, samples: Sequence[Rendered], directions: Directions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what each parameter adds to ⟨∇ℓ_i(θ₀), v_k⟩ (N, K, P) and to ‖∇ℓ_i(θ₀)‖² (N, P), in the order of the directions.
+
+        Args:
+            samples: As in `influences`.
+            directions: Name → (K, *shape).
+        """
+
+        def terms(batch: Batch) -> torch.Tensor:
+            dots, squares = influence_terms(self.model, batch, directions)
+            return torch.cat([dots, squares[:, None]], dim=1)
+
+        found = self._of_each(samples, terms, len(next(iter(directions.values()))) + 1, len(directions))
+        return found[:, :-1], found[:, -1]
+
+    def _of_each(self, samples: Sequence[Rendered], compute: Callable[[Batch], torch.Tensor], *shape: int) -> torch.Tensor:
+        """Return what is computed of each sample, (N, *shape), on every worker; each takes its share."""
+        share = len(samples) // self.ranks.workers
+        mine = samples if self.budget.together else samples[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        values = torch.zeros(len(mine), *shape, device=self.ranks.device)
+
+        def take(batch: Batch, chunk: list[int]) -> None:
+            values[chunk] = compute(batch)[: len(chunk)]
 
         self._in_batches(mine, take)
         return self.ranks.total(values) if self.budget.together else self.ranks.gather(values)

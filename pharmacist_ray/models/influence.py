@@ -77,6 +77,25 @@ def influence(model: Any, batch: Batch, directions: Directions, *, method: str =
         return METHODS[method](model, batch, directions, norms)
 
 
+def influence_terms(model: Any, batch: Batch, directions: Directions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what each parameter adds to the influences and to the squared gradient norms, by ``hooks``.
+
+    Args:
+        model: As for `influence`.
+        batch: As for `influence`.
+        directions: As for `influence`.
+
+    Returns:
+        (B, K, P) and (B, P), float32, the parameters in the order of the directions.
+
+    Raises:
+        ModelError: As for `influence`.
+    """
+    _check(model, directions)
+    with _still(model):
+        return _terms(model, batch, directions, norms=True)[1:]
+
+
 def loop_influence(model: Any, batch: Batch, directions: Directions) -> Influence:
     """Return the same by one backward per sample, unpadded: the plain, slow reference that tests compare with."""
     params = _check(model, directions)
@@ -96,18 +115,25 @@ def loop_influence(model: Any, batch: Batch, directions: Directions) -> Influenc
 
 
 def _hooks(model: Any, batch: Batch, directions: Directions, norms: bool) -> Influence:
-    dots, squares = _zeros(batch, directions), torch.zeros(len(batch), device=batch.labels.device)
+    losses, dots, squares = _terms(model, batch, directions, norms)
+    return Influence(losses, dots.sum(-1), squares.sum(-1).sqrt() if norms else None)
+
+
+def _terms(model: Any, batch: Batch, directions: Directions, norms: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the losses (B,) and, parameter by parameter, products (B, K, P) and squared norms (B, P), zeros unless asked for."""
+    places = {name: place for place, name in enumerate(directions)}
+    dots = _zeros(batch, directions)[..., None].repeat(1, 1, len(places))
+    squares = torch.zeros(len(batch), len(places), device=batch.labels.device)
 
     def use(name: str, parts: list[Part]) -> None:
         steps = directions[name].to(dots).flatten(1)
         for rows in _slices(len(batch), CHUNK // steps.shape[1]):
             grad = reduce(torch.add, [part.gradient(rows) for part in parts]).flatten(1)  # several parts: a tied weight
-            dots[rows] += grad @ steps.T
+            dots[rows, :, places[name]] = grad @ steps.T
             if norms:
-                squares[rows] += grad.square().sum(1)
+                squares[rows, places[name]] = grad.square().sum(1)
 
-    losses = tapped_losses(model, batch, directions, use)
-    return Influence(losses, dots, squares.sqrt() if norms else None)
+    return tapped_losses(model, batch, directions, use), dots, squares
 
 
 def _ghost(model: Any, batch: Batch, directions: Directions, norms: bool) -> Influence:

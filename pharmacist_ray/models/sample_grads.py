@@ -19,7 +19,7 @@ from pharmacist_ray.data.render import Batch
 from pharmacist_ray.errors import ModelError
 from pharmacist_ray.models.folded import at_factor, folded_factors
 from pharmacist_ray.models.losses import per_sample_nll
-from pharmacist_ray.models.taps import decoder_layers
+from pharmacist_ray.models.taps import after_attention, decoder_layers
 
 Owner = tuple[nn.Module, str]
 """A module, and what it calls a parameter of its own."""
@@ -124,18 +124,30 @@ def tapped_losses(model: Any, batch: Batch, names: Collection[str], use: Callabl
     return losses.detach()
 
 
-def last_layers(model: nn.Module, count: int) -> set[str]:
-    """Return the names of the parameters of the last decoder layers.
+def last_layers(model: nn.Module, count: int, among: Collection[str]) -> set[str]:
+    """Return which of some parameters are of the last decoder layers, all of them if there are no more layers than that.
+
+    Of the first of these layers only what comes after its attention counts, if any parameter does: to differentiate an attention costs more
+    than what its queries, keys and values add.
 
     Args:
         model: A causal language model, bare or inside PEFT.
         count: Layers.
+        among: Names of parameters.
 
     Raises:
         ModelError: The model has no list of its decoder layers.
     """
-    mine = {id(parameter) for layer in decoder_layers(model)[-count:] for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in mine}
+    layers = decoder_layers(model)
+    if count >= len(layers):
+        return {*among}
+    first, *others = layers[-count:]
+    names = {id(parameter): name for name, parameter in model.named_parameters() if name in among}
+
+    def found(*modules: nn.Module) -> set[str]:
+        return {names[id(one)] for module in modules for one in module.parameters() if id(one) in names}
+
+    return (found(*after_attention(first)) or found(first)) | found(*others)
 
 
 class _Tap(torch.autograd.Function):

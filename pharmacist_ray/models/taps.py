@@ -27,6 +27,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 """The names that the model classes of transformers give these modules."""
 
+_OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+"""What they call the projection of what an attention has mixed."""
+
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the decoder layers in order.
@@ -64,6 +67,18 @@ def modules_at(model: nn.Module, place: Tap) -> list[nn.Module]:
             "use an objective that does not tap it"
         )
     return cast("list[nn.Module]", found)
+
+
+def after_attention(layer: nn.Module) -> list[nn.Module]:
+    """Return the modules of a decoder layer that come after its attention has mixed the tokens: the projection of its output, and the MLP.
+
+    None where they have other names.
+    """
+    own = dict(layer.named_children())
+    attention, mlp = (next((own[name] for name in _NAMES[kind] if name in own), None) for kind in ("attention", "mlp"))
+    inner = dict(attention.named_children()) if attention is not None else {}
+    output = next((inner[name] for name in _OUTPUT if name in inner), None)
+    return [module for module in (output, mlp) if module is not None]
 
 
 @contextmanager

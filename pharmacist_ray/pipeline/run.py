@@ -166,7 +166,7 @@ class Run:
     @property
     def parts(self) -> list[str]:
         """The parts of the selector that the scorers ask for; no part changes with what others are made."""
-        return parts_of(self.config.scoring.scorers, self.config.selector)
+        return parts_of(self.config.scoring.scorers, self.config.selector, last_layers=bool(self.config.scoring.last_layers))
 
     @property
     def needs_selector(self) -> bool:

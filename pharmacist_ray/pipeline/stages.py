@@ -18,6 +18,7 @@ from pharmacist_ray.curation.cascade import FOLDER, score_by_cascade
 from pharmacist_ray.curation.export import write_export
 from pharmacist_ray.curation.fit import check_learnt, fit, trainings_of
 from pharmacist_ray.curation.ingest import IngestReport, Source, ingest
+from pharmacist_ray.curation.last_layers import in_words as last_layers_in_words
 from pharmacist_ray.curation.missed import in_words
 from pharmacist_ray.curation.overlap import find_overlaps, refuse_trained
 from pharmacist_ray.curation.overlap import in_words as overlap_in_words
@@ -251,6 +252,8 @@ def run_score(run: Run) -> None:
         remove_tree(folder / FOLDER)
     for line in in_words(facts["cascade"]) if facts else ():
         say(f"  {escaped(line)}")
+    if config.scoring.last_layers is not None and (found := run.fitted.manifest()["summary"].get("last_layers")):
+        say(f"  {last_layers_in_words(config.scoring.last_layers, found)}")
     say(f"  {report.rows - report.quarantined} rows scored by {', '.join(report.columns)} in {report.seconds:.1f} s")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -45,7 +46,8 @@ SELECTOR = SelectorConfig(
     reference=TrainConfig(steps=3, batch_size=8, lr=5e-3),
 )
 LONGER = SELECTOR.model_copy(update={"iterations": 20, "checkpoints": [2]})
-ALL = ("directions", "logits", "reference")
+PLAIN = ("directions", "last_layers/directions")
+ALL = (*PLAIN, "logits", "reference")
 
 
 def words(generator: torch.Generator, count: int, low: int, high: int) -> list[str]:
@@ -124,7 +126,10 @@ def test_two_workers_who_hold_the_model_together_find_what_two_who_hold_it_each_
     spread = SELECTOR.model_copy(update={"warmup": SELECTOR.warmup.model_copy(update={"zero_stage": 3})})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
-        run_fit(out, spread, workers=2, parts=("directions", *(("logits",) if iterative else ()), "reference"))
+        run_fit(out, spread, workers=2, parts=(*PLAIN, *(("logits",) if iterative else ()), "reference"))
+    want, got = (load_file(folder / "last_layers" / "directions.safetensors") for folder in (pair, out))
+    for tensor in want:
+        torch.testing.assert_close(got[tensor].float(), want[tensor].float(), rtol=1e-2, atol=1e-3)
     for step in (2, 4):
         name = f"directions/{checkpoint_name(step)}.safetensors"
         want, got = load_file(pair / name), load_file(out / name)
@@ -189,13 +194,14 @@ def test_two_workers_leave_every_file_and_a_logit_for_each_candidate(
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), pair / "reference" / "adapter")
     summary = json.loads((pair / "selector.json").read_text())
     assert summary.pop("usage")["peak_bytes"] > 50e6  # Python and PyTorch
+    assert np.shape(summary.pop("last_layers")["directions"]) == (2, 2)
     assert summary == {
         "mode": "iterative",
         "checkpoints": [2, 4],
         "directions": ["pharmacist", "no_attack"],
         "intensity": 0.1,
         "warmup_rows": 64,
-        "parts": ["directions", "logits", "reference"],
+        "parts": ["directions", "last_layers/directions", "logits", "reference"],
     }
     logits = logits_of(pair)
     assert sorted(logits) == sorted(row.id for row in iterate_rows(folders["candidates"]))
@@ -247,8 +253,10 @@ def test_the_directions_of_groups_add_up_to_that_of_all_and_two_workers_find_the
     run_fit: Callable[..., dict[str, Any]], here: None, two_workers: TwoWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selector = SELECTOR.model_copy(update={"coverage": CoverageConfig(groups=3)})
-    summary = run_fit(tmp_path / "one", selector, parts=["directions", "groups"], benign=None)
-    assert summary["parts"] == ["directions", "groups"]
+    weighed = ["last_layers/directions", "last_layers/groups"]
+    summary = run_fit(tmp_path / "one", selector, parts=["directions", "groups", *weighed], benign=None)
+    assert summary["parts"] == ["directions", "groups", *weighed]
+    assert {kind: np.shape(rows) for kind, rows in summary["last_layers"].items()} == {"directions": (2, 2), "groups": (2, 3)}
     groups = json.loads((tmp_path / "one" / "groups.json").read_text())
     assert len(groups) == 3
     assert sorted(id for group in groups for id in group) == sorted(
@@ -266,12 +274,16 @@ def test_the_directions_of_groups_add_up_to_that_of_all_and_two_workers_find_the
             torch.testing.assert_close(mean, whole[name][0], rtol=1e-4, atol=1e-6)
             assert not torch.allclose(apart[name][0], apart[name][1])
     monkeypatch.setattr(fit_module, "run_on_workers", lambda work, payload, **_: two_workers(work, payload))
-    run_fit(tmp_path / "two", selector, workers=2, parts=["groups"], benign=None)
+    run_fit(tmp_path / "two", selector, workers=2, parts=["groups", "last_layers/groups"], benign=None)
     assert json.loads((tmp_path / "two" / "groups.json").read_text()) == groups
     assert not (tmp_path / "two" / "directions").exists()
     one, two = (load_file(tmp_path / folder / "groups" / "step-000004.safetensors") for folder in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
+    one, two = (load_file(tmp_path / folder / "last_layers" / "groups.safetensors") for folder in ("one", "two"))
+    assert one["weights"].shape == (2, 2, 3, 28)
+    for name in one:
+        torch.testing.assert_close(two[name].float(), one[name].float(), rtol=1e-2, atol=1e-3)
 
 
 def test_groups_by_category_are_the_categories_and_too_few_are_one_line(

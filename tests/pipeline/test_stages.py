@@ -480,6 +480,41 @@ def test_a_calibrated_selection_holds_out_half_of_the_trusted_rows_and_says_what
     )
 
 
+def test_scores_over_the_last_layers_are_weighed_by_a_sample_and_say_how_close_they_come(files, tmp_path):
+    root = tmp_path / "run"
+    arguments = ("-c", files / "run.yaml", f"run_dir={root}")
+
+    def scored(*more: str) -> tuple[str, list[float]]:
+        outcome = pharmacist("score", *arguments, *more)
+        assert outcome.code == 0, outcome
+        shards = [pq.read_table(file) for file in sorted((root / "scores" / "rows").glob("*.parquet"))]
+        return outcome.out, [value for shard in shards for value in shard["pharmacist"].to_pylist()]
+
+    for stage in ("ingest", "fit"):
+        assert pharmacist(stage, *arguments).code == 0
+    plain, whole = scored()
+    assert "over the last" not in plain
+    error = failed(5, "score", *arguments, "scoring.last_layers=1")
+    assert "last_layers/directions.safetensors; run `pharmacist fit` first" in error
+    before = times(root, "scores")
+    assert pharmacist("fit", *arguments, "scoring.last_layers=1").code == 0
+    added = times(root, "scores").keys() - before.keys()
+    assert {name for name in added if "ray" not in name} == {
+        "fit/last_layers/directions.safetensors",
+        "fit/rows/last_layers.parquet",
+    }
+    assert times(root, "scores")["fit/directions/step-000002.safetensors"] == before["fit/directions/step-000002.safetensors"]
+    assert count_rows(root / "fit" / "rows" / "last_layers.parquet") == 12  # half of the candidates
+    told = json.loads((root / "fit" / "selector.json").read_text())["last_layers"]["directions"]
+    some, last = scored("scoring.last_layers=1")
+    line = f"influences over the last 1 of 2 layers: correlation with all layers {told[0][0]:.3f} for pharmacist, "
+    assert line in " ".join(some.split())
+    assert last != whole
+    every, all_of_them = scored("scoring.last_layers=2")
+    assert "over the last 2 of 2 layers: correlation with all layers 1.000 for pharmacist" in " ".join(every.split())
+    assert all_of_them == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(done, files, s3, workers):

@@ -31,6 +31,7 @@ from pharmacist_ray.curation.scorers.seal import seal
 from pharmacist_ray.curation.scorers.signals import Signals
 from pharmacist_ray.curation.scorers.tov import tov
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
+from pharmacist_ray.curation.selector import OF_LAST_LAYERS
 from pharmacist_ray.plugins import Plugin, Table, blaming, misfit
 
 
@@ -97,10 +98,17 @@ def needs_model(names: list[str]) -> bool:
     return any(name != "random" and SCORERS[name].needs_model for name in names)
 
 
-def parts_of(names: list[str], selector: SelectorConfig) -> list[str]:
-    """Return the parts of the selector that these scorers need, in alphabetical order."""
+def parts_of(names: list[str], selector: SelectorConfig, *, last_layers: bool = False) -> list[str]:
+    """Return the parts of the selector that these scorers need, in alphabetical order.
+
+    Args:
+        names: The scorers.
+        selector: The selector's section.
+        last_layers: Whether influences are taken over the last layers alone.
+    """
     found = {SCORERS[scored_by(name, selector.mode)].part for name in names if name != "random"}
-    return sorted(part for part in found if part is not None)
+    weighed = {part for part, of in OF_LAST_LAYERS.items() if of in found} if last_layers else set()
+    return sorted(part for part in found | weighed if part is not None)
 
 
 def columns_of(scoring: ScoringConfig, selector: SelectorConfig) -> list[str]:

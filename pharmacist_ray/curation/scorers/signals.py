@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from pharmacist_ray.config.scoring import GuardConfig, PlantedConfig
+from pharmacist_ray.curation.last_layers import weighed
 from pharmacist_ray.curation.poison import RowAtFaultError
 from pharmacist_ray.curation.scorers.trusted import TrustedSets
-from pharmacist_ray.curation.selector import TINY
+from pharmacist_ray.curation.selector import AT_CHECKPOINTS, TINY
 from pharmacist_ray.data.render import IGNORE, Batch, Rendered
 from pharmacist_ray.data.schema import Row
 from pharmacist_ray.errors import ArtifactError
@@ -29,7 +30,6 @@ from pharmacist_ray.models.influence import influence
 from pharmacist_ray.models.losses import per_sample_nll
 from pharmacist_ray.models.modes import enable_checkpointing
 from pharmacist_ray.models.ref import ModelRef
-from pharmacist_ray.models.sample_grads import last_layers
 from pharmacist_ray.runtime.ranks import Ranks
 from pharmacist_ray.storage import local_copy, read_table
 
@@ -98,9 +98,6 @@ class Probe:
             self.model = spec.model.load(spec.device, adapter=adapter)
         if spec.checkpointing:
             enable_checkpointing(self.model)
-        if spec.last_layers is not None and self.directions:
-            kept = last_layers(self.model, spec.last_layers)
-            self.directions = [{name: one for name, one in found.items() if name in kept} for found in self.directions]
 
     @cached_property
     def teacher(self) -> Probe:
@@ -145,12 +142,19 @@ class Probe:
 
     def _directions(self, checkpoint: str) -> dict[str, torch.Tensor]:
         """Return a checkpoint's named directions and those of the groups, one after the other."""
-        folders = {"directions": self.spec.directions, "groups": self.spec.groups}
-        files = [self.fit / folder / f"{checkpoint}.safetensors" for folder, wanted in folders.items() if wanted]
-        first, *others = (self._read(file, self.spec.device) for file in files)
+        wanted = {"directions": self.spec.directions, "groups": self.spec.groups}
+        first, *others = (self._of_part(part, checkpoint) for part in AT_CHECKPOINTS if wanted[part])
         return (
             {name: torch.cat([tensor, *(other[name] for other in others)]) for name, tensor in first.items()} if others else first
         )
+
+    def _of_part(self, part: str, checkpoint: str) -> dict[str, torch.Tensor]:
+        """Return a checkpoint's directions of one kind, over the layers that are asked for."""
+        directions = self._read(self.fit / part / f"{checkpoint}.safetensors", self.spec.device)
+        if self.spec.last_layers is None:
+            return directions
+        weights = self.fit / "last_layers" / f"{part}.safetensors"
+        return weighed(weights, self.spec.checkpoints.index(checkpoint), self.spec.last_layers, directions)
 
     @staticmethod
     def _read(file: Path, device: str) -> dict[str, torch.Tensor]:
