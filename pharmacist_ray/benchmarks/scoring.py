@@ -73,7 +73,7 @@ class Pace:
     seconds: float
     """From nothing to the last score."""
     start_s: float
-    """Of these, until the first shard was begun."""
+    """Of these, until a process had loaded the model and begun its first shard."""
     rows_per_s: float
     """After that."""
 
@@ -109,7 +109,7 @@ def measure(load: Load) -> list[Pace]:
 
 
 def _pace(way: str, number: int, started: float, done: Sequence[dict[str, Any]], out: Path) -> Pace:
-    """Tell by the files when the first shard was begun and the last one ended: Ray Data may hand on a result some shards later."""
+    """Tell by the files when scoring began and the last shard ended: Ray Data may hand on a result some shards later."""
     ends = [(out / one["shard"]).stat().st_mtime for one in done]
     begun = min(end - one["seconds"] for end, one in zip(ends, done, strict=True))
     rows = sum(one["rows"] for one in done)
@@ -196,7 +196,7 @@ def show(found: Sequence[Pace], load: Load, out: Path | None = None) -> None:
         title=f"{load.rows:,} rows of up to {load.length} tokens, {load.shape}, {load.rounds} rounds", title_justify="left"
     )
     table.add_column("way")
-    for heading in ("s", "until the first shard", "rows/s", "over", "ratio", "floor"):
+    for heading in ("s", "until all is loaded", "rows/s", "over", "ratio", "floor"):
         table.add_column(heading, justify="right")
     summary = []
     for way in WAYS:

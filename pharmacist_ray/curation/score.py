@@ -290,6 +290,7 @@ class ShardScorer:
         if not self.loaded:
             isolation.load(lambda: self.probe)
             self.loaded = True
+            self.usage.taken()  # the pace is that of scoring
         self.probe.budget.tokens = min(self.probe.budget.tokens, self.spec.tokens_per_batch / 2**isolation.now.halvings)
         places, columns = isolation.run(columns_by)
         if writes:
