@@ -1,9 +1,9 @@
 """What a score for every row costs: ours, and the methods of other systems, written plainly from their descriptions. A program, not a test.
 
-All score the same rows on the same model against the same direction. They take turns, round by round, within one process, and each is held
-against a pass that does nothing but compute losses; the ratio is the median over rounds. On a CPU the process's own CPU seconds count, so
-that whatever else the machine does does not. Peak memory comes from a process of its own for each. What a method is worth is not measured
-here: agreement is with the exact first-order influence, which is what all but SEAL set out to estimate.
+All score the same rows on the same model against the same direction. Each has a process of its own, where it takes turns, round by round,
+with a pass that does nothing but compute losses; the ratio is the median over rounds. So none pays for the memory that another has left. On
+a CPU the process's own CPU seconds count, so that whatever else the machine does does not. What a method is worth is not measured here:
+agreement is with the exact first-order influence, which is what all but SEAL set out to estimate.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pharmacist_ray.benchmarks.peer_methods import METHODS, SHAPES, Load, Scores, make
+from pharmacist_ray.benchmarks.peer_methods import METHODS, SHAPES, Bench, Load, Scores, make
 from pharmacist_ray.errors import ArtifactError, unknown_name
 from pharmacist_ray.pipeline.console import console, escaped, say
 from pharmacist_ray.runtime.cores import use_cores
@@ -77,17 +77,14 @@ def measure(loads: Sequence[Load], methods: Sequence[str] = tuple(METHODS)) -> l
             raise unknown_name("shape", load.shape, list(SHAPES))
         say(f"[bold]{load.shape}[/], {load.weights}, {load.rows} rows of up to {load.length} tokens")
         with spawn.Pool(1, maxtasksperchild=1) as pool:
-            times, scores, written, tokens = pool.apply(_take_turns, (names, load))
-            peaks = {name: pool.apply(_peak, (name, load)) for name in names}
-        _check(load, scores, written)
-        for name in names:
-            seconds = statistics.median(times[name])
-            ratio = statistics.median(mine / floor for mine, floor in zip(times[name], times["forward"], strict=True))
+            taken = {name: pool.apply(_in_turns, (name, load)) for name in names}
+        scores = {name: one.scores for name, one in taken.items()}
+        _check(load, scores, {name: one.bytes_per_row for name, one in taken.items()})
+        for name, one in taken.items():
+            seconds, ratio = statistics.median(one.seconds), statistics.median(np.divide(one.seconds, one.floors).tolist())
             agreement = None if name in FLOORS else float(np.corrcoef(scores[name], scores["loop"])[0, 1])
-            cost = Cost(
-                name, seconds, ratio, load.rows / seconds, tokens / seconds, peaks[name] / 2**20, written[name], agreement
-            )
-            found.append(asdict(load) | asdict(cost))
+            pace, mib = (load.rows / seconds, one.tokens / seconds), one.peak / 2**20
+            found.append(asdict(load) | asdict(Cost(name, seconds, ratio, *pace, mib, one.bytes_per_row, agreement)))
     return found
 
 
@@ -122,33 +119,39 @@ def show(found: Sequence[dict[str, Any]], out: Path | None = None) -> None:
         say(f"  written to {escaped(out / 'peers.json')}")
 
 
-def _take_turns(names: list[str], load: Load) -> tuple[dict[str, list[float]], dict[str, Scores], dict[str, int], int]:
+@dataclass(frozen=True)
+class _Taken:
+    """What one method took in a process of its own."""
+
+    seconds: list[float]
+    """Of each round."""
+    floors: list[float]
+    """Of the forward pass alone in the same rounds."""
+    scores: Scores
+    peak: int
+    bytes_per_row: int
+    tokens: int
+
+
+def _in_turns(name: str, load: Load) -> _Taken:
     use_cores(1)
     clock = time.perf_counter if load.device == "cuda" else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in names}
-    scores: dict[str, Scores] = {}
+    method, floor = METHODS[name], METHODS["forward"]
     with tempfile.TemporaryDirectory() as folder:
         bench = make(load, Path(folder))
-        # Before each turn a batch that is not timed, the same for all: else one pays for the memory that another's turn has left.
-        first = replace(bench, rows=[bench.rows[place] for place in next(bench.batches())[0]], kept={})
-        for number in range(load.rounds + 1):  # the first round warms up
-            for name in names:
-                METHODS["hooks"].run(first)
-                started = clock()
-                scores[name] = METHODS[name].run(bench)
-                if load.device == "cuda":
-                    torch.cuda.synchronize()
-                if number:
-                    times[name].append(clock() - started)
-        written = {name: METHODS[name].bytes_per_row(bench) for name in names}
-        for name, file in (("LESS", "less.bin"), ("LESS, sketched", "sketched.bin"), ("bergson", "collected.bin")):
-            if name in names and (size := (Path(folder) / file).stat().st_size) != written[name] * load.rows:
-                raise ArtifactError(f"{name} wrote {size} bytes for {load.rows} rows, not {written[name]} each")
-        return times, scores, written, sum(len(ids) for ids, _ in bench.rows)
 
+        def timed(run: Callable[[Bench], Scores]) -> float:
+            started = clock()
+            run(bench)
+            if load.device == "cuda":
+                torch.cuda.synchronize()
+            return clock() - started
 
-def _peak(name: str, load: Load) -> int:
-    use_cores(1)
-    with tempfile.TemporaryDirectory() as folder:
-        METHODS[name].run(make(load, Path(folder)))
-    return peak_bytes()
+        scores, peak = method.run(bench), peak_bytes()  # which warms up
+        floor.run(bench)
+        floors, seconds = zip(*((timed(floor.run), timed(method.run)) for _ in range(load.rounds)), strict=True)
+        bytes_per_row = method.bytes_per_row(bench)
+        if (size := sum(file.stat().st_size for file in Path(folder).glob("*.bin"))) not in (0, bytes_per_row * load.rows):
+            raise ArtifactError(f"{name} wrote {size} bytes for {load.rows} rows, not {bytes_per_row} each")
+        tokens = sum(len(ids) for ids, _ in bench.rows)
+        return _Taken([*seconds], [*floors] if name != "forward" else [*seconds], scores, peak, bytes_per_row, tokens)

@@ -117,9 +117,8 @@ def fit(
         counts[name] = len(rows)
     if {*OF_LAST_LAYERS} & {*parts}:
         most = min(SAMPLE, math.ceil(count_rows(sets["candidates"]) / 2))
-        write_rows(
-            sample_rows(sets["candidates"], most, seed + 1), out / "rows" / "last_layers.parquet"
-        )  # others than the warm-up's
+        sample = sample_rows(sets["candidates"], most, seed + 1)  # drawn apart from the warm-up's
+        write_rows(sample, out / "rows" / "last_layers.parquet")
     common = {"model": model, "lora": lora, "seed": seed}
     tasks = [
         TrainTask(

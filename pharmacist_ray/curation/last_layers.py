@@ -85,11 +85,12 @@ def weigh(
     if kept.all():
         return weights, np.ones(directions)
     agreement = np.zeros(directions)
-    norms = [
-        np.maximum(np.sqrt(some.sum(-1)), TINY) if cosine else np.ones((checkpoints, rows))
-        for some in (squares, squares[..., kept])
-    ]
-    of_all, of_kept = norms
+
+    def norms(parameters: Any) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.sqrt(squares[..., parameters].sum(-1))
+        return np.maximum(found, TINY) if cosine else np.ones_like(found)
+
+    of_all, of_kept = norms(slice(None)), norms(kept)
     for k in range(directions):
         wanted = (dots[:, :, k].sum(-1) / of_all).sum(0)
         terms = np.concatenate([*(dots[:, :, k][..., kept] / of_kept[..., None])], axis=1)

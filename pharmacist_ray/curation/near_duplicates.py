@@ -39,7 +39,7 @@ from pharmacist_ray.storage import (
     opened_parquet,
     read_table,
     remove_tree,
-    row_count,
+    rows_of_all,
     write_parquet,
 )
 
@@ -76,7 +76,7 @@ def within_quota(shards: Sequence[Shard], ranking: Ranking, most: int, scratch: 
         ResourceError: The disk is full.
     """
     left_out: list[NDArray[np.uint8]] = []  # a bit a row
-    rows = sum(row_count(shard.rows) for shard in shards)
+    rows = rows_of_all(shard.rows for shard in shards)
     parts = max(1, math.ceil(rows * BANDS / PART))
     lots = np.array_split(np.arange(len(shards)), min(len(shards), max(1, rows * BANDS * _RECORD_BYTES // PIECE_BYTES)))
     with tempfile.TemporaryDirectory() if scratch is None else nullcontext(scratch) as place:

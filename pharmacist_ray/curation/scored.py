@@ -17,7 +17,7 @@ from pharmacist_ray.curation.combine import SAMPLE, BestRank, RankSum, best_rank
 from pharmacist_ray.curation.topk import Keys, fixed_width, keys_of
 from pharmacist_ray.data.schema import uniform
 from pharmacist_ray.errors import ArtifactError, unknown_name
-from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, row_count, write_parquet
+from pharmacist_ray.storage import StoragePath, matching, parquet_schema, read_table, rows_of_all, write_parquet
 
 Blend = RankSum | BestRank | Calibrated
 
@@ -116,7 +116,7 @@ def find_shards(
             raise unknown_name("scorer", column, known)
     parts, read = list(scored.values()), partial(read_table, columns=["id", *columns])
     if STANDS_FOR in there and (planted or weights or turns):
-        read = partial(read_standing, columns=columns, share=min(1.0, SAMPLE / max(1, sum(map(row_count, parts)))))
+        read = partial(read_standing, columns=columns, share=min(1.0, SAMPLE / max(1, rows_of_all(parts))))
     blend: Blend | None = None
     if planted:
         blend = calibrate(parts, planted, read)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pharmacist_ray.data.schema import ROW_SCHEMA, Row, rows_from_table, table_from_rows, uniform
 from pharmacist_ray.errors import ArtifactError
-from pharmacist_ray.storage import StoragePath, matching, opened_parquet, read_table, row_count, storage_path, write_parquet
+from pharmacist_ray.storage import StoragePath, matching, opened_parquet, read_table, rows_of_all, storage_path, write_parquet
 
 
 def parquet_files(path: StoragePath | str) -> list[StoragePath]:
@@ -95,7 +95,7 @@ def row_at(table: pa.Table, index: int) -> Row:
 
 def count_rows(path: StoragePath | str) -> int:
     """Return the number of rows of a file or folder, read from the Parquet footers."""
-    return sum(row_count(file) for file in parquet_files(path))
+    return rows_of_all(parquet_files(path))
 
 
 def write_rows(rows: Sequence[Row], path: StoragePath) -> None:

@@ -14,7 +14,7 @@ from pharmacist_ray.doctor.estimate import BYTES, Item, Setup, setup_of, total
 from pharmacist_ray.doctor.gpus import GPUS, Gpu
 from pharmacist_ray.doctor.groups import fitting_group, group_of
 from pharmacist_ray.doctor.pace import PCIE, arithmetic, gathering, seconds, token_flops
-from pharmacist_ray.doctor.passes import base_memory, pass_setup
+from pharmacist_ray.doctor.passes import base_memory, differentiated, pass_setup
 from pharmacist_ray.doctor.shape import Shape
 from pharmacist_ray.doctor.workload import INGEST_S, SELECT_S, Trained, Work
 
@@ -106,16 +106,19 @@ def batch_seconds(shape: Shape, config: Config, work: Work, pool: Pool, group: i
     """
     scoring, group = config.scoring, group_of(config) if group is None else group
     setup = pass_setup(config, scoring.tokens_per_batch, scoring.checkpointing, group)
-    return _passes(shape, setup, work.checkpoints, work.forwards, pool)
+    return _passes(shape, setup, work.checkpoints, work.forwards, pool, differentiated(shape, config))
 
 
-def _passes(shape: Shape, setup: Setup, both: int, forwards: int, pool: Pool) -> list[Item]:
-    """Return the seconds of passes over a batch: some forward and backward, some forward alone."""
-    flops = both * token_flops(shape, setup) + forwards * 2.0 * (shape.parameters - shape.embedding)
+def _passes(shape: Shape, setup: Setup, both: int, forwards: int, pool: Pool, back: int | None = None) -> list[Item]:
+    """Return the seconds of passes over a batch: some forward and backward, through the last ``back`` layers, some forward alone."""
+    share = 1.0 if back is None else back / shape.layers
+    weights = shape.parameters - shape.embedding
+    spared = (1 - share) * 2.0 * (1 + setup.checkpointing) * (weights - shape.head)
+    flops = both * (token_flops(shape, setup) - spared) + forwards * 2.0 * weights
     tokens = (setup.micro_batch * setup.length, "tokens")
     items = [arithmetic((flops, "FLOP"), tokens, gpu=pool.slowest, dtype=setup.dtype)] if flops else []
     if setup.workers > 1 and flops:
-        gathers = both * (2 + setup.checkpointing) + forwards
+        gathers = both * (1 + share * (1 + setup.checkpointing)) + forwards
         items.append(gathering(shape, setup.dtype, setup.workers, gathers, pool.link(setup.workers)[0]))
     return items
 

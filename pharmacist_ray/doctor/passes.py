@@ -6,6 +6,8 @@ never alive at the same moment, here only the larger part counts, for a batch is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.groups import AT_ONCE
 from pharmacist_ray.curation.selector import DIRECTIONS
@@ -67,10 +69,15 @@ def score_memory(shape: Shape, config: Config, group: int | None = None) -> list
     if adapters and setup.dtype == "float32" and not setup.quantization and setup.zero != 3:  # see `models.folded`
         items.append(Item("weights with an adapter folded in", ((shape.adapted_weights, "weights"), (4, "B"))))
     if points and scoring.method != "difference":
-        working = influence_memory(shape, setup, scoring.method)
+        working = influence_memory(replace(shape, layers=differentiated(shape, config)), setup, scoring.method)
     else:
         working = forward_memory(shape, setup, _tokens(setup))
     return _whole([*items, *_with_guests(config, "score", working)], setup)
+
+
+def differentiated(shape: Shape, config: Config) -> int:
+    """Return the decoder layers, from the last, through which scoring goes back."""
+    return min(config.scoring.last_layers or shape.layers, shape.layers)
 
 
 def answer_memory(shape: Shape, config: Config, group: int | None = None) -> list[Item]:

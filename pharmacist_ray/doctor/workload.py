@@ -15,7 +15,9 @@ from pharmacist_ray.config.finetune import Defence
 from pharmacist_ray.config.public_sets import PROMPT_SETS
 from pharmacist_ray.config.schema import Config
 from pharmacist_ray.curation.fit import trainings_of
+from pharmacist_ray.curation.last_layers import SAMPLE
 from pharmacist_ray.curation.scorers import SCORERS
+from pharmacist_ray.curation.selector import OF_LAST_LAYERS
 from pharmacist_ray.data.readers import plan
 from pharmacist_ray.errors import PharmacistError
 from pharmacist_ray.pipeline.run import Run
@@ -111,8 +113,11 @@ def work_of(run: Run, rows: float | None = None) -> Work:
         trainings=tuple(_trainings(run, counted)),
         checkpoints=len(selector.checkpoints) if influences else 0,
         forwards=len(passes),
-        # The harmful rows' gradient for the attack, and the validation rows' with and without it (see `curation.fit`).
-        directions=(3 * trusted if "directions" in run.parts else 0) + (2 * trusted if "groups" in run.parts else 0),
+        # The harmful rows' gradient for the attack, the validation rows' with and without it (see `curation.fit`), and a sample's by which
+        # the last layers are weighed.
+        directions=(3 * trusted if "directions" in run.parts else 0)
+        + (2 * trusted if "groups" in run.parts else 0)
+        + sum(min(SAMPLE, math.ceil(counted / 2)) for part in OF_LAST_LAYERS if part in run.parts),
         learnt=_learnt(run),
         models=len(run.variants) * (1 + len(config.attacks)) if config.evaluation else 0,
         prompts=asked,

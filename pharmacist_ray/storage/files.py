@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def parquet_metadata(file: StoragePath) -> pq.FileMetaData:
 def row_count(file: StoragePath) -> int:
     """Return the number of rows of a Parquet file, from its footer."""
     return int(parquet_metadata(file).num_rows)
+
+
+def rows_of_all(files: Iterable[StoragePath]) -> int:
+    """Return the number of rows of Parquet files together, several footers at a time: an object store takes its time for each."""
+    with ThreadPoolExecutor(16) as pool:
+        return sum(pool.map(row_count, files))
 
 
 def parquet_schema(file: StoragePath) -> pa.Schema:

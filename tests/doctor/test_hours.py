@@ -58,6 +58,22 @@ def test_gathers_of_a_group_that_scores_by_hand(llama: Callable[..., Config], sc
     assert parts["arithmetic"] == pytest.approx(8 * found["arithmetic"])
 
 
+def test_of_the_last_layers_alone_the_backward_pass_is_theirs(llama: Callable[..., Config], scored: Work) -> None:
+    config = llama("70b", "scoring.tokens_per_batch=8192", "scoring.checkpointing=true", "scoring.last_layers=20")
+    shape = shape_of(config.model)
+    found = {item.what: item.amount for item in batch_seconds(shape, config, scored, pool("2x8xH100"), 8)}
+    # Forward through all, and through the head and a quarter of the 80 layers again and back; two forward alone.
+    flops = 2 * (N - TABLE + A) + 4 * ((N - 2 * TABLE) / 4 + TABLE + A) + 2 * A + 2 * 2 * (N - TABLE)
+    assert found["arithmetic"] == pytest.approx(8192 * flops / 989e12 / 0.3)
+    assert found["gathering weights"] == pytest.approx(3.5 * 7 / 8 * 2 * N / (0.7 * 450e9))
+    memory, whole = (
+        {item.what: item.amount for item in score_memory(shape, one, 8)}
+        for one in (config, config.model_copy(update={"scoring": config.scoring.model_copy(update={"last_layers": None})}))
+    )
+    assert memory["inputs of recomputed layers"] == pytest.approx(whole["inputs of recomputed layers"] / 4)
+    assert {name for name in whole if memory[name] != whole[name]} <= {"inputs of recomputed layers", "reserve"}
+
+
 def test_weights_of_a_group_by_hand(llama: Callable[..., Config]) -> None:
     config = llama("70b", "scoring.tokens_per_batch=4096", "scoring.checkpointing=true")
     shape = shape_of(config.model)

@@ -23,6 +23,7 @@ from pharmacist_ray.storage import (
     read_table,
     remove_tree,
     row_count,
+    rows_of_all,
     storage_path,
     working_folder,
     write_parquet,
@@ -261,3 +262,12 @@ def test_other_errors_pass_as_they_are():
         with pytest.raises(type(error)) as raised, disk_full_errors(Path("somewhere")):
             raise error
         assert raised.value is error
+
+
+def test_rows_of_many_files_are_counted_by_their_footers(tmp_path: Path) -> None:
+    assert rows_of_all([]) == 0
+    for number in range(40):
+        write_parquet(pa.table({"id": [str(place) for place in range(number)]}), tmp_path / f"part-{number:05d}.parquet")
+    assert rows_of_all(tmp_path.glob("*.parquet")) == sum(range(40))
+    with pytest.raises(FileNotFoundError):
+        rows_of_all([tmp_path / "part-00001.parquet", tmp_path / "none.parquet"])
