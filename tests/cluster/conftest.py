@@ -125,12 +125,12 @@ class Cluster:
         raise RuntimeError(f"no head came up: {(self.folder / 'start.log').read_text()[-2000:]}")
 
     def start_workers(self, number: int) -> None:
-        """Have so many worker nodes that are alive; they start one after the other, for two at a time may choose the same sockets."""
+        """Have at least so many worker nodes alive; they start one after the other, for two at a time may choose the same sockets."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
         wait_until(lambda: len(self.alive()) == 1 + len(self.workers), 60, "the deaths of others")
         ended: list[int | None] = []
         for _ in range(3 * number):
-            if len(self.workers) == number:
+            if len(self.workers) >= number:
                 return
             known = self.alive()
             worker = self._start(f"--address={self.address}", f"--num-cpus={WORKER_CPUS}")
@@ -143,7 +143,7 @@ class Cluster:
             else:
                 ended.append(worker.process.poll())
                 worker.kill()
-        if len(self.workers) == number:
+        if len(self.workers) >= number:
             return
         exits = "".join(file.read_text()[-2000:] for file in self.folder.rglob("ray_process_exit.log"))
         started = (self.folder / "start.log").read_text()[-2000:]
