@@ -40,7 +40,7 @@ SAMPLE = 256
 def find_weights(
     points: Iterable[tuple[Point, Directions]], samples: Sequence[Rendered], cosine: bool
 ) -> dict[str, torch.Tensor]:
-    """Return how a kind of directions is weighed over the last 1, 2, … L layers, on every worker.
+    """Return how a kind of directions is weighed over the last 1, 2, … L layers, on the first worker; nothing on others.
 
     Args:
         points: The model at each of C checkpoints, and the directions there: K over P parameters.
@@ -52,13 +52,16 @@ def find_weights(
         ``agreement`` (L, K), the correlation with the score over all layers of rows that the weights were found without.
     """
     count, found, layers = len(samples), [], list[set[str]]()
-    names: list[str] = []
+    names, first = list[str](), False
     for point, directions in points:
         names = sorted(directions)
         filled = [samples[place % count] for place in range(count + -count % point.ranks.workers)]  # as many for every worker
         terms = point.terms(filled, {name: directions[name] for name in names})
         found.append([tensor[:count].double().cpu().numpy() for tensor in terms])
         layers = [last_layers(point.model, number + 1, names) for number in range(len(decoder_layers(point.model)))]
+        first = point.ranks.first
+    if not first:
+        return {}
     kept = np.array([[name in among for name in names] for among in layers])
     dots, squares = (np.stack(arrays) for arrays in zip(*found, strict=True))
     weights, agreement = zip(*(weigh(dots, squares, one, cosine) for one in kept), strict=True)
